@@ -1,0 +1,180 @@
+"""The reference: ConvLSTM as most people run it in PyTorch, written plainly.
+
+It is here to be trusted, not to be fast: `bench.py` times `my_model.py` against it, the tests hold the two
+equal, and the checkpoints of two widely used models load into it by name and give the same outputs:
+
+- `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
+- `EncoderDecoderConvLSTM`, the seq2seq of https://github.com/holmdk/Video-Prediction-using-PyTorch
+
+`ConvLSTMForecaster` is `my_model.EncoderForecaster` as a user of the first would build it.
+
+B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+State = tuple[torch.Tensor, torch.Tensor]  # (h, c), each (B, Ch, H, W), whatever batch_first says
+
+
+class ConvLSTMCell(nn.Module):
+    """One time step: one convolution over x and h side by side gives the gates i, f, o, g, in this order.
+
+    No peepholes. * convolves, ∘ multiplies element by element.
+
+    i, f, o = σ(W * [x, h] + b)        c' = f ∘ c + i ∘ g
+    g = tanh(W * [x, h] + b)           h' = o ∘ tanh(c')
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, kernel_size: int | tuple[int, int], bias: bool = True):
+        super().__init__()
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in kernel):
+            raise ValueError(
+                f"kernel size {kernel_size} is neither an odd number nor a pair (kh, kw) of odd numbers, "
+                "which frames need to keep their size"
+            )
+        self.hidden_dim = hidden_dim
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        self.conv = nn.Conv2d(input_dim + hidden_dim, 4 * hidden_dim, kernel, padding=padding, bias=bias)
+
+    def forward(self, x: torch.Tensor, state: State | None = None) -> State:
+        """x (B, C, H, W) and (h, c), None for zeros → the next (h, c)."""
+        if state is None:
+            zeros = x.new_zeros(x.shape[0], self.hidden_dim, *x.shape[2:])
+            state = zeros, zeros
+        h, c = state
+        i, f, o, g = self.conv(torch.cat((x, h), 1)).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h, c
+
+
+class ConvLSTM(nn.Module):
+    """A stack of cells over time.
+
+    `hidden_dim` is a number, or a list or tuple with one a layer; `kernel_size` a number or a pair (kh, kw),
+    or a list with one of these a layer. Unlike the original, an int kernel works, a state can be passed, and
+    with `batch_first=False` the outputs too are (T, B, Ch, H, W), as in `nn.LSTM` (there batch first).
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int | list[int] | tuple[int, ...],
+        kernel_size: int | tuple[int, int] | list,
+        num_layers: int,
+        batch_first: bool = False,
+        bias: bool = True,
+        return_all_layers: bool = False,
+    ):
+        super().__init__()
+        hidden_dims = [hidden_dim] * num_layers if isinstance(hidden_dim, int) else list(hidden_dim)
+        # a pair is one kernel's height and width, so only a list can mean one kernel a layer
+        kernel_sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size] * num_layers
+        for name, values in (("hidden_dim", hidden_dims), ("kernel_size", kernel_sizes)):
+            if len(values) != num_layers:
+                raise ValueError(f"{name} lists {len(values)} values for num_layers={num_layers}")
+        self.time_dim = 1 if batch_first else 0
+        self.return_all_layers = return_all_layers
+        sizes = zip([input_dim, *hidden_dims[:-1]], hidden_dims, kernel_sizes, strict=True)
+        self.cell_list = nn.ModuleList(ConvLSTMCell(n_in, n, k, bias) for n_in, n, k in sizes)
+
+    def forward(
+        self, x: torch.Tensor, hidden_state: list[State] | None = None
+    ) -> tuple[list[torch.Tensor], list[State]]:
+        """x (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (layer_output_list, last_state_list).
+
+        Each output has x's layout, each state is (h, c). With return_all_layers the lists have one entry a
+        layer, else the last layer's alone. `hidden_state` has one (h, c) a layer; None means zeros.
+        """
+        if hidden_state is None:
+            hidden_state = [None] * len(self.cell_list)
+        if len(hidden_state) != len(self.cell_list):
+            raise ValueError(
+                f"hidden_state has {len(hidden_state)} states for {len(self.cell_list)} layers; "
+                "return_all_layers=True returns the state of every layer"
+            )
+        layer_outputs, last_states = [], []
+        for cell, state in zip(self.cell_list, hidden_state, strict=True):
+            outputs = []
+            for frame in x.unbind(self.time_dim):
+                state = cell(frame, state)
+                outputs.append(state[0])
+            x = torch.stack(outputs, self.time_dim)
+            layer_outputs.append(x)
+            last_states.append(state)
+        if not self.return_all_layers:
+            return layer_outputs[-1:], last_states[-1:]
+        return layer_outputs, last_states
+
+
+class EncoderDecoderConvLSTM(nn.Module):
+    """x (B, T, in_chan, H, W) → frames after the sigmoid (B, 1, future_seq, H, W), channel before time.
+
+    The decoder is fed encoder_2's last h first, then the h of decoder_2 from the step before. As in the
+    original, its own h and c start from zeros: the encoder's cell state is not handed over.
+    """
+
+    def __init__(self, nf: int, in_chan: int):
+        super().__init__()
+        self.encoder_1_convlstm = ConvLSTMCell(in_chan, nf, 3)
+        self.encoder_2_convlstm = ConvLSTMCell(nf, nf, 3)
+        self.decoder_1_convlstm = ConvLSTMCell(nf, nf, 3)
+        self.decoder_2_convlstm = ConvLSTMCell(nf, nf, 3)
+        self.decoder_CNN = nn.Conv3d(nf, 1, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: torch.Tensor, future_seq: int) -> torch.Tensor:
+        state_1 = state_2 = None
+        for frame in x.unbind(1):
+            state_1 = self.encoder_1_convlstm(frame, state_1)
+            state_2 = self.encoder_2_convlstm(state_1[0], state_2)
+        h, outputs = state_2[0], []
+        state_1 = state_2 = None
+        for _ in range(future_seq):
+            state_1 = self.decoder_1_convlstm(h, state_1)
+            state_2 = self.decoder_2_convlstm(state_1[0], state_2)
+            h = state_2[0]
+            outputs.append(h)
+        return torch.sigmoid(self.decoder_CNN(torch.stack(outputs, 2)))
+
+
+class ConvLSTMForecaster(nn.Module):
+    """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
+
+    `my_model.EncoderForecaster` without peepholes. The forecaster has an input, which is always zeros, so the
+    weights of its first layer for that input do nothing (204,800 of 7,788,560 with the defaults).
+    """
+
+    def __init__(self, channels: int = 1, hidden=(128, 64, 64), kernel_size=5, patch: int = 4):
+        super().__init__()
+        self.patch = patch
+        pixels = channels * patch * patch
+        options = {"num_layers": len(hidden), "batch_first": True, "return_all_layers": True}
+        self.encoder = ConvLSTM(pixels, hidden, kernel_size, **options)
+        self.forecaster = ConvLSTM(pixels, hidden, kernel_size, **options)
+        self.head = nn.Conv2d(sum(hidden), pixels, 1)
+
+    def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
+        x = F.pixel_unshuffle(past, self.patch)  # (B, T, C·P², H/P, W/P)
+        _, states = self.encoder(x)
+        zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
+        layer_outputs, _ = self.forecaster(zeros, states)
+        h = torch.cat(layer_outputs, 2)  # (B, n_future, sum of Ch, H/P, W/P)
+        logits = self.head(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+        return F.pixel_shuffle(logits, self.patch)
+
+
+class Seq2SeqForecaster(nn.Module):
+    """`EncoderDecoderConvLSTM` with the interface of the others: past (B, T, C, H, W) → logits of n_future frames."""
+
+    def __init__(self, channels: int = 1, nf: int = 64):
+        super().__init__()
+        if channels != 1:
+            raise ValueError(f"seq2seq draws grey frames only; the data have {channels} channels")
+        self.seq2seq = EncoderDecoderConvLSTM(nf, channels)
+
+    def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
+        frames = self.seq2seq(past, n_future).transpose(1, 2)  # (B, 1, T, H, W) → (B, T, 1, H, W)
+        return torch.logit(frames.float(), eps=1e-6)

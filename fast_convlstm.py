@@ -1,0 +1,161 @@
+"""The ConvLSTM layer again, close to what its bare convolutions cost. Read `my_model.py` first.
+
+`my_model.ConvLSTM` says what a layer computes, one cell call a frame. This file computes the same in one
+`autograd.Function` over all frames; `tests/test_my_model.py` holds the two equal, forward and backward.
+What makes it fast:
+
+1. On the CPU the gates are one pass over memory in each direction (`gates.c`, built at start-up if the machine
+   has a C compiler), with a rational tanh: exp and tanh from the library cost several times the convolution.
+2. The input-to-state convolution of all frames is one call: nothing in a layer feeds back to its input.
+3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and nothing is copied: kernels
+   write h and c straight into the sequence, and backward turns the pre-activations into their gradient.
+4. Backward keeps only z, h and c, computes the gates again, and collects the state-to-state weight gradient
+   of all frames into one convolution.
+
+T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
+"""
+
+import contextlib
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+if sys.platform == "linux":
+    # glibc hands large buffers back to the system at every free and faults them in again, page by page, at the
+    # next use: a fifth of a training step. Keep them: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def gates_forward(z, zh, peephole, c, c_before, h):
+    """One time step. Adds zh to z (N, 4C) and renews c (N, C), both in place; fills c_before and h (N, C)."""
+    sums = z.to(c.dtype) + zh.to(c.dtype)
+    i, f, o, g = sums.chunk(4, 1)
+    z.copy_(sums)
+    c_before.copy_(c)
+    c.copy_(torch.sigmoid(f + peephole[1] * c) * c + torch.sigmoid(i + peephole[0] * c) * torch.tanh(g))
+    h.copy_(torch.sigmoid(o + peephole[2] * c) * torch.tanh(c))
+
+
+def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
+    """Its gradient. dh comes from above, dh_next and dc from the next step; dz takes the place of z, dc of dc.
+
+    sums (threads, 7, C) collects the gradients of the four biases and the three peepholes.
+    """
+    i, f, o, g = z.to(c.dtype).chunk(4, 1)
+    i, f, g = torch.sigmoid(i + peephole[0] * c), torch.sigmoid(f + peephole[1] * c), torch.tanh(g)
+    c_next = f * c + i * g
+    o, tanh_c = torch.sigmoid(o + peephole[2] * c_next), torch.tanh(c_next)
+    dh = dh.to(c.dtype) + dh_next.to(c.dtype)
+    do = dh * tanh_c * o * (1 - o)
+    dc_next = dc + dh * o * (1 - tanh_c * tanh_c) + peephole[2] * do
+    di, df, dg = dc_next * g * i * (1 - i), dc_next * c * f * (1 - f), dc_next * i * (1 - g * g)
+    z.copy_(torch.cat((di, df, do, dg), 1))
+    dc.copy_(dc_next * f + peephole[0] * di + peephole[1] * df)
+    for total, part in zip(sums[0], (di, df, do, dg, di * c, df * c, do * c_next), strict=True):
+        total += part.sum(0)
+
+
+@functools.cache
+def kernels(device_type, dtype):
+    """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or compiler is None:
+        return gates_forward, gates_backward
+    try:
+        # link the OpenMP that torch has loaded: a second one beside it would fight for the cores
+        maps = Path("/proc/self/maps").read_text().split()
+        openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
+        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
+        with tempfile.TemporaryDirectory() as folder:
+            run = functools.partial(subprocess.run, check=True, capture_output=True, cwd=folder, timeout=60)
+            source = Path(__file__).with_name("gates.c")
+            bf16 = ["-DBF16"] if dtype == torch.bfloat16 else []
+            run([compiler, *flags, *bf16, "-fopenmp", "-fPIC", "-c", source, "-o", "gates.o"])
+            run([compiler, "-shared", "gates.o", openmp, "-o", "gates.so"])
+            library = ctypes.CDLL(f"{folder}/gates.so")
+    except (OSError, StopIteration, subprocess.SubprocessError):
+        return gates_forward, gates_backward
+
+    def compiled(function, z, *tensors):
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (z, *tensors))
+        N, C = z.shape[0], z.shape[1] // 4
+        function(ctypes.c_long(N), ctypes.c_long(C), ctypes.c_int(torch.get_num_threads()), *pointers)
+
+    return tuple(functools.partial(compiled, f) for f in (library.gates_forward, library.gates_backward))
+
+
+class FastConvLSTM(torch.autograd.Function):
+    """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last c."""
+
+    @staticmethod
+    def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole):
+        B, H, W, C = c.shape
+        c = c.clone(memory_format=torch.contiguous_format)
+        cells = c.new_empty(n_frames, B, H, W, C)  # before each step
+        hiddens = h.new_empty(n_frames + 1, B, H, W, C)
+        hiddens[0] = h
+        if x is None:
+            z = bias.expand(n_frames, B, H, W, 4 * C).contiguous()
+        else:
+            z = convolve(x.flatten(0, 1), input_weight, bias).view(n_frames, B, H, W, 4 * C)
+        gates, _ = kernels(z.device.type, z.dtype)
+        for t in range(n_frames):
+            zh = convolve(hiddens[t], state_weight)
+            gates(rows(z[t]), rows(zh), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
+        ctx.save_for_backward(x, input_weight, state_weight, peephole)
+        ctx.sequences = z, cells, hiddens
+        return hiddens[1:], c
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh, dc):
+        x, input_weight, state_weight, peephole = ctx.saved_tensors
+        z, cells, hiddens = ctx.sequences
+        del ctx.sequences  # z is about to be overwritten
+        _, gates = kernels(z.device.type, z.dtype)
+        dc = dc.clone(memory_format=torch.contiguous_format)
+        dh = dh.contiguous()
+        dh_next = torch.zeros_like(hiddens[0])
+        sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
+        # the gradient of a convolution's input: the convolution with its kernel turned and its channels swapped
+        turned = state_weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        for t in reversed(range(len(z))):
+            gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
+            dh_next = convolve(z[t], turned)
+        dz = z.flatten(0, 1)
+        _, d_state = gradients(dz, hiddens[:-1].flatten(0, 1), state_weight, False)
+        dx = d_input = None
+        if x is not None:
+            dx, d_input = gradients(dz, x.flatten(0, 1), input_weight, ctx.needs_input_grad[0])
+            dx = None if dx is None else dx.view(x.shape)
+        sums = sums.sum(0)
+        return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:]
+
+
+def rows(x):
+    """(B, H, W, C) as (N, C), without a copy."""
+    return x.view(-1, x.shape[-1])
+
+
+def convolve(x, weight, bias=None):
+    """(N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last throughout."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+
+
+def gradients(dy, x, weight, of_input):
+    """Of `convolve`: those of x, if wanted, and of the weight."""
+    padding = [weight.shape[-1] // 2] * 2
+    dy, x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    conv = None, [1, 1], padding, [1, 1], False, [0, 0], 1
+    dx, d_weight, _ = torch.ops.aten.convolution_backward(dy, x, weight, *conv, (of_input, True, False))
+    return None if dx is None else dx.permute(0, 2, 3, 1), d_weight

@@ -1,0 +1,137 @@
+"""The pictures. Grey scale fixed to 0–1, the same sequences every time, axes with units.
+
+Every function writes one file, whole or not at all, and raises OSError where it cannot.
+"""
+
+import io
+import os
+
+os.environ["MPLBACKEND"] = "Agg"  # a notebook exports its own backend, and matplotlib.use would come too late
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from checkpoint import publish
+
+COLOURS = {
+    "train": "#9aa5b1",
+    "validation": "#0b6e99",
+    "black": "#222222",
+    "copy_last": "#c8553d",
+    "optical_flow": "#8a6fb0",
+}
+LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
+
+plt.rcParams.update({
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "legend.frameon": False, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+})  # fmt: skip
+
+
+def write(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    publish(path, buffer.getvalue())
+
+
+def loss(path, history, baselines, title):
+    """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    seen = [row["sequences"] / 1000 for row in history]
+    for key, label in (("train_loss", "train"), ("val_loss", "validation")):
+        left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[label], label=label)
+    left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
+    left.legend()
+    errors = [row["val_mse_per_frame"] for row in history]
+    right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"], label="validation")
+    for name, value in baselines.items():
+        right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
+    right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
+    right.set_title(f"last {errors[-1]:.1f}, best {min(errors):.1f}")
+    right.legend()
+    write(figure, path)
+
+
+def per_frame(path, curves, title, ylabel="MSE per frame (sum over pixels)"):
+    """curves: name → one value a forecast frame."""
+    figure, axes = plt.subplots(figsize=(6, 3.8))
+    for name, curve in curves.items():
+        model = name not in LABELS
+        frames = range(1, len(curve) + 1)
+        axes.plot(frames, curve, "o-" if model else "--", ms=4, color=COLOURS.get(name, COLOURS["validation"]),
+                  label=LABELS.get(name, name))  # fmt: skip
+    axes.set(
+        xlabel="forecast frame",
+        ylabel=ylabel,
+        title=title,
+        ylim=(0, None),
+        xticks=list(range(1, len(curve) + 1)),
+    )
+    axes.legend()
+    write(figure, path)
+
+
+def to_grey(frames):
+    """(T, C, H, W) in [0, 1] → uint8 (T, H, W), or (T, H, W, 3) of three channels; others show their mean."""
+    frames = np.asarray(frames, np.float32)
+    frames = np.moveaxis(frames, 1, -1) if frames.shape[1] == 3 else frames.mean(1)
+    return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+
+
+def prediction(path, past, truth, forecast, title):
+    """Rows input, truth, forecast, error; frames numbered from the first input. All (T, C, H, W) in [0, 1]."""
+    error = np.abs(np.asarray(forecast, np.float32) - np.asarray(truth, np.float32))
+    rows = {"input": past, "truth": truth, "forecast": forecast, "|error|": error}
+    columns = max(len(past), len(truth))
+    height, width = np.shape(past)[-2:]
+    figure, axes = plt.subplots(
+        4, columns, figsize=(1.05 * columns + 0.7, 4 * (1.05 * height / width + 0.2) + 0.4), squeeze=False
+    )
+    for line, (name, frames) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=11)
+        first = 1 if name == "input" else 1 + len(past)
+        for t, axis in enumerate(line):
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            if t < len(frames):
+                # enlarged by whole pixels, so that a person sees each one
+                image = cv2.resize(to_grey(frames[t : t + 1])[0], None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+                axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                axis.set_title(f"{first + t}", fontsize=9, pad=2)
+            else:
+                axis.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    write(figure, path)
+
+
+def animation(path, past, truth, forecast, scale=4, seconds=0.15):
+    """A looping GIF, exact greys: truth on the left; on the right the input, then the forecast in its place."""
+    right = np.concatenate([past, forecast])
+    left = np.concatenate([past, truth])
+    frames = []
+    for t, (a, b) in enumerate(zip(to_grey(left), to_grey(right), strict=True)):
+        a, b = (cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in (a, b))
+        bar = np.full((24, *a.shape[1:]), 40, np.uint8)
+        labels = []
+        for text in ("truth", "input" if t < len(past) else "forecast"):
+            label = bar.copy()
+            cv2.putText(
+                label,
+                f"{text} {t + 1}",
+                (6, 17),
+                cv2.FONT_HERSHEY_SIMPLEX,
+                0.5,
+                (255, 255, 255),
+                1,
+                cv2.LINE_AA,
+            )
+            labels.append(label)
+        gap = np.full((a.shape[0] + 24, 8, *a.shape[2:]), 40, np.uint8)
+        frames.append(np.hstack([np.vstack([labels[0], a]), gap, np.vstack([labels[1], b])]))
+    images = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=int(seconds * 1000), loop=0)
+    publish(path, buffer.getvalue())

@@ -1,0 +1,166 @@
+"""The ruler: what each number means, and what a forecaster without a network reaches (the baselines).
+
+Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
+the prediction and y the truth. A curve (T,) has one value per frame position, a mean over the sequences;
+the one number of a table is the mean of its curve. Curves of batches combine by their weighted mean.
+Inputs of any float type are taken exactly: all work is in float64, which neither TF32 nor autocast touches.
+"""
+
+import math
+
+import cv2
+import torch
+import torch.nn.functional as F
+
+UNITS = {
+    "mse_per_frame": "squared grey level (0-1), summed over the pixels of a frame, mean over sequences",
+    "mae_per_frame": "grey level (0-1), summed over the pixels of a frame, mean over sequences",
+    "psnr": "dB, of each frame on a 0-1 scale, mean over sequences",
+    "ssim": "1 is identical; Gaussian 11x11 window, sigma 1.5, data range 1, mean over sequences",
+    "ssim_openstl": "1 is identical; uniform 7x7 window, data range 2, mean over sequences",
+    "cross_entropy_per_sequence": "nats, summed over all predicted pixels of a sequence, mean over sequences",
+}
+
+
+def mse_per_frame(prediction, truth):
+    """Σ (x − y)² over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: squared grey level, 0–1.
+
+    What every Moving MNIST table calls MSE: 4,096 times the mean over pixels. A black forecast scores 175.
+    """
+    return _mean_over_sequences(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
+
+
+def mae_per_frame(prediction, truth):
+    """Σ |x − y| over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: grey level, 0–1.
+
+    What every Moving MNIST table calls MAE.
+    """
+    return _mean_over_sequences(lambda x, y: (x - y).abs().sum((2, 3, 4)), prediction, truth)
+
+
+def psnr(prediction, truth):
+    """10·log10(1 / mean of (x − y)² over a frame's pixels), then mean over sequences → (T,). Unit: dB.
+
+    One frame without any error makes its mean infinite. SimVP's 37.97 and 38.35 are not comparable: they come
+    from uint8 arrays, where 20 grey levels square to 144 instead of 400. Integers are refused here.
+    """
+    return _mean_over_sequences(lambda x, y: -10 * (x - y).square().mean((2, 3, 4)).log10(), prediction, truth)
+
+
+def ssim(prediction, truth):
+    """Structural similarity, Wang et al. (2004), data range 1, mean over pixels, channels, sequences → (T,).
+
+    Equal to scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5, data_range=1,
+    use_sample_covariance=False), which leaves out 5 pixels at each border. Right for a 0–1 scale, but the
+    published tables mean other things: see `ssim_openstl`.
+    """
+    window = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
+    return _ssim(prediction, truth, window / window.sum(), data_range=1, norm=1)
+
+
+def ssim_openstl(prediction, truth):
+    """The SSIM of the OpenSTL and SimVP tables, for comparison with them only → (T,).
+
+    scikit-image's old default for floats: uniform 7×7 window, sample covariance, and data range 2, as if grey
+    levels went from −1 to 1. The tables of PredRNN (range 255) and Earthformer (batch-derived) differ again.
+    """
+    window = torch.full((7,), 1 / 7, dtype=torch.float64)
+    return _ssim(prediction, truth, window, data_range=2, norm=49 / 48)
+
+
+def cross_entropy_per_sequence(logits, truth):
+    """−Σ [y·ln σ(z) + (1 − y)·ln(1 − σ(z))] over the T·C·H·W pixels, mean over sequences → scalar. Unit: nats.
+
+    z: logits. As in Table 1 of the ConvLSTM paper (its best network: 3670.85, on its own data).
+    """
+
+    def nats(z, y):
+        return F.binary_cross_entropy_with_logits(z, y, reduction="none").sum((1, 2, 3, 4))
+
+    return _mean_over_sequences(nats, logits, truth, is_logits=True)
+
+
+def black(past, n_future):
+    """(B, T, C, H, W) → (B, n_future, C, H, W): nothing but background, as of a network gone blank."""
+    return torch.zeros_like(past[:, :1]).repeat(1, n_future, 1, 1, 1)
+
+
+def copy_last(past, n_future):
+    """(B, T, C, H, W) → (B, n_future, C, H, W): the last frame stands still."""
+    return past[:, -1:].repeat(1, n_future, 1, 1, 1)
+
+
+@torch.no_grad()
+def optical_flow(past, n_future):
+    """(B, T, C, H, W) → (B, n_future, C, H, W): the motion between the last two frames goes on.
+
+    OpenCV's dense flow (DIS, https://arxiv.org/abs/1603.03590) on the mean of the channels, then backward
+    warping once a frame. The flow is warped with the frame; a static one would stop at the object's edge.
+    """
+    _check("past", past)
+    _, T, C, H, W = past.shape
+    if T < 2 or min(H, W) < 12:
+        raise ValueError(f"optical flow needs 2 past frames of at least 12 × 12 pixels, not {T} of {H} × {W}")
+    grey = (past[:, -2:].float().mean(2) * 255).round().byte().cpu().numpy()
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow = torch.stack([torch.from_numpy(dis.calc(last, before, None)) for before, last in grey])
+    flow = flow.movedim(-1, 1).to(past.device)  # (B, 2, H, W): how far away a pixel came from, x and y
+    moving = torch.cat([past[:, -1].float(), flow], 1)  # (B, C + 2, H, W)
+    pixel = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"), -1).to(past.device)
+    size = torch.tensor([W, H], device=past.device)
+    frames = []
+    for _ in range(n_future):
+        origin = pixel + moving[:, C:].movedim(1, -1)
+        origin = (2 * origin + 1) / size - 1  # grid_sample's frame spans −1 to 1
+        moving = F.grid_sample(moving, origin, padding_mode="border", align_corners=False)
+        frames.append(moving[:, :C])
+    return torch.stack(frames, 1).clamp(0, 1).to(past.dtype)  # interpolation may round to 1 + 1e-7
+
+
+def _check(name, frames, is_logits=False):
+    if frames.ndim != 5 or frames.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(frames.shape)}, not a filled (B, T, C, H, W)")
+    if not frames.is_floating_point():
+        raise TypeError(f"{name} is {frames.dtype}; give floats in [0, 1] (uint8 frames: .float() / 255)")
+    low, high = (v.item() for v in frames.detach().aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} holds NaN or infinite values")
+    if not is_logits and (low < -1e-6 or high > 1 + 1e-6):
+        raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: without / 255, or sigmoid?")
+
+
+@torch.no_grad()
+def _mean_over_sequences(value, prediction, truth, is_logits=False):
+    """Mean over B of value(x, y), which has B first. A few sequences at a time, to stay in the cache."""
+    _check("logits" if is_logits else "prediction", prediction, is_logits)
+    _check("truth", truth)
+    if prediction.shape != truth.shape:
+        raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")
+    if truth.device.type == "mps":  # Apple's GPU has no float64
+        prediction, truth = prediction.cpu(), truth.cpu()
+    step = max(1, 2**17 // truth[0].numel())
+    pairs = zip(prediction.split(step), truth.split(step), strict=True)
+    return sum(value(x.double(), y.double()).sum(0) for x, y in pairs) / len(truth)
+
+
+def _ssim(prediction, truth, window, data_range, norm):
+    """norm: N / (N − 1) for the sample covariance of a window's N pixels, or 1.
+
+    The window is separable, and sliding it along n pixels is one (n − k + 1, n) matrix: two matrix products,
+    several times as fast on a CPU as a convolution.
+    """
+    (H, W), k = truth.shape[-2:], len(window)
+    if min(H, W) < k:
+        raise ValueError(f"frames of {H} × {W} are smaller than the {k} × {k} window of SSIM")
+    rows, columns = (torch.eye(n, dtype=window.dtype).unfold(0, k, 1) @ window for n in (H, W))
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+
+    def value(x, y):
+        maps = torch.stack([x, y, x * x + y * y, x * y])
+        mx, my, squares, product = rows.to(x.device) @ maps @ columns.T.to(x.device)  # local means
+        mxx_myy, mxy = mx * mx + my * my, mx * my
+        variances, covariance = norm * (squares - mxx_myy), norm * (product - mxy)
+        similarity = (2 * mxy + c1) * (2 * covariance + c2) / ((mxx_myy + c1) * (variances + c2))
+        return similarity.mean((2, 3, 4))
+
+    return _mean_over_sequences(value, prediction, truth)

@@ -1,0 +1,171 @@
+"""The ConvLSTM encoder-forecaster of Shi et al. (2015), https://arxiv.org/abs/1506.04214, written by hand.
+
+Frames enter cut into patches, pass through a stack of ConvLSTM layers (the encoder), and every layer's state
+is copied to a second stack (the forecaster), which is fed nothing and unrolls the future from its states.
+All its hidden states together, through one convolution, give the frames.
+
+B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
+
+Changes from the paper, and why (the last two are off by default: the defaults are the paper's network)
+- logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
+- forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
+- `head`: one hidden 3×3 layer before the 1×1 convolution. A patch of 4 pixels is wider than a frame's motion,
+  and a linear map of the states cannot shift its content by less;
+- `dense`: while training, the frame after each input frame is drawn and scored too: more to learn from a sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fast_convlstm import FastConvLSTM
+
+
+def kernel(n_in, n_out, size):
+    """A convolution's weight (n_out, n_in, size, size), drawn as torch draws its own."""
+    bound = (n_in * size * size) ** -0.5
+    return nn.Parameter(torch.empty(n_out, n_in, size, size).uniform_(-bound, bound))
+
+
+class ConvLSTMCell(nn.Module):
+    """One time step. Gates in the order i, f, o, g; * convolves, ∘ multiplies element by element.
+
+    i = σ(Wxi * x + Whi * h + Wci ∘ c + bi)          g = tanh(Wxg * x + Whg * h + bg)
+    f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
+    o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
+
+    A peephole Wc has one number a channel, shared over space, so that H and W stay free.
+    Without an input (in_channels=0) the Wx terms are absent.
+    """
+
+    def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True):
+        super().__init__()
+        for k in (kernel_size, state_kernel_size):
+            if k % 2 == 0:
+                raise ValueError(f"kernel size {k} is even; use an odd one, so that frames keep their size")
+        self.hidden = hidden
+        self.padding = kernel_size // 2, state_kernel_size // 2
+        self.input_to_state = kernel(in_channels, 4 * hidden, kernel_size) if in_channels else None
+        self.state_to_state = kernel(hidden, 4 * hidden, state_kernel_size)
+        self.bias = nn.Parameter(torch.zeros(4 * hidden))
+        self.peephole = nn.Parameter(torch.zeros(3, hidden)) if peephole else None
+        with torch.no_grad():
+            self.bias[hidden : 2 * hidden] = 1.0  # forget gates start open
+
+    def forward(self, x, state):
+        """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each → the next (h, c)."""
+        h, c = state
+        z = F.conv2d(h, self.state_to_state, self.bias, padding=self.padding[1])
+        if x is not None:
+            z = z + F.conv2d(x, self.input_to_state, padding=self.padding[0])
+        i, f, o, g = z.chunk(4, 1)
+        wi, wf, wo = self.peephole[:, :, None, None] if self.peephole is not None else (0, 0, 0)
+        c_next = torch.sigmoid(f + wf * c) * c + torch.sigmoid(i + wi * c) * torch.tanh(g)
+        h_next = torch.sigmoid(o + wo * c_next) * torch.tanh(c_next)
+        return h_next, c_next
+
+
+class ConvLSTM(nn.Module):
+    """One layer over time: the cell, once a frame. `fast=False` runs exactly that; `fast=True` its twin."""
+
+    def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True, fast=True):
+        super().__init__()
+        self.cell = ConvLSTMCell(in_channels, hidden, kernel_size, state_kernel_size, peephole)
+        self.fast = fast
+
+    def forward(self, x, state, n_frames):
+        """x (B, T, C, H, W) or None → hidden states (B, T, Ch, H, W) and the last (h, c)."""
+        if self.fast:
+            return self.forward_fast(x, state, n_frames)
+        hidden_states = []
+        for t in range(n_frames):
+            state = self.cell(None if x is None else x[:, t], state)
+            hidden_states.append(state[0])
+        return torch.stack(hidden_states, 1), state
+
+    def forward_fast(self, x, state, n_frames):
+        cell, device = self.cell, state[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
+        c_dtype = torch.promote_types(dtype, torch.float32)
+        cast = lambda weight: weight.to(dtype, memory_format=torch.channels_last)
+        weights = (
+            None if x is None else cast(cell.input_to_state),
+            cast(cell.state_to_state),
+            cell.bias.to(dtype),
+        )
+        peephole = state[0].new_zeros(3, cell.hidden) if cell.peephole is None else cell.peephole
+        h, c = (s.permute(0, 2, 3, 1) for s in state)
+        x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
+        with torch.autocast(device, enabled=False):
+            args = h.to(dtype), c.to(c_dtype), n_frames, *weights, peephole.to(c_dtype)
+            hs, c = FastConvLSTM.apply(x, *args)
+        hs, c = hs.permute(1, 0, 4, 2, 3), c.permute(0, 3, 1, 2)
+        return hs, (hs[:, -1], c)
+
+
+class EncoderForecaster(nn.Module):
+    """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
+
+    The defaults are the paper's best network, ConvLSTM(5×5)-5×5-128-5×5-64-5×5-64: 7,585,296 parameters.
+    head: channels of a hidden 3×3 layer before the 1×1 convolution that draws the patches; 0: none, the paper's.
+    dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
+    Raises ValueError for an even kernel, and for frames that it cannot cut into patches or that leave [0, 1].
+    """
+
+    def __init__(
+        self,
+        channels=1,
+        hidden=(128, 64, 64),
+        kernel_size=5,  # input-to-state
+        state_kernel_size=None,  # state-to-state; None: the same
+        patch=4,
+        peephole=True,
+        head=0,
+        dense=False,
+        fast=True,
+    ):
+        super().__init__()
+        self.channels, self.patch, self.dense = channels, patch, dense
+        pixels, width = channels * patch * patch, sum(hidden)
+        sizes = kernel_size, state_kernel_size or kernel_size, peephole, fast
+        layers = lambda first: nn.ModuleList(
+            ConvLSTM(n_in, n, *sizes) for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True)
+        )
+        self.encoder = layers(pixels)
+        self.forecaster = layers(0)  # its first layer has no input
+        draw = nn.Conv2d(head or width, pixels, 1)
+        nn.init.constant_(draw.bias, -3.0)  # frames start nearly black, as they are
+        hidden_layer = (nn.Conv2d(width, head, 3, padding=1), nn.GELU()) if head else ()
+        self.head = nn.Sequential(*hidden_layer, draw)
+
+    def forward(self, past, n_future):
+        self.check(past)
+        B, T = past.shape[:2]
+        x = F.pixel_unshuffle(past.flatten(0, 1), self.patch).unflatten(0, (B, T))  # (B, T, C·P², H/P, W/P)
+        seen, states = [], []
+        for layer in self.encoder:
+            zeros = x.new_zeros(B, layer.cell.hidden, *x.shape[-2:])
+            x, state = layer(x, (zeros, zeros), T)
+            seen.append(x)
+            states.append(state)
+        x, foreseen = None, []
+        for layer, state in zip(self.forecaster, states, strict=True):
+            x, _ = layer(x, state, n_future)
+            foreseen.append(x)
+        # to the head as images, time before batch, as the layers lay them out in memory: (T·B, sum of Ch, H/P, W/P)
+        layers = [x.transpose(0, 1) for x in foreseen]
+        if self.dense and self.training:
+            layers = [torch.cat((x.transpose(0, 1)[:-1], y)) for x, y in zip(seen, layers, strict=True)]
+        frames = self.head(torch.cat([x.flatten(0, 1) for x in layers], 1))
+        return F.pixel_shuffle(frames, self.patch).unflatten(0, (-1, B)).transpose(0, 1)
+
+    def check(self, past):
+        if past.ndim != 5 or past.shape[2] != self.channels:
+            raise ValueError(f"frames have shape {tuple(past.shape)}; expected (B, T, {self.channels}, H, W)")
+        if past.shape[3] % self.patch or past.shape[4] % self.patch:
+            raise ValueError(f"frames of {past.shape[3]}×{past.shape[4]} cannot be cut into patches of {self.patch}")
+        if past.device.type == "cpu" and past.numel():  # elsewhere a look at the values would stall the device
+            low, high = past.aminmax()
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"frames have values from {low:.4g} to {high:.4g}; expected 0 to 1")
