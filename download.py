@@ -5,14 +5,15 @@
 A transfer fills a .part file, which the next attempt continues, today or tomorrow. The final name appears
 only when the checksum has matched: what bears it is whole, and a start need not hash it again.
 
-raw/digits_train.png and raw/digits_test.png are the first 10,000 training and the first 2,000 test digits of
-MNIST (Y. LeCun, C. Cortes, CC BY-SA 3.0), 100 a row. This remakes them where MNIST's own two files are:
+raw/digits_train.png and raw/digits_test.png are the first 10,000 training digits and every fifth test digit
+(2,000) of MNIST (Y. LeCun, C. Cortes, CC BY-SA 3.0), 100 a row: both have the mean ink of the whole, which the
+first 2,000 test digits have not. This remakes them where MNIST's own two files are:
 
     import gzip, cv2, numpy as np
-    for name, source, n in ("train", "train", 10_000), ("test", "t10k", 2_000):
+    for name, source, part in ("train", "train", slice(10_000)), ("test", "t10k", slice(None, None, 5)):
         idx = gzip.open(f"{source}-images-idx3-ubyte.gz").read()
-        digits = np.frombuffer(idx, np.uint8, n * 28 * 28, offset=16).reshape(-1, 100, 28, 28)
-        sheet = digits.swapaxes(1, 2).reshape(-1, 100 * 28)
+        digits = np.frombuffer(idx, np.uint8, offset=16).reshape(-1, 28, 28)[part]
+        sheet = digits.reshape(-1, 100, 28, 28).swapaxes(1, 2).reshape(-1, 100 * 28)
         assert cv2.imwrite(f"raw/digits_{name}.png", sheet, [cv2.IMWRITE_PNG_COMPRESSION, 9])
 """
 

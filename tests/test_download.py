@@ -22,7 +22,7 @@ import pytest
 import download
 
 ROOT = Path(download.__file__).parent
-MNIST = Path("/work/shared/mnist")
+MNIST = ROOT.parent / "shared" / "mnist"
 NPY = np.random.default_rng(0).integers(0, 16, 300_000, np.uint8).tobytes()  # its .gz has half the size
 GZ = gzip.compress(NPY)
 HALF = len(NPY) // 2
@@ -449,9 +449,9 @@ def test_docstring_remakes_the_sheets(tmp_path, monkeypatch):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     exec("if True:" + download.__doc__[download.__doc__.index("\n    import gzip") :])
-    for name, source, n in ("train", "train", 10_000), ("test", "t10k", 2_000):
+    for name, source, part in ("train", "train", slice(10_000)), ("test", "t10k", slice(None, None, 5)):
         committed = download.digit_sheet(ROOT / "raw" / f"digits_{name}.png")
-        np.testing.assert_array_equal(committed, idx_images(source)[:n])
+        np.testing.assert_array_equal(committed, idx_images(source)[part])
         np.testing.assert_array_equal(download.digit_sheet(f"raw/digits_{name}.png"), committed)
 
 
