@@ -1,0 +1,164 @@
+"""How fast: my model against the reference on the same work, in one run, so that the ratios hold on any machine.
+
+    python bench.py              prints the table and writes bench.json
+    python bench.py --scaling    time and memory against batch, frames, size and hidden channels
+
+The work is the paper's network, 128-64-64 hidden, 5×5, patches of 4, on 10 + 10 frames of 64×64. Contenders take
+turns, and the median of each is shown; compare ratios of one run, never seconds of two. The reference carries
+no peepholes and convolves a zero input in its forecaster's first layer (144 channels for 128).
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+from convlstm import ConvLSTMForecaster
+from my_model import EncoderForecaster
+
+PAPER = {"hidden": (128, 64, 64), "kernel_size": 5, "patch": 4}
+
+
+def bf16():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+CONTENDERS = {
+    "reference, fp32": (ConvLSTMForecaster, nullcontext),
+    "reference, bf16": (ConvLSTMForecaster, bf16),
+    "my_model, fp32": (EncoderForecaster, nullcontext),
+    "my_model, bf16": (EncoderForecaster, bf16),
+}
+
+
+def step_of(name, batch, frames=10, size=64, training=True, **network):
+    """A function that does one training step, or one forecast, of the named contender."""
+    torch.manual_seed(0)
+    build, autocast = CONTENDERS[name]
+    model = build(1, **{**PAPER, **network})
+    optimiser = torch.optim.AdamW(model.parameters())
+    past, future = torch.rand(2, batch, frames, 1, size, size)
+
+    def forecast():
+        with torch.inference_mode(), autocast():
+            model(past, frames)
+
+    def train():
+        with autocast():
+            logits = model(past, frames)
+        F.binary_cross_entropy_with_logits(logits.float(), future).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return train if training else forecast
+
+
+def take_turns(functions, rounds):
+    """name → median seconds of a call; every round calls each once."""
+    seconds = {name: [] for name in functions}
+    for r in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if r > 0:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16, k=5, dtype=torch.bfloat16):
+    """A function that does the convolutions of one training step and nothing else: forward and both gradients,
+    channels last, input-to-state over all frames at once, state-to-state frame by frame."""
+    calls = []
+    for first in (pixels, 0):  # encoder, forecaster
+        for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True):
+            calls += [(n, n, batch, frames, True)] + ([(n_in, n, batch * frames, 1, n_in != pixels)] if n_in else [])
+
+    def operands(n_in, n, b):
+        shape = ((b, n_in, size, size), (b, 4 * n, size, size), (4 * n, n_in, k, k))
+        return [torch.randn(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shape]
+
+    work = [(operands(n_in, n, b), times, needs_dx) for n_in, n, b, times, needs_dx in calls]
+
+    def step():
+        for (x, dz, w), times, needs_dx in work:
+            for _ in range(times):
+                F.conv2d(x, w, padding=k // 2)
+                options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, (needs_dx, True, False)
+                torch.ops.aten.convolution_backward(dz, x, w, *options)
+
+    return step
+
+
+def peak_memory(name, batch, **work):
+    """Bytes that one training step of the contender needs at its peak, measured in a process of its own."""
+    code = (
+        f"import bench, resource; s = bench.step_of({name!r}, 1, frames=1, **{work!r}); s();"
+        "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        f"s = bench.step_of({name!r}, {batch}, **{work!r}); s(); s();"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return int(out) * (1 if sys.platform == "darwin" else 1024)
+
+
+def compare(rounds):
+    batch, rows = 16, []
+    functions = {name: step_of(name, batch) for name in CONTENDERS}
+    functions["bare convolutions, bf16"] = bare_convolutions(batch)
+    functions["bare convolutions, fp32"] = bare_convolutions(batch, dtype=torch.float32)
+    for name, seconds in take_turns(functions, rounds).items():
+        memory = peak_memory(name, batch) if name in CONTENDERS else None
+        rows.append({"work": "training step", "batch": batch, "name": name, "seconds": seconds, "bytes": memory})
+    for batch in (1, 64):
+        functions = {name: step_of(name, batch, training=False) for name in CONTENDERS}
+        for name, seconds in take_turns(functions, rounds).items():
+            rows.append({"work": "forecast", "batch": batch, "name": name, "seconds": seconds, "bytes": None})
+    return rows
+
+
+def scaling(rounds):
+    name = "my_model, bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "my_model, fp32"
+    base = {"batch": 4, "frames": 10, "size": 64, "hidden": (64, 64, 64)}
+    sweeps = {
+        "batch": (2, 4, 8, 16),
+        "frames": (5, 10, 20, 40),
+        "size": (32, 64, 128, 256),
+        "hidden": ((32,) * 3, (64,) * 3, (128,) * 3),
+    }
+    rows = []
+    for knob, values in sweeps.items():
+        for value in values:
+            work = {**base, knob: value}
+            seconds = take_turns({name: step_of(name, **work)}, rounds)[name]
+            rows.append({"work": f"{knob} {value}", **work, "name": name, "seconds": seconds,
+                         "bytes": peak_memory(name, **work)})  # fmt: skip
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each contender (default 5)")
+    parser.add_argument("--scaling", action="store_true", help="growth of my_model's training step instead")
+    arguments = parser.parse_args()
+    rows = scaling(arguments.rounds) if arguments.scaling else compare(arguments.rounds)
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'work':18}{'batch':>6}  {'':26}{'ms':>9}{'sequences/s':>13}{'of the first':>14}{'peak MB':>9}")
+    first = {}
+    for row in rows:
+        reference = first.setdefault((row["work"], row["batch"]), row["seconds"])
+        memory = f"{row['bytes'] / 2**20:9.0f}" if row["bytes"] else ""
+        print(f"{row['work']:18}{row['batch']:6}  {row['name']:26}{row['seconds'] * 1e3:9.1f}"
+              f"{row['batch'] / row['seconds']:13.1f}{reference / row['seconds']:13.2f}x{memory}")  # fmt: skip
+    with open("bench.json", "w") as file:
+        json.dump({"machine": platform.platform(), "torch": torch.__version__, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,561 @@
+"""The network against the paper's counts, the equations worked out by hand, loops, and numerical gradients."""
+
+import functools
+import math
+import shutil
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fast_convlstm
+from fast_convlstm import FastConvLSTM
+from my_model import ConvLSTM, ConvLSTMCell, EncoderForecaster
+
+DTYPES = [torch.float32, torch.bfloat16]  # those that have compiled gates
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randomised(module):
+    """With all parameters random: peepholes and biases start constant, which would hide mistakes."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.5 if p.ndim < 3 else (p.numel() / p.shape[0]) ** -0.5)
+    return module
+
+
+def small(**options):
+    return randomised(EncoderForecaster(**{"hidden": (3, 2), "kernel_size": 3, "patch": 2} | options))
+
+
+def relative_error(found, expected):
+    """The largest difference, in units of the largest value."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# Parameters of the paper's Table 1 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "state_kernel_size", "hidden", "count"),
+    [
+        (5, 5, (256,), 13_524_496),
+        (5, 5, (128, 128), 10_042_896),
+        (5, 5, (128, 64, 64), 7_585_296),
+        (9, 1, (128, 128), 11_550_224),
+        (9, 1, (128, 64, 64), 8_830_480),
+    ],
+)
+def test_parameter_counts_of_the_paper(kernel_size, state_kernel_size, hidden, count):
+    sizes = {"kernel_size": kernel_size, "state_kernel_size": state_kernel_size}
+    assert sum(p.numel() for p in EncoderForecaster(hidden=hidden, **sizes).parameters()) == count
+
+
+def test_default_is_the_best_network_of_the_paper():
+    assert sum(p.numel() for p in EncoderForecaster().parameters()) == 7_585_296
+
+
+# The cell -------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(z):
+    return 1 / (1 + math.exp(-z))
+
+
+@pytest.mark.parametrize(("with_input", "peephole"), list(product([True, False], repeat=2)))
+def test_cell_is_the_equations_on_one_pixel(with_input, peephole):
+    cell = ConvLSTMCell(1 if with_input else 0, 1, 1, 1, peephole).double()
+    x, h, c = 0.7, -0.4, 1.3
+    wx = {"i": 0.9, "f": -1.1, "o": 0.6, "g": 1.7} if with_input else dict.fromkeys("ifog", 0.0)
+    wh = {"i": -0.3, "f": 0.8, "o": 1.2, "g": -0.5}
+    b = {"i": 0.05, "f": 1.0, "o": -0.2, "g": 0.3}
+    wc = {"i": 0.45, "f": -0.65, "o": 0.85} if peephole else dict.fromkeys("ifo", 0.0)
+
+    i = sigmoid(wx["i"] * x + wh["i"] * h + wc["i"] * c + b["i"])
+    f = sigmoid(wx["f"] * x + wh["f"] * h + wc["f"] * c + b["f"])
+    g = math.tanh(wx["g"] * x + wh["g"] * h + b["g"])
+    c_next = f * c + i * g
+    o = sigmoid(wx["o"] * x + wh["o"] * h + wc["o"] * c_next + b["o"])
+    h_next = o * math.tanh(c_next)
+
+    pixel = lambda *values: torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        if with_input:
+            cell.input_to_state.copy_(pixel(*wx.values()))
+        cell.state_to_state.copy_(pixel(*wh.values()))
+        cell.bias.copy_(pixel(*b.values()).flatten())
+        if peephole:
+            cell.peephole.copy_(pixel(*wc.values()).view(3, 1))
+        found = cell(pixel(x) if with_input else None, (pixel(h), pixel(c)))
+    assert [y.item() for y in found] == pytest.approx([h_next, c_next], abs=1e-14)
+
+
+def convolve_by_loops(x, weight):
+    """x (C_in, H, W) → (C_out, H, W): each kernel laid over each pixel, zeros beyond the edge."""
+    (n_out, n_in, k, _), (_, H, W) = weight.shape, x.shape
+    y = torch.zeros(n_out, H, W, dtype=x.dtype)
+    for a, b, row, column, down, right in product(*map(range, (n_out, n_in, H, W, k, k))):
+        r, c = row + down - k // 2, column + right - k // 2
+        if 0 <= r < H and 0 <= c < W:
+            y[a, row, column] += weight[a, b, down, right] * x[b, r, c]
+    return y
+
+
+@torch.no_grad()
+def test_cell_over_space_and_channels():
+    cell = randomised(ConvLSTMCell(2, 3, 3, 1)).double()
+    x, h, c = (torch.randn(1, n, 3, 4, dtype=torch.float64) for n in (2, 3, 3))
+    z = convolve_by_loops(x[0], cell.input_to_state) + convolve_by_loops(h[0], cell.state_to_state)
+    h_next, c_next = cell(x, (h, c))
+    for k, row, column in product(range(3), range(3), range(4)):  # channel and pixel
+        i, f, o, g = (z[gate * 3 + k, row, column].item() + cell.bias[gate * 3 + k].item() for gate in range(4))
+        wi, wf, wo = cell.peephole[:, k].tolist()  # one number a channel, wherever the pixel is
+        before = c[0, k, row, column].item()
+        after = sigmoid(f + wf * before) * before + sigmoid(i + wi * before) * math.tanh(g)
+        assert c_next[0, k, row, column].item() == pytest.approx(after, abs=1e-13)
+        assert h_next[0, k, row, column].item() == pytest.approx(
+            sigmoid(o + wo * after) * math.tanh(after), abs=1e-13
+        )
+
+
+# The fast layer against its plain twin --------------------------------------------------------------------------
+
+LAYERS = [  # in_channels, hidden, input-to-state kernel, state-to-state kernel, (B, T, H, W)
+    pytest.param(3, 4, 3, 3, (2, 4, 5, 7), id="3x3"),
+    pytest.param(16, 8, 5, 5, (2, 3, 6, 4), id="5x5"),
+    pytest.param(2, 5, 5, 3, (1, 4, 4, 9), id="5x5_3x3_batch_of_1"),
+    pytest.param(3, 20, 1, 5, (3, 2, 5, 3), id="1x1_5x5"),
+    pytest.param(0, 4, 3, 5, (2, 4, 3, 6), id="no_input"),
+    pytest.param(0, 3, 3, 3, (1, 1, 1, 1), id="no_input_one_pixel"),
+    pytest.param(2, 3, 3, 3, (2, 3, 1, 1), id="one_pixel"),
+    pytest.param(1, 1, 3, 3, (1, 1, 1, 1), id="one_of_everything"),
+    pytest.param(1, 1, 5, 3, (2, 3, 4, 5), id="one_channel"),
+    pytest.param(1, 4, 1, 3, (1, 3, 4, 5), id="one_channel_1x1_batch_of_1"),
+    pytest.param(1, 4, 1, 1, (2, 3, 4, 5), id="one_channel_1x1"),
+    pytest.param(2, 3, 3, 3, (4, 3, 1, 6), id="one_row"),
+]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def run_layer(layer, x, state, n_frames, dtype, fast):
+    """Outputs and all gradients by name; dtype bfloat16 means autocast. What is given must stay as it is."""
+    layer.fast = fast
+    leaves = {"x": x, "h0": state[0], "c0": state[1], **dict(layer.cell.named_parameters())}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden_states, (h, c) = layer(x, state, n_frames)
+    outputs = {"hidden states": hidden_states, "h": h, "c": c}
+    generator = torch.Generator().manual_seed(1)  # the same weighted sum at every call
+    loss = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs.values())
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf, before[name]), f"{name} was overwritten"
+    return outputs | {f"gradient of {name}": d for name, d in zip(leaves, gradients, strict=True)}
+
+
+def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole):
+    B, T, H, W = shape
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = randomised(ConvLSTM(n_in, hidden, kernel_size, state_kernel_size, peephole)).to(exact)
+    # time before batch in memory, as the layer below leaves it
+    x = torch.rand(T, B, n_in, H, W, dtype=exact).transpose(0, 1).requires_grad_() if n_in else None
+    state = [torch.randn(B, hidden, H, W, dtype=exact, requires_grad=True) for _ in range(2)]
+    plain, fast = (run_layer(layer, x, state, T, dtype, fast) for fast in (False, True))
+    assert plain.keys() == fast.keys()
+    for name, expected in plain.items():
+        assert fast[name].shape == expected.shape, name
+        assert relative_error(fast[name], expected) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("peephole", [True, False], ids=["peephole", "no_peephole"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("n_in", "hidden", "kernel_size", "state_kernel_size", "shape"), LAYERS)
+def test_fast_layer_is_its_plain_twin(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole):
+    assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole)
+
+
+@pytest.mark.parametrize("compiler", [None, "false"], ids=["no_compiler", "broken_compiler"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fast_layer_without_compiled_gates(monkeypatch, compiler, dtype):
+    found = compiler and shutil.which(compiler)  # `false` is there, and always fails
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    not_yet_built = functools.cache(fast_convlstm.kernels.__wrapped__)
+    monkeypatch.setattr(fast_convlstm, "kernels", not_yet_built)
+    assert not_yet_built("cpu", dtype) == (fast_convlstm.gates_forward, fast_convlstm.gates_backward)
+    for n_in in (3, 0):
+        assert_fast_is_plain(n_in, 4, 5, 3, (2, 3, 5, 7), dtype, peephole=True)
+
+
+class Repeated(torch.autograd.Function):
+    """FastConvLSTM, which may go backward once only, for gradcheck, which goes often: forward again each time."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        ctx.args = args
+        return FastConvLSTM.apply(*args)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in ctx.args]
+        with torch.enable_grad():
+            outputs = FastConvLSTM.apply(*args)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        found = iter(torch.autograd.grad(outputs, tensors, gradients))
+        return tuple(next(found) if isinstance(a, torch.Tensor) else None for a in args)
+
+
+@pytest.mark.parametrize("with_input", [True, False], ids=["input", "no_input"])
+def test_fast_gradients_are_finite_differences(with_input):
+    T, B, H, W, n_in, C = 2, 1, 2, 3, 2, 2
+    leaf = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    x, input_weight = (leaf(T, B, H, W, n_in), leaf(4 * C, n_in, 3, 3)) if with_input else (None, None)
+    args = x, leaf(B, H, W, C), leaf(B, H, W, C), T, input_weight, leaf(4 * C, C, 3, 3), leaf(4 * C), leaf(3, C)
+    assert torch.autograd.gradcheck(Repeated.apply, args)
+
+
+def test_state_goes_on_where_it_stopped():
+    layer = randomised(ConvLSTM(2, 3, 3, 3)).double()
+    x, state = torch.rand(2, 5, 2, 4, 6).double(), [torch.randn(2, 3, 4, 6).double() for _ in range(2)]
+    whole, last = layer(x, state, 5)
+    first, between = layer(x[:, :2], state, 2)
+    second, end = layer(x[:, 2:], between, 3)
+    torch.testing.assert_close(torch.cat((first, second), 1), whole)
+    torch.testing.assert_close(end, last)
+
+
+# The compiled gates ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def compiled(request):
+    """dtype and its compiled (gates_forward, gates_backward)."""
+    has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
+    if not has_compiler or not Path("/proc/self/maps").exists():
+        pytest.skip("needs a C compiler and Linux")
+    forward, backward = fast_convlstm.kernels("cpu", request.param)
+    assert forward is not fast_convlstm.gates_forward, "there is a compiler, but the gates were not built"
+    return request.param, forward, backward
+
+
+@pytest.fixture(params=[1, 3], ids=["1_thread", "3_threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def one_step(forward, dtype, i, f, o, g, c):
+    """The gates on pixels (N,) of one channel, without peepholes: the next c and h."""
+    z = torch.stack([torch.as_tensor(gate).expand(len(c)) for gate in (i, f, o, g)], 1).to(dtype).contiguous()
+    c, h = c[:, None].clone(), torch.empty(len(c), 1, dtype=dtype)
+    forward(z, torch.zeros_like(z), torch.zeros(3, 1), c, torch.empty_like(c), h)
+    return c[:, 0], h[:, 0]
+
+
+def test_compiled_tanh_and_sigmoid(compiled):
+    dtype, forward, _ = compiled
+    x = torch.linspace(-30, 30, 300_001).to(dtype)  # steps of 0.0002
+    x = torch.cat((x, torch.tensor([-math.inf, math.inf], dtype=dtype)))
+    nothing, open_gate, shut = torch.zeros(len(x)), torch.tensor(30.0), torch.tensor(-30.0)
+    c, h = one_step(forward, dtype, open_gate, shut, open_gate, x, nothing)  # c = tanh(x)
+    assert (c.double() - x.double().tanh()).abs().max() < 2e-6
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    assert (h.double() - x.double().tanh().tanh()).abs().max() < rounding
+    c, _ = one_step(forward, dtype, shut, x, open_gate, torch.tensor(0.0), nothing + 1)  # c = σ(x)
+    assert (c.double() - x.double().sigmoid()).abs().max() < 2e-6
+
+
+def gate_arguments(dtype, N, C):
+    """Random z, zh, peephole, c of gates_forward, and dh, dh_next, dc of gates_backward."""
+    z, zh = torch.randn(2, N, 4 * C).to(dtype)
+    dh, dh_next = torch.randn(2, N, C).to(dtype)
+    return z, zh, torch.randn(3, C), torch.randn(N, C), dh, dh_next, torch.randn(N, C)
+
+
+def forward_and_backward(forward, backward, z, zh, peephole, c, dh, dh_next, dc):
+    z, c, dc = z.clone(), c.clone(), dc.clone()
+    c_before, h = torch.empty_like(c), torch.empty(c.shape, dtype=z.dtype)
+    forward(z, zh, peephole, c, c_before, h)
+    added = z.clone()
+    sums = torch.zeros(torch.get_num_threads(), 7, c.shape[1])
+    backward(z, peephole, c_before, dh, dh_next, dc, sums)
+    return {"z": added, "c": c, "c_before": c_before, "h": h, "dz": z, "dc": dc, "sums": sums.sum(0)}
+
+
+@pytest.mark.parametrize(("N", "C"), [(1, 1), (2, 5), (35, 16), (50, 37)])
+def test_compiled_gates_are_the_python_ones(compiled, threads, N, C):
+    dtype, *gates = compiled
+    args = gate_arguments(dtype, N, C)
+    found = forward_and_backward(*gates, *args)
+    expected = forward_and_backward(fast_convlstm.gates_forward, fast_convlstm.gates_backward, *args)
+    assert torch.equal(found["z"], expected["z"])  # a sum, rounded to nearest even
+    for name in expected:
+        rounded = dtype == torch.bfloat16 and name in ("h", "dz")
+        assert relative_error(found[name], expected[name]) < (2**-7 if rounded else 2e-5), name
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1], ids=["usual", "all_ones", "all_ones_negative"])
+@pytest.mark.parametrize("place", range(7), ids=["z", "zh", "peephole", "c", "dh", "dh_next", "dc"])
+def test_nan_passes_through_compiled_gates(compiled, place, bits):
+    dtype, *gates = compiled
+    args = list(gate_arguments(dtype, 6, 20))
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for row, column in ((0, 1), (1, 17), (2, 19)):
+        args[place][row, column] = nan
+    found = forward_and_backward(*gates, *args)
+    expected = forward_and_backward(fast_convlstm.gates_forward, fast_convlstm.gates_backward, *args)
+    assert any(y.isnan().any() for y in expected.values())
+    for name in expected:
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_nan_passes_through_the_fast_layer(dtype):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = randomised(ConvLSTM(1, 4, 3, 3)).to(exact)
+    x, zeros = torch.rand(2, 3, 1, 5, 5, dtype=exact), torch.zeros(2, 4, 5, 5, dtype=exact)
+    x[0, 1, 0, 2, 2] = math.nan
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden_states, (_, c) = layer(x, (zeros, zeros), 3)
+    assert not hidden_states[0, 0].isnan().any() and not hidden_states[1].isnan().any()
+    assert hidden_states[0, 1, :, 1:4, 1:4].isnan().all() and hidden_states[0, 2].isnan().all()
+    assert c[0].isnan().all() and not c[1].isnan().any()
+
+
+# The encoder-forecaster -----------------------------------------------------------------------------------------
+
+
+def cut_by_hand(frames, P):
+    """(B, T, C, H, W) → (B, T, C·P², H/P, W/P): channel by channel, a patch's pixels row by row."""
+    return torch.stack(
+        [frames[:, :, c, y::P, x::P] for c in range(frames.shape[2]) for y in range(P) for x in range(P)], 2
+    )
+
+
+def forecast_by_hand(model, past, n_future):
+    """Patches, one cell call a layer and frame, the head frame by frame, and patches put together again."""
+    P, head = model.patch, model.head
+    x = cut_by_hand(past, P)
+    zeros = lambda layer: x.new_zeros(x.shape[0], layer.cell.hidden, *x.shape[-2:])
+    states, drawn = [(zeros(layer), zeros(layer)) for layer in model.encoder], []
+    for t in range(past.shape[1]):
+        below = x[:, t]
+        for k, layer in enumerate(model.encoder):
+            states[k] = layer.cell(below, states[k])
+            below = states[k][0]
+        if model.dense and model.training and t < past.shape[1] - 1:
+            drawn.append(head(torch.cat([h for h, _ in states], 1)))
+    for _ in range(n_future):
+        below = None
+        for k, layer in enumerate(model.forecaster):
+            states[k] = layer.cell(below, states[k])
+            below = states[k][0]
+        drawn.append(head(torch.cat([h for h, _ in states], 1)))
+    patches = torch.stack(drawn, 1)
+    B, T, _, H, W = patches.shape
+    frames = patches.new_empty(B, T, past.shape[2], H * P, W * P)
+    for c, y, x in product(range(past.shape[2]), range(P), range(P)):
+        frames[:, :, c, y::P, x::P] = patches[:, :, (c * P + y) * P + x]
+    return frames
+
+
+OPTIONS = [
+    pytest.param({}, id="plain_head"),
+    pytest.param({"peephole": False, "hidden": (4,)}, id="one_layer_no_peephole"),
+    pytest.param({"head": 5, "state_kernel_size": 1}, id="deep_head_1x1_state"),
+    pytest.param({"dense": True, "hidden": (2, 4, 3), "kernel_size": 5}, id="dense_three_layers"),
+    pytest.param({"channels": 3, "head": 4, "dense": True, "patch": 4}, id="colour_dense_deep_head"),
+]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_forecast_by_hand(options, fast):
+    model = small(fast=fast, **options).double()
+    past = torch.rand(2, 4, model.channels, 8, 12, dtype=torch.float64)
+    torch.testing.assert_close(model(past, 3), forecast_by_hand(model, past, 3), rtol=0, atol=1e-12)
+    model.eval()
+    torch.testing.assert_close(model(past, 3), forecast_by_hand(model, past, 3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_fast_network_is_its_plain_twin(dtype):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    model = EncoderForecaster(hidden=(16, 8), head=8, dense=True).to(exact)
+    past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
+    results = []
+    for fast in (False, True):
+        for layer in (*model.encoder, *model.forecaster):
+            layer.fast = fast
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(past, 4)
+            gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+        names = [name for name, _ in model.named_parameters()]
+        results.append({"logits": logits} | dict(zip(names, gradients, strict=True)))
+    plain, fast = results
+    for name, expected in plain.items():
+        assert relative_error(fast[name], expected) < TOLERANCE[dtype], name
+
+
+def test_first_forecaster_layer_has_no_input():
+    model = small(hidden=(3, 2, 4))
+    with_input = [layer.cell.input_to_state is not None for layer in model.forecaster]
+    assert with_input == [False, True, True]
+    assert not any(name.startswith("forecaster.0.cell.input") for name in model.state_dict())
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_every_state_is_copied_from_encoder_to_forecaster(fast):
+    model = small(hidden=(3, 2, 4), fast=fast)
+    left, received = [], []
+    for layer in model.encoder:
+        layer.register_forward_hook(lambda layer, args, output: left.append(output[1]))
+    for layer in model.forecaster:
+        layer.register_forward_pre_hook(lambda layer, args: received.append(args[:2]))
+    past = torch.rand(2, 3, 1, 8, 8)
+    model(past, 2)
+    assert received[0][0] is None and received[1][0].shape[2] == 3 and received[2][0].shape[2] == 2
+    for k, ((h, c), (_, state)) in enumerate(zip(left, received, strict=True)):
+        assert h.shape == c.shape == (2, model.encoder[k].cell.hidden, 4, 4)
+        assert not torch.equal(h, c) and torch.equal(h, state[0]) and torch.equal(c, state[1])
+
+
+def test_every_encoder_layer_matters():
+    model, past = small(hidden=(3, 2, 4)), torch.rand(1, 3, 1, 8, 8)
+    before = model(past, 2)
+    for layer in model.encoder:
+        with torch.no_grad():
+            layer.cell.bias += 0.1
+        assert relative_error(model(past, 2), before) > 1e-4
+        with torch.no_grad():
+            layer.cell.bias -= 0.1
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_dense_frames_look_at_the_past_only(fast):
+    T, n_future = 4, 2
+    model = small(dense=True, head=4, fast=fast)
+    past = torch.rand(1, T, 1, 8, 8, requires_grad=True)
+    for t in range(T - 1 + n_future):  # drawn from frames 0 to t
+        drawn = model(past, n_future)[:, t]
+        (gradient,) = torch.autograd.grad(drawn.square().sum(), past)
+        seen = gradient.abs().amax((0, 2, 3, 4)) > 0
+        assert seen.tolist() == [frame <= t for frame in range(T)]
+
+
+def test_dense_draws_one_frame_more_for_each_frame_seen():
+    model, past = small(dense=True), torch.rand(2, 5, 1, 8, 8)
+    dense = model(past, 3)
+    assert dense.shape == (2, 4 + 3, 1, 8, 8)
+    model.dense = False
+    torch.testing.assert_close(dense[:, -3:], model(past, 3))
+    model.dense = True
+    torch.testing.assert_close(dense[:, :2], model(past[:, :3], 1)[:, :2])  # later frames change nothing
+    assert model(past[:, :1], 3).shape == (2, 3, 1, 8, 8)
+    assert torch.equal(model.eval()(past, 3), model(past, 3)) and model(past, 3).shape == (2, 3, 1, 8, 8)
+    torch.testing.assert_close(model(past, 3), dense[:, -3:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_future"),
+    [((1, 1, 1, 4, 4), 1), ((3, 2, 1, 8, 20), 7), ((1, 12, 1, 36, 4), 2), ((1, 3, 1, 4, 4), 25)],
+)
+@torch.no_grad()
+def test_sizes_are_free(shape, n_future):
+    model, past = small(patch=4), torch.rand(shape)
+    parameters = [p.clone() for p in model.parameters()]
+    logits = model(past, n_future)
+    assert logits.shape == (shape[0], n_future, *shape[2:]) and logits.isfinite().all()
+    torch.testing.assert_close(model(past, n_future), logits)
+    torch.testing.assert_close(model(past, n_future + 1)[:, :-1], logits)  # whatever the horizon
+    assert all(map(torch.equal, model.parameters(), parameters)), "forward changed the parameters"
+
+
+@torch.no_grad()
+def test_sequences_of_a_batch_do_not_touch():
+    model, past = small(channels=3), torch.rand(3, 4, 3, 8, 6)
+    one_by_one = torch.cat([model(past[k : k + 1], 2) for k in range(3)])
+    torch.testing.assert_close(model(past, 2), one_by_one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_training_step(options, autocast):
+    model = EncoderForecaster(**{"hidden": (8, 6), "kernel_size": 3, "patch": 2} | options)
+    T, n_future = 4, 3
+    sequences = (torch.rand(4, T + n_future, model.channels, 8, 8) > 0.7).float()
+    past, truth = sequences[:, :T], sequences[:, 1 if model.dense else T :]
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(past, n_future)
+        return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="sum") / len(truth)
+
+    before = loss()
+    before.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+    step, expected = 1e-4, sum(p.grad.square().sum() for p in model.parameters())
+    if not autocast:  # with small steps, the loss falls by the squared length of its gradient
+        torch.optim.SGD(model.parameters(), lr=step).step()
+        assert (before - loss()).item() / step == pytest.approx(expected.item(), rel=0.1)
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    assert loss() < 0.97 * before
+
+
+# Refusals: what was found, and what is wanted instead ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "found"), [({"kernel_size": 4}, 4), ({"kernel_size": 3, "state_kernel_size": 2}, 2)]
+)
+def test_even_kernels_are_refused(options, found):
+    with pytest.raises(ValueError, match=rf"kernel size {found} is even; use an odd one"):
+        EncoderForecaster(hidden=(2,), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 2, 1, 6, 8), r"frames of 6×8 cannot be cut into patches of 4"),
+        ((1, 2, 1, 8, 30), r"frames of 8×30 cannot be cut into patches of 4"),
+        ((1, 2, 3, 8, 8), r"shape \(1, 2, 3, 8, 8\); expected \(B, T, 1, H, W\)"),
+        ((1, 2, 8, 8), r"shape \(1, 2, 8, 8\); expected \(B, T, 1, H, W\)"),
+        ((2, 8, 8, 1, 1, 1), r"shape \(2, 8, 8, 1, 1, 1\); expected \(B, T, 1, H, W\)"),
+    ],
+)
+def test_wrong_shapes_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        small(patch=4)(torch.zeros(shape), 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-0.25, r"from -0.25 to 0.5; expected 0 to 1"),
+        (1.5, r"from 0.5 to 1.5; expected 0 to 1"),
+        (255.0, r"from 0.5 to 255; expected 0 to 1"),
+        (math.inf, r"from 0.5 to inf; expected 0 to 1"),
+        (math.nan, r"from nan to nan; expected 0 to 1"),
+    ],
+)
+def test_values_outside_0_to_1_are_refused(value, message):
+    past = torch.full((2, 3, 1, 8, 8), 0.5)
+    past[1, 2, 0, 3, 4] = value
+    with pytest.raises(ValueError, match=message):
+        small()(past, 2)
+
+
+def test_black_and_white_are_not_refused():
+    past = torch.zeros(1, 2, 1, 8, 8)
+    past[:, 1] = 1
+    assert small()(past, 2).isfinite().all()
