@@ -52,50 +52,50 @@ from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment
 from my_model import EncoderForecaster
 
 
-def knob(default, text):
-    return field(default=default, metadata={"help": text})
+def knob(default, text, at_least=None, at_most=None, choices=None):
+    """A field of Knobs with what its flag has to say of it."""
+    return field(default=default, metadata={"text": text, "least": at_least, "most": at_most, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Knobs:
+    """The experiment. Edit a default here, or set it for one run by a flag: python main.py --epochs 20"""
+
     # data
-    data: str = knob(
-        "array", "array (the official npy), fresh (new sequences all the time), or a path to your own .npy"
-    )
-    train_sequences: int = knob(0, "use only this many training sequences; 0 = all")
-    frames_in: int = knob(10, "frames the model sees")
-    frames_out: int = knob(10, "frames it forecasts, and is scored on")
+    data: str = knob("array", "array (the official npy), fresh (new sequences all the time), or your own .npy's path")
+    train_sequences: int = knob(0, "use only so many training sequences; 0 = all", 0)
+    frames_in: int = knob(10, "frames the model sees", 1)
+    frames_out: int = knob(10, "frames it forecasts and is scored on", 1)
     augment: bool = knob(True, "flip, transpose and reverse training sequences; the motion law stays the same")
     # model
-    model: str = knob("my_model", "my_model, convlstm (reference, same sizes) or seq2seq (reference, full resolution)")
+    model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
+                      choices=("my_model", "convlstm", "seq2seq"))  # fmt: skip
     hidden: tuple[int, ...] = knob((64, 64, 64), "hidden channels of each layer, bottom to top; the paper's: 128,64,64")
-    kernel_size: int = knob(3, "input-to-state kernel, odd; the paper's: 5")
-    state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same")
-    patch: int = knob(4, "pixels a side that make one position; 2 is sharper and four times slower")
-    peephole: bool = knob(True, "let gates see the cell state (my_model)")
-    dense: bool = knob(True, "in training, score the frame after each input frame as well (my_model)")
-    head: int = knob(
-        128, "channels of the output head's hidden layer; 0 = the paper's single 1x1 convolution (my_model)"
-    )
+    kernel_size: int = knob(3, "input-to-state kernel, odd; the paper's: 5", 1)
+    state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same", 0)
+    patch: int = knob(4, "pixels a side of a patch, one position of the states", 1)
+    peephole: bool = knob(True, "let the gates see the cell state")
+    head: int = knob(128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0)
+    dense: bool = knob(True, "in training, score the frame after each input frame as well")
     # optimisation
-    epochs: int = knob(5, "passes over the training sequences")
-    max_minutes: float = knob(0.0, "train for this many minutes instead of epochs; 0 = off")
-    batch_size: int = knob(8, "sequences a step, over all processes together")
-    learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest")
-    warmup: float = knob(0.05, "part of training in which the learning rate rises; then it falls to zero by a cosine")
-    short_horizon: int = knob(
-        3, "forecast frames trained on at first: near frames teach motion cheaply; 0 = all always"
+    epochs: int = knob(5, "passes over the training sequences", 1)
+    max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0)
+    batch_size: int = knob(8, "sequences a step, over all processes together", 1)
+    learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 0)
+    warmup: float = knob(
+        0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero", 0, 1
     )
-    short_until: float = knob(0.5, "part of training that uses the short horizon")
-    clip: float = knob(1.0, "largest gradient norm")
+    short_horizon: int = knob(3, "forecast frames trained on at first, as near frames teach motion; 0 = always all", 0)
+    short_until: float = knob(0.5, "part of training with the short horizon", 0, 1)
+    clip: float = knob(1.0, "largest gradient norm", 0)
     # evaluation and output
-    out: str = knob("results", "folder; each model has its own below it")
-    eval_only: bool = knob(False, "evaluate and draw the best weights, train nothing")
-    save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch")
+    out: str = knob("results", "folder; each model has its own in it")
+    eval_only: bool = knob(False, "evaluate the best weights and draw, train nothing")
+    save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0)
     # system
-    seed: int = knob(0, "of the weights, the order and the augmentation")
-    device: str = knob("auto", "auto, cpu, cuda or mps")
-    precision: str = knob("auto", "auto (bf16 where the hardware multiplies it), bf16 or fp32")
+    seed: int = knob(0, "of weights, order and augmentation", 0)
+    device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
 
 
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
@@ -106,7 +106,9 @@ def parse(arguments):
     """The Knobs that the command line asks for; a sentence and exit status 2 for what it cannot mean."""
 
     def boolean(text):
-        return {"true": True, "false": False}[text.lower()]
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
 
     def integers(text):
         return tuple(int(part) for part in text.split(","))
@@ -116,35 +118,17 @@ def parse(arguments):
     for f in dataclasses.fields(Knobs):
         kind = {bool: boolean, tuple[int, ...]: integers}.get(f.type, f.type)
         metavar = {bool: "true|false", tuple[int, ...]: "N,N,…"}.get(f.type, f.type.__name__.upper())
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=metavar, help=f.metadata["help"])
+        metavar = None if f.metadata["choices"] else metavar
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=metavar, help=f.metadata["text"],
+                            choices=f.metadata["choices"])  # fmt: skip
     knobs = Knobs(**vars(parser.parse_args(arguments)))
-    at_least_one = ["batch_size", "frames_in", "frames_out", "patch", "kernel_size", "epochs"]
-    for name in at_least_one:
-        if getattr(knobs, name) < 1:
-            parser.error(f"{name} is {getattr(knobs, name)}; it must be at least 1")
-    for name in (
-        "train_sequences",
-        "max_minutes",
-        "short_horizon",
-        "head",
-        "save_minutes",
-        "state_kernel_size",
-        "seed",
-    ):
-        if getattr(knobs, name) < 0:
-            parser.error(f"{name} is {getattr(knobs, name)}; it cannot be negative")
-    for name in ("learning_rate", "clip"):
-        if not 0 < getattr(knobs, name) < math.inf:
-            parser.error(f"{name} is {getattr(knobs, name)}; it must be a positive number")
-    for name in ("warmup", "short_until"):
-        if not 0 <= getattr(knobs, name) <= 1:
-            parser.error(f"{name} is {getattr(knobs, name)}; it is a part of training, between 0 and 1")
-    if not knobs.hidden or min(knobs.hidden) < 1:
+    for f in dataclasses.fields(Knobs):
+        value, least, most = getattr(knobs, f.name), f.metadata["least"], f.metadata["most"]
+        if (least is not None and not value >= least) or (most is not None and not value <= most) or value == math.inf:
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
+            parser.error(f"{f.name} is {value}; it must be {limits}")
+    if min(knobs.hidden) < 1:
         parser.error(f"hidden is {knobs.hidden}; give each layer at least one channel")
-    for name, choices in {"model": ("my_model", "convlstm", "seq2seq"), "device": ("auto", "cpu", "cuda", "mps"),
-                          "precision": ("auto", "bf16", "fp32")}.items():  # fmt: skip
-        if getattr(knobs, name) not in choices:
-            parser.error(f"{name} is {getattr(knobs, name)!r}; it must be one of {', '.join(choices)}")
     return knobs
 
 
@@ -211,18 +195,9 @@ def say(*words):
 
 def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
-    state_kernel_size = knobs.state_kernel_size or None
     if knobs.model == "my_model":
-        sizes = (
-            knobs.hidden,
-            knobs.kernel_size,
-            state_kernel_size,
-            knobs.patch,
-            knobs.peephole,
-            knobs.head,
-            knobs.dense,
-        )
-        return EncoderForecaster(channels, *sizes)
+        kernels = knobs.kernel_size, knobs.state_kernel_size or None
+        return EncoderForecaster(channels, knobs.hidden, *kernels, knobs.patch, knobs.peephole, knobs.head, knobs.dense)
     if knobs.model == "convlstm":
         return convlstm.ConvLSTMForecaster(channels, knobs.hidden, knobs.kernel_size, knobs.patch)
     return convlstm.Seq2SeqForecaster(channels, 64)

@@ -1,0 +1,84 @@
+"""What the tests of whole runs share: a small array, and main.py in this process or in its own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main
+import moving_mnist
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
+FRAMES_IN, FRAMES_OUT = 6, 4
+TRAIN, VALIDATION, TEST = slice(0, 46), slice(46, 51), slice(51, 57)  # 81, 9 and 10 percent of 57 sequences
+STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def moving_squares(n, seed=0):
+    """uint8 (20, n, 16, 16), time first as in the official array."""
+    squares = np.zeros((3, 8, 8), np.uint8)
+    squares[0, 1:6, 1:6], squares[1, 2:7, 0:4], squares[2, 3:6, 3:8] = 255, 180, 120
+    return np.ascontiguousarray(moving_mnist.generate(squares, n, seed, size=16)[:, :, 0].swapaxes(0, 1))
+
+
+@pytest.fixture(scope="session")
+def array(tmp_path_factory):
+    """Path of 57 sequences."""
+    path = tmp_path_factory.mktemp("data") / "squares.npy"
+    np.save(path, moving_squares(57))
+    return path
+
+
+def flags(data, out, **changes):
+    knobs = {"data": data, "out": out, "frames_in": FRAMES_IN, "frames_out": FRAMES_OUT, "hidden": 8, "head": 8,
+             "batch_size": 5, "epochs": 2, "precision": "fp32"} | changes  # fmt: skip
+    return [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
+
+
+def here(data, out, **changes):
+    """Run in this process, which saves the imports; the run's folder."""
+    knobs = main.parse(flags(data, out, **changes))
+    main.main(knobs)
+    return Path(knobs.out) / knobs.model
+
+
+def start(*arguments, launcher=(), **environment):
+    """Run in a process of its own; stdout and stderr are text."""
+    command = [sys.executable, *launcher, str(ROOT / "main.py"), *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=ENVIRONMENT | environment, **streams)
+
+
+def finish(process, status=0, timeout=120):
+    """(stdout, stderr) once it has ended, with this status and without a traceback."""
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in out + err, err
+    return out, err
+
+
+def wait_until(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def reference(array, tmp_path_factory):
+    """(folder, stdout) of one uninterrupted run. Read only."""
+    out = tmp_path_factory.mktemp("reference")
+    printed, _ = finish(start(*flags(array, out)))
+    return out / "my_model", printed

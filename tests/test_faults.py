@@ -1,0 +1,374 @@
+"""Faults, each on purpose: a clear sentence, a non-zero status, no traceback, and nothing lost.
+
+What needs no process of its own is asked of the functions; the last part ends real processes.
+"""
+
+import errno
+import os
+import pickle
+import random
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import STEPS, finish, flags, here, moving_squares, start
+from conftest import wait_until as wait
+
+import checkpoint
+import main
+from moving_mnist import DataError
+
+# Knobs
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--epoch", "2", "unrecognized arguments"),  # no abbreviations: a typing error is not a knob
+        ("--epochs", "two", "invalid int value: 'two'"),
+        ("--epochs", "1.5", "invalid int value"),
+        ("--epochs", "-1", "epochs is -1; it must be at least 1"),
+        ("--batch_size", "0", "batch_size is 0; it must be at least 1"),
+        ("--augment", "perhaps", "perhaps"),
+        ("--hidden", "8,x", "8,x"),
+        ("--hidden", "8,0", "at least one channel"),
+        ("--learning_rate", "nan", "learning_rate is nan"),
+        ("--learning_rate", "0", "it must be a positive number"),
+        ("--max_minutes", "nan", "max_minutes is nan"),
+        ("--max_minutes", "inf", "max_minutes is inf"),
+        ("--save_minutes", "nan", "save_minutes is nan"),
+        ("--warmup", "2", "between 0 and 1"),
+        ("--seed", "-1", "it cannot be negative"),
+        ("--seed", str(2**70), "seed is"),
+        ("--model", "lstm", "must be one of my_model, convlstm, seq2seq"),
+        ("--device", "tpu", "must be one of auto, cpu, cuda, mps"),
+    ],
+)
+def test_a_knob_that_means_nothing(flag, value, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.parse([flag, value])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kernel_size": 4}, "kernel size 4 is even"),
+        ({"state_kernel_size": 2}, "kernel size 2 is even"),
+        ({"model": "convlstm", "kernel_size": 4}, "even"),
+        ({"patch": 5}, "16×16 cannot be cut into patches of 5"),
+        ({"model": "convlstm", "patch": 5}, "patch"),
+        ({"frames_in": 18}, "20 frames a sequence, too few for frames_in 18 and frames_out 4"),
+        ({"batch_size": 47}, r"batch_size is 47; .*46 \(training sequences\)"),
+        ({"train_sequences": 4}, r"batch_size is 5; .*4 \(training sequences\)"),
+        ({"frames_in": 1}, "2"),  # the baseline by optical flow needs two: said before the training, not after it
+    ],
+)
+def test_a_knob_that_does_not_fit(changes, sentence, array, tmp_path):
+    with pytest.raises(DataError, match=sentence):
+        here(array, tmp_path, epochs=1, **changes)
+
+
+# Data
+
+
+def good(path):
+    np.save(path, moving_squares(57))
+
+
+def shorter(path):
+    good(path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def longer(path):
+    good(path)
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def flipped_header(path):
+    good(path)
+    path.write_bytes(path.read_bytes().replace(b"'descr'", b"'descx'", 1))
+
+
+class Malice:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+ARRAYS = {
+    "is not there": lambda path: None,
+    "is not a file": lambda path: path.mkdir(),
+    "is not a .npy array": lambda path: path.write_text("<html>404</html>"),
+    r"is not a \.npy array": flipped_header,
+    "holds float64; expected uint8": lambda path: np.save(path, moving_squares(57) / 255),
+    r"has shape \(20, 57, 256\); expected": lambda path: np.save(path, moving_squares(57).reshape(20, 57, 256)),
+    "is in Fortran order": lambda path: np.save(path, np.asfortranarray(moving_squares(57))),
+    "bytes; its header says .* damaged": shorter,
+    "bytes; its header says .*: it is damaged": longer,
+    "holds pickled objects": lambda path: np.save(path, np.array([Malice(path.with_name("run"))], object)),
+    "sequences, too few for a validation split": lambda path: np.save(path, moving_squares(2)),
+    "16.*11|11.*window": lambda path: np.save(path, moving_squares(57)[:, :, :8, :8].copy()),  # SSIM's window
+}
+
+
+@pytest.mark.parametrize("sentence", ARRAYS)
+def test_an_array_that_cannot_be_used(sentence, tmp_path):
+    path = tmp_path / "own.npy"
+    ARRAYS[sentence](path)
+    with pytest.raises(DataError, match=sentence):
+        here(path, tmp_path / "out", epochs=1)
+    assert not (tmp_path / "run").exists()
+
+
+# Checkpoints and the results folder
+
+
+@pytest.fixture(scope="module")
+def small(array, tmp_path_factory):
+    """Keyword arguments of a finished run of two steps, and its folder. Read only."""
+    knobs = {"data": array, "out": tmp_path_factory.mktemp("small"), "epochs": 1, "train_sequences": 10}
+    return knobs, here(**knobs)
+
+
+def copy(small, tmp_path):
+    """The same, with last.pt alone, to be damaged."""
+    knobs, folder = small
+    (tmp_path / "my_model").mkdir()
+    last = tmp_path / "my_model" / "last.pt"
+    last.write_bytes((folder / "last.pt").read_bytes())
+    return knobs | {"out": tmp_path}, last
+
+
+def flip(content, byte, bit):
+    return content[:byte] + bytes([content[byte] ^ 1 << bit]) + content[byte + 1 :]
+
+
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "zeroed": lambda content: bytes(len(content)),
+    "a web page": lambda content: b"<html><body>404</body></html>",
+    "another pickle": lambda content: pickle.dumps({"knobs": {}, "step": 1, "model": {}}),
+    "a flipped bit": lambda content: flip(content, len(content) // 2, 3),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_stops_the_run_and_stays(how, small, tmp_path):
+    knobs, last = copy(small, tmp_path)
+    last.write_bytes(DAMAGE[how](last.read_bytes()))
+    before = last.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; delete or move it to start over"):
+        here(**knobs)
+    assert last.read_bytes() == before and {p.name for p in last.parent.iterdir()} == {"last.pt", ".lock"}
+
+
+def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path):
+    path, rng = tmp_path / "x.pt", random.Random(0)
+    state = {"knobs": {"epochs": 1}, "step": 3, "model": {"weight": torch.arange(9.0)}}
+    checkpoint.save(path, state)
+    content = path.read_bytes()
+    directory = content.index(b"PK\x01\x02")  # names, sizes and checksums: the part that misleads a reader most
+    some = [(rng.randrange(len(content)), rng.randrange(8)) for _ in range(300)]
+    found = 0
+    for byte, bit in [(b, k) for b in range(directory, len(content)) for k in range(8)] + some:
+        path.write_bytes(flip(content, byte, bit))
+        try:
+            loaded = checkpoint.load(path)
+        except checkpoint.CheckpointError:
+            found += 1
+        else:
+            torch.testing.assert_close(loaded, state, rtol=0, atol=0)
+    assert found > 1000
+
+
+def test_a_malicious_checkpoint_runs_nothing(small, tmp_path):
+    knobs, last = copy(small, tmp_path)
+    torch.save({"knobs": {}, "step": 1, "model": Malice(tmp_path / "run")}, last)
+    with pytest.raises(checkpoint.CheckpointError, match="damaged or no checkpoint of this script"):
+        here(**knobs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_other_knobs(small, tmp_path):
+    knobs, last = copy(small, tmp_path)
+    before = last.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError) as refused:
+        here(**knobs | {"learning_rate": 0.5, "hidden": "4,4"})
+    assert "learning_rate was 0.02 and is now 0.5" in str(refused.value)
+    assert "hidden was (8,) and is now (4, 4)" in str(refused.value)
+    assert last.read_bytes() == before
+    with pytest.raises(checkpoint.CheckpointError, match="seed was 0 and is now 1"):
+        here(**knobs | {"seed": 1, "epochs": 2})  # more epochs excuse nothing else
+
+
+def test_weights_of_a_model_that_was_edited(small, tmp_path, monkeypatch):
+    knobs, _ = copy(small, tmp_path)
+    build = main.build
+    monkeypatch.setattr(main, "build", lambda k, channels: torch.nn.ModuleDict({"renamed": build(k, channels)}))
+    monkeypatch.setattr(torch.nn.ModuleDict, "forward", lambda self, *a: self["renamed"](*a), raising=False)
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt"):
+        here(**knobs)
+
+
+def test_scores_of_an_earlier_end_are_not_shown_for_a_later_one(small, tmp_path, monkeypatch, capsys):
+    knobs, folder = small
+    (tmp_path / "my_model").mkdir()
+    for name in ("last.pt", "best.pt", "metrics.json"):
+        (tmp_path / "my_model" / name).write_bytes((folder / name).read_bytes())
+    more = knobs | {"out": tmp_path, "epochs": 2}
+
+    def killed(*arguments):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(main, "test", killed)  # after the last checkpoint, before the scores
+        here(**more)
+    here(**more)
+    assert "this run has ended" not in capsys.readouterr().out
+
+
+def test_evaluation_without_weights(array, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt: No such file"):
+        here(array, tmp_path, eval_only=True)
+
+
+def test_a_folder_in_use(small):
+    knobs, folder = small
+    with checkpoint.lock(folder), pytest.raises(checkpoint.CheckpointError, match="in use by another run"):
+        here(**knobs)
+
+
+def test_an_output_that_is_a_file(array, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot write to .*out"):
+        here(array, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(call, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    state = {"knobs": {}, "step": 1, "model": {}}
+    checkpoint.save(path, state)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot write .*last\.pt: No space left on device"):
+        checkpoint.save(path, state | {"step": 2})
+    assert checkpoint.load(path) == state and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_stray_half_written_file_does_no_harm(small, tmp_path):
+    knobs, last = copy(small, tmp_path)
+    last.with_name("last.pt.tmp").write_bytes(b"half")
+    here(**knobs | {"epochs": 2})
+    assert checkpoint.load(last)["step"] == 4
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("what", ["loss nan", "gradient norm inf"])
+def test_training_stops_before_a_step_that_would_spoil_the_weights(what, array, tmp_path, monkeypatch):
+    build, models = main.build, []
+
+    def spoiled(*arguments):
+        model = build(*arguments)
+        forward, calls = model.forward, iter(range(10**6))
+
+        def bad_after_an_epoch(past, n_future):
+            logits = forward(past, n_future)
+            if model.training and torch.is_grad_enabled() and next(calls) >= STEPS:
+                if what == "loss nan":
+                    return logits * float("nan")
+                logits.register_hook(lambda gradient: gradient * float("inf"))
+            return logits
+
+        model.forward = bad_after_an_epoch
+        models.append(model)
+        return model
+
+    monkeypatch.setattr(main, "build", spoiled)
+    with pytest.raises(FloatingPointError, match=rf"{what}.* epoch 2, step {STEPS + 1}, at learning rate 0\.\d+"):
+        here(array, tmp_path)
+    state = checkpoint.load(tmp_path / "my_model" / "last.pt")
+    assert state["step"] == STEPS and len(state["history"]) == 1
+    torch.testing.assert_close(state["model"], dict(models[0].state_dict()), rtol=0, atol=0)
+    assert (tmp_path / "my_model" / "log.csv").read_text().count("\n") == 2
+
+
+def test_weights_that_only_the_evaluation_finds_spoiled(array, tmp_path):
+    with pytest.raises(FloatingPointError):  # the loss of the only step is finite, the weights after it are not
+        here(array, tmp_path, epochs=1, train_sequences=5, warmup=0, learning_rate=1e39)
+    assert not (tmp_path / "my_model" / "best.pt").exists()
+
+
+# Processes
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "sentence"),
+    [
+        ({"data": "nowhere.npy"}, 1, "main.py: nowhere.npy is not there"),
+        ({"augment": "perhaps"}, 2, "perhaps"),
+        ({"hidden": 10**6}, 1, "out of memory at batch_size 5"),
+    ],
+)
+def test_a_refusal_is_a_sentence(changes, status, sentence, array, tmp_path):
+    _, err = finish(start(*flags(array, tmp_path, **changes)), status)
+    assert sentence in err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_how_to_go_on(number, status, reference, array, tmp_path, capsys):
+    process = start(*flags(array, tmp_path))
+    wait((tmp_path / "my_model" / "last.pt").exists, process)
+    process.send_signal(number)
+    _, err = finish(process, status)
+    assert err.splitlines()[-1].startswith("stopped; go on with: python ")
+    assert err.count("stopped") == 1
+    here(array, tmp_path)
+    assert f"going on at step {STEPS}" in capsys.readouterr().out
+    assert (tmp_path / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()
+
+
+def test_one_of_two_processes_dies(array, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = flags(array, tmp_path, epochs=500)
+    both = [start(*command, RANK=str(k), LOCAL_RANK=str(k), **world) for k in (0, 1)]
+    try:
+        last = tmp_path / "my_model" / "last.pt"
+        wait(last.exists, both[0])
+        both[1].kill()
+        both[0].communicate(timeout=10)  # without torchrun, which would stop it too
+        assert both[0].returncode > 0
+        assert checkpoint.load(last)["step"] >= STEPS
+        checkpoint.lock(last.parent).close()  # the next run may have it
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def test_python_optimised_away_nothing():
+    """The promises hold without asserts: none of them guards data or checkpoints."""
+    code = "import checkpoint, sys; checkpoint.load(sys.argv[1])"
+    run = subprocess.run([sys.executable, "-O", "-c", code, __file__], capture_output=True, text=True)
+    assert run.returncode and "damaged or no checkpoint" in run.stderr

@@ -1,0 +1,113 @@
+"""The pictures, read back: grey scale fixed, greys exact, and a file that is whole or as it was."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import figures
+
+T_IN, T_OUT, SIZE = 3, 2, 16
+
+
+def flat(value, frames, channels=1):
+    return np.full((frames, channels, SIZE, SIZE), value, np.float32)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_grey_scale_is_fixed(tmp_path):
+    path = tmp_path / "grid.png"
+    figures.prediction(path, flat(0.5, T_IN), flat(0.25, T_OUT), flat(0.75, T_OUT), "title")
+    picture = pixels(path)
+    grey = picture[..., 0]
+    assert (picture == grey[..., None]).all()
+    rows = {value: np.argwhere(grey == value)[:, 0] for value in (128, 64, 191)}  # of 0.5, 0.25, 0.75
+    a_frame = len(rows[64]) / T_OUT
+    assert a_frame > 80 * 80  # printed pixels: large enough to see
+    assert len(rows[191]) / T_OUT == pytest.approx(a_frame, rel=0.1)
+    assert len(rows[128]) / (T_IN + T_OUT) == pytest.approx(a_frame, rel=0.1)  # the input, and |0.75 - 0.25|
+    assert rows[128].min() < rows[64].min() < rows[191].min() < rows[128].max()  # input, truth, forecast, error
+
+
+def test_a_dark_frame_is_not_brightened(tmp_path):
+    frames = flat(0, T_IN)
+    frames[:, :, 4:8] = 0.1
+    figures.prediction(tmp_path / "grid.png", frames, frames[:2], frames[:2], "title")
+    grey = pixels(tmp_path / "grid.png")[..., 0]
+    assert (grey == 26).sum() > 1000 and (grey == 0).sum() > 1000
+
+
+def panels(path):
+    """The two panels of each frame of an animation, one number a pixel of the video."""
+    with Image.open(path) as gif:
+        for t in range(gif.n_frames):
+            gif.seek(t)
+            image = np.asarray(gif.convert("RGB"))[24 + 2 :: 4, 2::4]
+            yield image[:, :SIZE], image[:, -SIZE:]
+
+
+def test_the_animation_keeps_every_grey(tmp_path):
+    rng = np.random.default_rng(0)
+    past, truth, forecast = (rng.random((t, 1, SIZE, SIZE)) for t in (T_IN, T_OUT, T_OUT))
+    figures.animation(tmp_path / "a.gif", past, truth, forecast)
+    expected = zip(np.concatenate([past, truth]), np.concatenate([past, forecast]), strict=True)
+    for found, video in zip(panels(tmp_path / "a.gif"), expected, strict=True):
+        for panel, frame in zip(found, video, strict=True):
+            np.testing.assert_array_equal(panel, np.rint(frame[0] * 255).astype(np.uint8)[..., None].repeat(3, -1))
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.info["loop"] == 0 and gif.info["duration"] == 150
+
+
+def test_a_still_video_keeps_its_frames(tmp_path):
+    figures.animation(tmp_path / "a.gif", flat(0, T_IN), flat(0, T_OUT), flat(0, T_OUT))
+    assert len(list(panels(tmp_path / "a.gif"))) == T_IN + T_OUT
+
+
+def test_colours_are_drawn(tmp_path):
+    red = flat(0, T_IN, 3)
+    red[:, 0] = 1
+    figures.prediction(tmp_path / "grid.png", red, red[:2], red[:2], "title")
+    assert (pixels(tmp_path / "grid.png") == (255, 0, 0)).all(-1).sum() > 7 * 80 * 80
+    figures.animation(tmp_path / "a.gif", red, red[:2], red[:2])
+    for panel in (panel for both in panels(tmp_path / "a.gif") for panel in both):
+        assert (np.abs(panel.astype(int) - (255, 0, 0)) <= 8).all()  # one palette a frame
+
+
+def test_two_channels_show_their_mean():
+    frames = flat(0, T_IN, 2)
+    frames[:, 1] = 1
+    assert figures.to_grey(frames).shape == (T_IN, SIZE, SIZE) and (figures.to_grey(frames) == 128).all()
+
+
+HISTORY = [{"sequences": 1000, "train_loss": 0.5, "val_loss": 0.4, "val_mse_per_frame": 90.0}]
+DRAW = {
+    "loss": lambda path: figures.loss(path, HISTORY, {"black": 175.0}, "title"),
+    "per_frame": lambda path: figures.per_frame(path, {"my_model": [1, 2], "copy_last": [2, 3]}, "title"),
+    "prediction": lambda path: figures.prediction(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
+    "animation": lambda path: figures.animation(path, flat(0, 3), flat(0, 2), flat(0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_picture_is_written_whole_or_not_at_all(name, tmp_path, monkeypatch):
+    path = tmp_path / ("a.gif" if name == "animation" else "a.png")
+    DRAW[name](path)
+    before = path.read_bytes()
+    DRAW[name](path)
+    assert path.read_bytes() == before  # the same picture, byte for byte
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Exception, match=f"{path.name}.*No space left"):
+        DRAW[name](path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(Exception, match="No such file"):
+        DRAW[name](tmp_path / "nowhere" / path.name)

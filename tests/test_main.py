@@ -1,0 +1,231 @@
+"""Whole runs on a small array: what is made and printed, and that interruptions and processes change nothing."""
+
+import csv
+import dataclasses
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import FRAMES_IN, FRAMES_OUT, ROOT, STEPS, TEST, VALIDATION, finish, flags, here, moving_squares, start
+from conftest import wait_until as wait
+from PIL import Image
+
+import checkpoint
+import main
+import metrics
+from my_model import EncoderForecaster
+
+PICTURES = ["loss.png", "per_frame.png", *(f"predict_{k}.png" for k in (1, 2, 3, 4)), "predict.gif"]
+FILES = [*PICTURES, "log.csv", "config.json", "metrics.json", "last.pt", "best.pt", "main.py", "my_model.py"]
+
+
+def results(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def log(folder):
+    with open(folder / "log.csv") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def split(array, sequences):
+    """(past, truth) as float64 (B, T, H, W) in [0, 1], straight from the file."""
+    frames = np.load(array)[:, sequences].swapaxes(0, 1) / 255
+    return frames[:, :FRAMES_IN], frames[:, FRAMES_IN : FRAMES_IN + FRAMES_OUT]
+
+
+def mse(prediction, truth):
+    return np.square(prediction - truth).sum((2, 3)).mean()
+
+
+def test_a_run_leaves_every_file(reference):
+    folder, _ = reference
+    assert all((folder / name).stat().st_size for name in FILES)
+    assert not list(folder.glob("*.tmp"))
+    for name in ("main.py", "my_model.py"):
+        assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden"] == [8] and config["torch"] == torch.__version__ and config["device_used"]
+    assert [(row["epoch"], row["step"]) for row in log(folder)] == [(1, STEPS), (2, 2 * STEPS)]
+
+
+def test_pictures_open(reference):
+    for name in PICTURES:
+        with Image.open(reference[0] / name) as image:
+            image.load()
+    with Image.open(reference[0] / "predict.gif") as gif:
+        assert gif.n_frames == FRAMES_IN + FRAMES_OUT
+        assert gif.info["loop"] == 0  # for ever
+
+
+def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array):
+    folder, printed = reference
+    found = results(folder)
+    assert (found["split"], found["sequences"], found["data"]) == ("test", 6, "squares.npy")
+    assert set(found["scores"]) == {"my_model", "black", "copy_last", "optical_flow"}
+    assert set(found["scores"]["my_model"]) == set(metrics.UNITS)
+    for scores in found["scores"].values():
+        for name, score in scores.items():
+            assert score["unit"] == metrics.UNITS[name]
+            assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
+    model = EncoderForecaster(1, (8,), 3, head=8, fast=False)  # the plain twin
+    best = torch.load(folder / "best.pt")
+    model.load_state_dict(best["model"])
+    past, truth = split(array, TEST)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(past[:, :, None]).float(), FRAMES_OUT)[:, :, 0].double().numpy()
+    scores = found["scores"]
+    assert scores["my_model"]["mse_per_frame"]["mean"] == pytest.approx(mse(1 / (1 + np.exp(-logits)), truth), rel=1e-4)
+    nats = (np.logaddexp(0, logits) - truth * logits).sum((1, 2, 3)).mean()
+    assert scores["my_model"]["cross_entropy_per_sequence"]["mean"] == pytest.approx(nats, rel=1e-4)
+    assert scores["black"]["mse_per_frame"]["mean"] == pytest.approx(mse(0, truth))
+    assert scores["copy_last"]["mse_per_frame"]["mean"] == pytest.approx(mse(past[:, -1:], truth))
+    assert best["val_mse_per_frame"] == min(row["val_mse_per_frame"] for row in log(folder))
+    assert found["weights"] == checkpoint.digest(model) and f"weights   {found['weights']}" in printed
+
+
+def test_first_lines_say_what_runs(reference):
+    first = reference[1].split("epoch")[0]
+    parameters = sum(p.numel() for p in EncoderForecaster(1, (8,), 3, head=8).parameters())
+    for fact in (f"my_model, {parameters:,} parameters", "device    ", "1 process,", "1 threads", "fp32", "1×16×16",
+                 f"torch {torch.__version__}", "squares.npy: 46 training, 5 validation, 6 test"):  # fmt: skip
+        assert fact in first
+
+
+def test_baselines_stand_beside_every_epoch(reference, array):
+    past, truth = split(array, VALIDATION)
+    black, copied = mse(0, truth), mse(past[:, -1:], truth)
+    lines = [line for line in reference[1].splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2
+    assert all(f"(black {black:.1f}, last frame copied {copied:.1f})" in line for line in lines)
+    for row in log(reference[0]):
+        assert (row["val_mse_black"], row["val_mse_copy_last"]) == pytest.approx((black, copied))
+
+
+def test_a_finished_run_stays_as_it_is(reference, array):
+    folder, printed = reference
+    state = lambda: {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir() if p.name != ".lock"}
+    before = state()
+    again, _ = finish(start(*flags(array, folder.parent)))
+    assert state() == before
+    assert printed.splitlines()[-4:-2] == again.splitlines()[-3:-1] or results(folder)["weights"] in again
+
+
+def same(folder, reference):
+    """The end of the uninterrupted run, bit for bit."""
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = (torch.load(f / name) for f in (folder, reference))
+        assert ours["step"] == theirs["step"]
+        for part in ("model", "optimisers", "history"):
+            torch.testing.assert_close(ours.get(part), theirs.get(part), rtol=0, atol=0)
+    for name in (*PICTURES, "log.csv", "metrics.json"):
+        assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
+
+
+def test_killed_after_an_epoch(reference, array, tmp_path):
+    process = start(*flags(array, tmp_path))
+    wait((tmp_path / "my_model" / "last.pt").exists, process)
+    process.kill()
+    process.wait()
+    printed, _ = finish(start(*flags(array, tmp_path)))
+    assert f"going on at step {STEPS}" in printed
+    same(tmp_path / "my_model", reference[0])
+
+
+def test_killed_at_random_moments(reference, array, tmp_path):
+    last, rng = tmp_path / "my_model" / "last.pt", random.Random(0)
+    command = flags(array, tmp_path, save_minutes=1e-6)  # a checkpoint after every step
+    for _ in range(4):
+        process, before = start(*command), last.stat().st_mtime_ns if last.exists() else 0
+        moved = lambda before=before: last.exists() and last.stat().st_mtime_ns != before
+        wait(lambda moved=moved, process=process: moved() or process.poll() == 0, process)
+        time.sleep(rng.random() * 0.5)
+        process.kill()
+        process.wait()
+    finish(start(*command))
+    same(tmp_path / "my_model", reference[0])
+
+
+def test_processes_share_the_batch(reference, array, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    printed, _ = finish(start(*flags(array, tmp_path), launcher=launcher))
+    assert printed.count("2 processes") == 1
+    folder = tmp_path / "my_model"
+    assert {p.name for p in folder.iterdir()} == {p.name for p in reference[0].iterdir()}
+    ours, theirs = (torch.load(f / "last.pt") for f in (folder, reference[0]))
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=1e-3, atol=1e-4)
+    for name, score in results(folder)["scores"]["my_model"].items():
+        assert score["mean"] == pytest.approx(results(reference[0])["scores"]["my_model"][name]["mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ["convlstm", "seq2seq"])
+def test_every_model_takes_the_same_road(model, array, tmp_path):
+    folder = here(array, tmp_path, model=model, epochs=1, train_sequences=10)
+    assert folder == tmp_path / model
+    assert all((folder / name).stat().st_size for name in FILES)
+    assert set(results(folder)["scores"][model]) == set(metrics.UNITS)
+
+
+def test_the_seed_decides(reference, array, tmp_path):
+    few = {"epochs": 1, "train_sequences": 5, "precision": "auto"}
+    digests = [results(here(array, tmp_path / str(k), seed=seed, **few))["weights"] for k, seed in enumerate((1, 1, 2))]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_more_epochs_go_on(array, tmp_path, capsys):
+    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    first = log(folder)
+    here(array, tmp_path, epochs=2, train_sequences=10)
+    printed = capsys.readouterr().out
+    assert "going on to 2 epochs: the learning rate follows the longer schedule" in printed
+    assert "going on at step 2" in printed
+    assert len(log(folder)) == 2 and log(folder)[:1] == first
+    assert results(folder)["step"] in (2, 4)
+
+
+def test_minutes_instead_of_epochs(tmp_path):
+    np.save(tmp_path / "long.npy", moving_squares(1000))
+    folder = here(tmp_path / "long.npy", tmp_path, max_minutes=0.05)  # 3 seconds
+    last = torch.load(folder / "last.pt")
+    assert last["step"] == last["steps"] > 13
+    assert 1 < sum(row["seconds"] for row in last["timing"]) < 9
+    assert 0 <= log(folder)[-1]["learning_rate"] < 0.01 * max(row["learning_rate"] for row in log(folder))
+
+
+def test_few_minutes_and_many_sequences_still_end(tmp_path):
+    np.save(tmp_path / "long.npy", moving_squares(200))
+    folder = here(tmp_path / "long.npy", tmp_path, max_minutes=1e-6)
+    assert results(folder)["scores"]["my_model"]
+
+
+def test_evaluation_alone_trains_nothing(array, tmp_path):
+    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    weights, scores = (folder / "best.pt").read_bytes(), results(folder)
+    (folder / "metrics.json").unlink()
+    here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True)
+    assert (folder / "best.pt").read_bytes() == weights and results(folder) == scores
+
+
+def test_schedules():
+    knobs = main.Knobs(learning_rate=0.02, warmup=0.1, short_horizon=3, short_until=0.5, frames_out=10)
+    rates = [main.learning_rate(knobs, p) for p in (0, 0.05, 0.1, 0.55, 1)]
+    assert rates == pytest.approx([0, 0.01, 0.02, 0.01, 0], abs=1e-12)
+    assert [main.horizon(knobs, p) for p in (0, 0.49, 0.5, 1)] == [3, 3, 10, 10]
+    assert main.horizon(dataclasses.replace(knobs, short_horizon=0), 0) == 10
+    assert main.horizon(dataclasses.replace(knobs, frames_out=2), 0) == 2
+
+
+def test_help_has_every_knob(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main.parse(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"--{f.name} " in printed for f in dataclasses.fields(main.Knobs))
+
+
+def test_flags_are_read():
+    knobs = main.parse(["--hidden", "4,5", "--augment", "False", "--learning_rate", "0.5", "--data", "x.npy"])
+    assert (knobs.hidden, knobs.augment, knobs.learning_rate, knobs.data) == ((4, 5), False, 0.5, "x.npy")
+    assert main.parse([]) == main.Knobs()
