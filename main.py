@@ -274,23 +274,25 @@ def steps_in(minutes, seconds_a_step, knobs):
 def announce_pace(run, seconds_a_step, knobs, bar):
     """After a few steps: settle how many steps max_minutes buys, and say how long they will take here."""
     if not run["steps"]:
-        steps = [steps_in(knobs.max_minutes, seconds_a_step, knobs)]
+        steps = [max(run["step"], steps_in(knobs.max_minutes, seconds_a_step, knobs))]
         if WORLD > 1:
             dist.broadcast_object_list(steps)
         run["steps"] = bar.total = steps[0]
     minutes = 60 * (run["steps"] - run["step"]) / steps_in(60, seconds_a_step, knobs)
     if RANK == 0:
-        bar.write(f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s; {run['steps']:,} steps of "
-                  f"{knobs.batch_size} will take about {minutes:.0f} min, plus evaluations")  # fmt: skip
+        bar.write(
+            f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s: {run['steps']:,} steps of "
+            f"{knobs.batch_size} will take about {minutes:.0f} min, plus evaluations"
+        )
+        bar.write(f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
 
 
-def conclude_epoch(setup, run, scores, rate, seconds, model):
+def conclude_epoch(setup, run, scores, rate, speed, model):
     """Log the evaluation, keep the weights if they are the best so far, and redraw every picture."""
     knobs, folder, history = setup.knobs, setup.folder, run["history"]
     mse, baselines = scores["mse_per_frame"], {who: float(np.mean(c)) for who, c in run["baselines"].items()}
     pixels = setup.validation[np.arange(1)][0, : knobs.frames_out].numel()
     seen = run["step"] * knobs.batch_size
-    new = seen - (history[-1]["sequences"] if history else 0)
     row = {
         "epoch": round(run["step"] / run["steps_per_epoch"], 3),
         "step": run["step"],
@@ -302,12 +304,11 @@ def conclude_epoch(setup, run, scores, rate, seconds, model):
         **{f"val_mse_{who}": value for who, value in baselines.items()},
     }
     history.append(row)
-    run["timing"].append(
-        {"step": run["step"], "seconds": round(seconds, 1), "sequences_per_second": round(new / seconds, 1)}
-    )
+    minutes = round(run["seconds"] / 60, 3)  # apart from the log, which is the same whenever the run is repeated
+    run["timing"].append({"step": run["step"], "minutes": minutes, "sequences_per_second": round(speed, 1)})
     tqdm.write(f"epoch {row['epoch']:<4g} train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
                f"MSE {row['val_mse_per_frame']:6.1f} (black {baselines['black']:.1f}, last frame copied "
-               f"{baselines['copy_last']:.1f})  {new / seconds:.0f} sequences/s")  # fmt: skip
+               f"{baselines['copy_last']:.1f})  {speed:.0f} sequences/s")  # fmt: skip
     if row["val_mse_per_frame"] < run["best"]:
         run["best"] = row["val_mse_per_frame"]
         best = {"knobs": run["knobs"], "step": run["step"], "val_mse_per_frame": run["best"]}
@@ -317,8 +318,12 @@ def conclude_epoch(setup, run, scores, rate, seconds, model):
     figures.loss(folder / "loss.png", history, baselines, f"{knobs.model}, {setup.data}")
     curves = {knobs.model: mse.tolist(), **run["baselines"]}
     figures.per_frame(folder / "per_frame.png", curves, f"validation split of the {setup.data}")
-    draw(folder, setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, setup.device,
-         f"{setup.data}, after {seen:,} training sequences")  # fmt: skip
+    show(setup, f"{setup.data}, after {seen:,} training sequences")
+
+
+def show(setup, title):
+    knobs = setup.knobs
+    draw(setup.folder, setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, setup.device, title)
 
 
 def write_csv(path, rows):
@@ -333,10 +338,11 @@ def train(setup, run, model, optimisers):
     """From run["step"] to run["steps"]; run is what a checkpoint holds beside the weights and the optimisers."""
     knobs, device, steps_per_epoch = setup.knobs, setup.device, run["steps_per_epoch"]
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    first_step, order, saved, began = run["step"], None, time.perf_counter(), time.perf_counter()
+    order, first_step, timed_from = None, run["step"], run["step"]
+    began, saved, pace = time.perf_counter(), time.perf_counter(), 0.0
     bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=RANK != 0, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:
-        step = run["step"]
+        step, tick = run["step"], time.perf_counter()
         epoch, k = divmod(step, steps_per_epoch)
         if k == 0 or order is None:
             order = np.random.default_rng((knobs.seed, 0, epoch)).permutation(len(setup.training))
@@ -372,34 +378,26 @@ def train(setup, run, model, optimisers):
             optimiser.step()
         model.zero_grad()
 
-        run["step"], run["loss_sum"], run["loss_count"] = (
-            step + 1,
-            run["loss_sum"] + loss,
-            run["loss_count"] + 1,
-        )
+        run["step"] += 1
+        run["loss_sum"] += loss
+        run["loss_count"] += 1
         bar.update()
         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        if step == first_step + 2:
-            paced = time.perf_counter()
-        if step == first_step + 12:
-            announce_pace(run, (time.perf_counter() - paced) / 10, knobs, bar)
+        if 3 <= step - first_step < 13:  # the first are slower
+            pace += (time.perf_counter() - tick) / 10
+        if step - first_step == 12:
+            announce_pace(run, pace, knobs, bar)
         if run["step"] == 50 and RANK == 0:  # a picture within the first minute
-            draw(
-                setup.folder,
-                setup.forecast,
-                setup.validation,
-                knobs.frames_in,
-                knobs.frames_out,
-                device,
-                "after 50 steps",
-            )
+            show(setup, "after 50 steps")
         if run["step"] % steps_per_epoch == 0 or run["step"] == run["steps"]:
-            seconds = time.perf_counter() - began
+            seconds, new = time.perf_counter() - began, run["step"] - timed_from
+            run["seconds"] += seconds
             names = ("mse_per_frame", CROSS_ENTROPY)
             scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
             if RANK == 0:
-                conclude_epoch(setup, run, scores, rate, seconds, model)
-            run["loss_sum"], run["loss_count"], saved, began = 0.0, 0, -math.inf, time.perf_counter()
+                conclude_epoch(setup, run, scores, rate, new * knobs.batch_size / seconds, model)
+            run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf
+            began, timed_from = time.perf_counter(), run["step"]
         if RANK == 0 and time.perf_counter() - saved > 60 * knobs.save_minutes:
             state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
             checkpoint.save(setup.folder / "last.pt", {**run, **state})
@@ -439,7 +437,7 @@ def main(knobs):
     steps_per_epoch = len(training) // knobs.batch_size
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
     run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
-           "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0}  # fmt: skip
+           "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
     if state[0]:
         model.load_state_dict(state[0].pop("model"))
         for optimiser, saved in zip(optimisers, state[0].pop("optimisers"), strict=True):
@@ -481,7 +479,7 @@ def main(knobs):
                "step": best[0]["step"], "weights": checkpoint.digest(model), "scores": scores}  # fmt: skip
     if RANK == 0:
         write_results(folder, results)
-        draw(folder, setup.forecast, validation, *span, device, f"{data}, best weights")
+        show(setup, f"{data}, best weights")
     say(f"\n{table(results)}\n\nweights   {results['weights']}\npictures  {folder}{os.sep}")
 
 
@@ -495,14 +493,17 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     try:
         main(knobs)
+        if WORLD > 1:
+            dist.destroy_process_group()
     except (DataError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
-        sys.exit(f"main.py: {error}")
+        sys.exit(f"main.py: {error}" if RANK == 0 else 1)
     except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(
-            f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
-            "The last checkpoint is intact"
-        )
-    except SystemExit as status:  # Ctrl-C and SIGTERM
+        sys.exit(f"main.py: out of memory with batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
+                 "The last checkpoint is intact")  # fmt: skip
+    except SystemExit as status:
         if RANK == 0 and status.code in (130, 143):
-            print(f"\nstopped; go on with: {' '.join(['python', *sys.argv])}", file=sys.stderr)
+            print(
+                f"\nstopped; this goes on: {'python' if WORLD == 1 else 'torchrun …'} {' '.join(sys.argv)}",
+                file=sys.stderr,
+            )
         raise

@@ -188,11 +188,13 @@ def test_more_epochs_go_on(array, tmp_path, capsys):
 
 def test_minutes_instead_of_epochs(tmp_path):
     np.save(tmp_path / "long.npy", moving_squares(1000))
-    folder = here(tmp_path / "long.npy", tmp_path, max_minutes=0.05)  # 3 seconds
+    folder = here(
+        tmp_path / "long.npy", tmp_path, max_minutes=0.05, train_sequences=300
+    )  # 3 seconds, 60 steps an epoch
     last = torch.load(folder / "last.pt")
     assert last["step"] == last["steps"] > 13
     assert 1 < sum(row["seconds"] for row in last["timing"]) < 9
-    assert 0 <= log(folder)[-1]["learning_rate"] < 0.01 * max(row["learning_rate"] for row in log(folder))
+    assert 0 <= log(folder)[-1]["learning_rate"] < 0.02 * 0.01  # of the default
 
 
 def test_few_minutes_and_many_sequences_still_end(tmp_path):

@@ -89,12 +89,15 @@ def test_generate_is_the_law_with_mnist_digits(mnist_digits):
 
 def test_generate_is_eight_times_faster_than_the_loop(mnist_digits):
     def seconds(function):
-        start = time.perf_counter()
-        function(mnist_digits, 300, 0)
-        return time.perf_counter() - start
+        """The best in half a second: other programs on the machine can only slow it down."""
+        times = []
+        while sum(times) < 0.5:
+            start = time.perf_counter()
+            function(mnist_digits, 300, 0)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
-    fast, slow = zip(*[(seconds(generate), seconds(generate_by_law)) for _ in range(3)], strict=True)
-    assert min(slow) / min(fast) > 8
+    assert seconds(generate_by_law) / seconds(generate) > 8
 
 
 class Drawn:
