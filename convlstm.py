@@ -157,6 +157,8 @@ class ConvLSTMForecaster(nn.Module):
         self.head = nn.Conv2d(sum(hidden), pixels, 1)
 
     def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
+        if past.shape[-2] % self.patch or past.shape[-1] % self.patch:
+            raise ValueError(f"frames of {past.shape[-2]}×{past.shape[-1]} cannot be cut into patches of {self.patch}")
         x = F.pixel_unshuffle(past, self.patch)  # (B, T, C·P², H/P, W/P)
         _, states = self.encoder(x)
         zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])

@@ -105,7 +105,7 @@ class FastConvLSTM(torch.autograd.Function):
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
         hiddens[0] = h
         if x is None:
-            z = bias.expand(n_frames, B, H, W, 4 * C).contiguous()
+            z = bias.expand(n_frames, B, H, W, 4 * C).clone(memory_format=torch.contiguous_format)
         else:
             z = convolve(x.flatten(0, 1), input_weight, bias).view(n_frames, B, H, W, 4 * C)
         gates, _ = kernels(z.device.type, z.dtype)
@@ -149,7 +149,7 @@ def rows(x):
 
 def convolve(x, weight, bias=None):
     """(N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last throughout."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1)
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1).contiguous()
 
 
 def gradients(dy, x, weight, of_input):

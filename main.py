@@ -79,7 +79,7 @@ class Knobs:
     dense: bool = knob(True, "in training, score the frame after each input frame as well")
     # optimisation
     epochs: int = knob(5, "passes over the training sequences", 1)
-    max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0)
+    max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6)
     batch_size: int = knob(8, "sequences a step, over all processes together", 1)
     learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 0)
     warmup: float = knob(
@@ -91,9 +91,9 @@ class Knobs:
     # evaluation and output
     out: str = knob("results", "folder; each model has its own in it")
     eval_only: bool = knob(False, "evaluate the best weights and draw, train nothing")
-    save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0)
+    save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0, 1e6)
     # system
-    seed: int = knob(0, "of weights, order and augmentation", 0)
+    seed: int = knob(0, "of weights, order and augmentation", 0, 2**63 - 1)
     device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
 
@@ -326,6 +326,14 @@ def show(setup, title):
     draw(setup.folder, setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, setup.device, title)
 
 
+def load_weights(model, weights, path):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        sentence = f"{path} holds other weights than the model has: my_model.py or convlstm.py has changed since. "
+        raise checkpoint.CheckpointError(sentence + "Undo the change, or set out to another folder") from error
+
+
 def write_csv(path, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -393,7 +401,13 @@ def train(setup, run, model, optimisers):
             seconds, new = time.perf_counter() - began, run["step"] - timed_from
             run["seconds"] += seconds
             names = ("mse_per_frame", CROSS_ENTROPY)
-            scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
+            try:
+                scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
+            except ValueError as error:  # the loss was finite, the weights after it are not
+                raise FloatingPointError(
+                    f"after step {run['step']}, at learning rate {rate:.4g}: {error}; the last checkpoint is intact: "
+                    "go on from it with a lower learning_rate"
+                ) from error
             if RANK == 0:
                 conclude_epoch(setup, run, scores, rate, new * knobs.batch_size / seconds, model)
             run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf
@@ -417,6 +431,9 @@ def main(knobs):
     if n_frames < knobs.frames_in + knobs.frames_out:
         raise DataError(f"{data} has {n_frames} frames a sequence, too few for frames_in {knobs.frames_in} "
                         f"and frames_out {knobs.frames_out}")  # fmt: skip
+    if knobs.frames_in < 2 or min(height, width) < 12:
+        raise DataError(f"frames_in is {knobs.frames_in} and frames are {height}×{width}; optical flow and SSIM, which "
+                        "every result is compared by, need at least 2 frames of 12×12 (11×11 window)")  # fmt: skip
     if not WORLD <= knobs.batch_size <= len(training):
         raise DataError(f"batch_size is {knobs.batch_size}; it must be from {WORLD} (processes) to "
                         f"{len(training)} (training sequences)")  # fmt: skip
@@ -439,7 +456,7 @@ def main(knobs):
     run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
            "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
     if state[0]:
-        model.load_state_dict(state[0].pop("model"))
+        load_weights(model, state[0].pop("model"), folder / "last.pt")
         for optimiser, saved in zip(optimisers, state[0].pop("optimisers"), strict=True):
             optimiser.load_state_dict(saved)
         run = {**state[0], "knobs": described, "steps": state[0]["steps"] or steps}
@@ -468,12 +485,14 @@ def main(knobs):
         if RANK == 0:
             describe(setup, {"data_used": data, "device_used": str(device), "precision_used": precision,
                              "threads": threads, "processes": WORLD, "parameters": parameters})  # fmt: skip
+        if RANK == 0:
+            (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
         train(setup, run, model, optimisers)
 
     best = [checkpoint.load(folder / "best.pt") if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(best)
-    model.load_state_dict(best[0]["model"])
+    load_weights(model, best[0]["model"], folder / "best.pt")
     scores = test({knobs.model: setup.forecast}, test_split, *span, device)
     results = {"data": data, "split": "test", "sequences": len(test_split), "frames_out": knobs.frames_out,
                "step": best[0]["step"], "weights": checkpoint.digest(model), "scores": scores}  # fmt: skip
@@ -497,8 +516,10 @@ if __name__ == "__main__":
             dist.destroy_process_group()
     except (DataError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         sys.exit(f"main.py: {error}" if RANK == 0 else 1)
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(f"main.py: out of memory with batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # what a CPU's allocator raises
+            raise
+        sys.exit(f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
                  "The last checkpoint is intact")  # fmt: skip
     except SystemExit as status:
         if RANK == 0 and status.code in (130, 143):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100)}  # percent of the sequences, in order
+SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
 
 
 class DataError(Exception):
@@ -33,11 +33,12 @@ def open_array(path):
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # the header is a literal that numpy evaluates: any error there is a bad header
-        raise DataError(f"{path} is not a .npy array ({str(error).splitlines()[0][:100]})") from error
+        why = next(iter(str(error).splitlines()), type(error).__name__)[:100]
+        raise DataError(f"{path} is not a .npy array ({why})") from error
     if dtype != np.uint8:
         kind = "pickled objects" if dtype.hasobject else str(dtype)
         raise DataError(f"{path} holds {kind}; expected uint8 (grey values 0 to 255)")
-    if len(shape) not in (4, 5) or min(shape) < 1:
+    if len(shape) not in (4, 5) or min(shape) < 1 or bool in map(type, shape):
         raise DataError(f"{path} has shape {shape}; expected (T, N, H, W) or (T, N, H, W, C), time first")
     if fortran:
         raise DataError(f"{path} is in Fortran order; expected C order: save numpy.ascontiguousarray of it")
@@ -60,7 +61,7 @@ class MovingMNIST:
     def __init__(self, path, split, sequences=0):
         array = open_array(path)
         n = array.shape[1]
-        first, last = (n * percent // 100 for percent in SPLITS.get(split, (0, 100)))
+        first, last = (n * percent // 100 for percent in SPLITS[split])
         if sequences:
             last = min(last, first + sequences)
         if first == last:

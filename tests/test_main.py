@@ -111,7 +111,8 @@ def test_a_finished_run_stays_as_it_is(reference, array):
     before = state()
     again, _ = finish(start(*flags(array, folder.parent)))
     assert state() == before
-    assert printed.splitlines()[-4:-2] == again.splitlines()[-3:-1] or results(folder)["weights"] in again
+    assert "this run has ended; nothing was changed" in again
+    assert printed.split("\n\n")[1] in again  # the table
 
 
 def same(folder, reference):
@@ -156,7 +157,10 @@ def test_processes_share_the_batch(reference, array, tmp_path):
     folder = tmp_path / "my_model"
     assert {p.name for p in folder.iterdir()} == {p.name for p in reference[0].iterdir()}
     ours, theirs = (torch.load(f / "last.pt") for f in (folder, reference[0]))
-    torch.testing.assert_close(ours["model"], theirs["model"], rtol=1e-3, atol=1e-4)
+    # Muon works in bf16, which magnifies the rounding of a sum; another batch size is 10 times as far away
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=4e-3)
+    for mine, other in zip(ours["history"], theirs["history"], strict=True):
+        assert mine == pytest.approx(other, rel=4e-5)
     for name, score in results(folder)["scores"]["my_model"].items():
         assert score["mean"] == pytest.approx(results(reference[0])["scores"]["my_model"][name]["mean"], rel=1e-3)
 
@@ -170,7 +174,7 @@ def test_every_model_takes_the_same_road(model, array, tmp_path):
 
 
 def test_the_seed_decides(reference, array, tmp_path):
-    few = {"epochs": 1, "train_sequences": 5, "precision": "auto"}
+    few = {"epochs": 1, "train_sequences": 5, "precision": "auto", "frames_out": 2}
     digests = [results(here(array, tmp_path / str(k), seed=seed, **few))["weights"] for k, seed in enumerate((1, 1, 2))]
     assert digests[0] == digests[1] != digests[2]
 
@@ -188,12 +192,10 @@ def test_more_epochs_go_on(array, tmp_path, capsys):
 
 def test_minutes_instead_of_epochs(tmp_path):
     np.save(tmp_path / "long.npy", moving_squares(1000))
-    folder = here(
-        tmp_path / "long.npy", tmp_path, max_minutes=0.05, train_sequences=300
-    )  # 3 seconds, 60 steps an epoch
+    folder = here(tmp_path / "long.npy", tmp_path, max_minutes=0.05)  # 3 seconds
     last = torch.load(folder / "last.pt")
     assert last["step"] == last["steps"] > 13
-    assert 1 < sum(row["seconds"] for row in last["timing"]) < 9
+    assert 1 < last["seconds"] < 9  # the pace is guessed from ten steps, and other work disturbs it
     assert 0 <= log(folder)[-1]["learning_rate"] < 0.02 * 0.01  # of the default
 
 

@@ -1,4 +1,4 @@
-"""The generator against the official law, one frame and one digit at a time; the array's splits and refusals."""
+"""The generator against the official law, frame by frame and digit by digit; the splits and refusals."""
 
 import io
 import math
@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 import moving_mnist
 from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment, generate, open_array, render
 
-# The law --------------------------------------------------------------------------------------------------------
+# The law -----------------------------------------------------------------------------------------------
 
 
-def sequence_by_law(digits, starts, angles, n_frames, size, step):
-    """(n_frames, 1, size, size), as https://arxiv.org/abs/1502.04681 moves digits of 28×28: plain numbers, loops."""
+def draw_by_law(frames, digits, starts, angles, step):
+    """Into black frames (T, 1, size, size), as https://arxiv.org/abs/1502.04681 moves 28×28 digits."""
     position = [list(start) for start in starts]
     velocity = [[step * math.sin(angle), step * math.cos(angle)] for angle in angles]
-    frames = np.zeros((n_frames, 1, size, size), np.uint8)
-    for t in range(n_frames):
+    for frame in frames[:, 0]:
         for k, digit in enumerate(digits):
             for axis in (0, 1):
                 position[k][axis] += velocity[k][axis]
@@ -35,10 +34,9 @@ def sequence_by_law(digits, starts, angles, n_frames, size, step):
                 elif position[k][axis] > 1:
                     position[k][axis] = 1
                     velocity[k][axis] *= -1
-            row, column = (math.floor((size - 28) * p) for p in position[k])
-            window = frames[t, 0, row : row + 28, column : column + 28]
+            row, column = (math.floor((len(frame) - 28) * p) for p in position[k])
+            window = frame[row : row + 28, column : column + 28]
             window[:] = np.maximum(window, digit)
-    return frames
 
 
 def generate_by_law(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1):
@@ -47,8 +45,10 @@ def generate_by_law(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1)
     chosen = rng.integers(len(digits), size=(n, n_digits))
     starts = rng.random((n, n_digits, 2)).tolist()
     angles = (rng.random((n, n_digits)) * 2 * math.pi).tolist()
-    draws = zip(chosen, starts, angles, strict=True)
-    return np.stack([sequence_by_law(digits[c], s, a, n_frames, size, step) for c, s, a in draws])
+    sequences = np.zeros((n, n_frames, 1, size, size), np.uint8)
+    for k in range(n):
+        draw_by_law(sequences[k], digits[chosen[k]], starts[k], angles[k], step)
+    return sequences
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,8 @@ def noise_digits():
 
 @pytest.fixture(scope="module")
 def mnist_digits():
-    sheet = cv2.imread(str(Path(moving_mnist.__file__).with_name("raw") / "digits_train.png"), cv2.IMREAD_GRAYSCALE)
+    path = Path(moving_mnist.__file__).with_name("raw") / "digits_train.png"
+    sheet = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     return sheet.reshape(-1, 28, 100, 28).swapaxes(1, 2).reshape(-1, 28, 28)
 
 
@@ -124,7 +125,7 @@ class Drawn:
         ((0.875, 0.5), 0.25, [(1.0, 0.5), (1.0, 0.5), (0.875, 0.5), (0.75, 0.5)]),
         ((0.5, 0.9375), 0.0, [(0.5, 1.0), (0.5, 0.875), (0.5, 0.75), (0.5, 0.625)]),
         ((0.5, 0.0625), 0.5, [(0.5, 0.0), (0.5, 0.125), (0.5, 0.25), (0.5, 0.375)]),
-        # an eighth of a turn: 0.125·sin(π/4) = 0.088388 each way, and only the wall that is hit turns its component
+        # an eighth of a turn: 0.125·sin(π/4) = 0.088388 each way; a wall turns only its own component
         (
             (0.95, 0.5),
             0.125,
@@ -186,7 +187,7 @@ def test_digit_start_and_direction_do_not_correlate():
     assert np.abs(np.corrcoef(starts[:, 0].T, starts[:, 1].T)[:2, 2:]).max() < 4 / n**0.5
 
 
-# Sequences on the fly -------------------------------------------------------------------------------------------
+# Sequences on the fly ----------------------------------------------------------------------------------
 
 
 def test_fresh_sequences_are_the_law(noise_digits):
@@ -212,7 +213,7 @@ def test_fresh_sequences_do_not_depend_on_the_batching(noise_digits):
     assert torch.equal(fresh[np.arange(40)], whole)
 
 
-# The array and its splits ---------------------------------------------------------------------------------------
+# The array and its splits ------------------------------------------------------------------------------
 
 
 def save(path, *shape):
@@ -278,7 +279,7 @@ def test_sequences_are_in_memory(tmp_path):
     np.testing.assert_array_equal(train[np.arange(16)][:, :, 0], array[:, :16].swapaxes(0, 1))
 
 
-# Refusals: what was found, and what is wanted instead ------------------------------------------------------------
+# Refusals: what was found, and what is wanted instead --------------------------------------------------
 
 
 def refused(path, *parts):
@@ -293,7 +294,12 @@ def refused(path, *parts):
 
 def header_only(header, version=(1, 0)):
     header = header.encode("latin1")
-    return b"\x93NUMPY" + bytes(version) + struct.pack("<H" if version == (1, 0) else "<I", len(header)) + header
+    length = struct.pack("<H" if version == (1, 0) else "<I", len(header))
+    return b"\x93NUMPY" + bytes(version) + length + header
+
+
+def array_header(shape):
+    return f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n"
 
 
 def test_arrays_that_are_fine(tmp_path):
@@ -315,7 +321,7 @@ def test_no_file_and_a_folder(tmp_path):
     refused(tmp_path / "b.npy", "is not a file")
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "int8", "bool", ">u2", "S1", [("grey", "u1")]], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int8", "bool", ">u2", [("grey", "u1")]], ids=str)
 def test_other_dtypes(tmp_path, dtype):
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 4, 4), dtype))
     refused(tmp_path / "a.npy", f"holds {np.dtype(dtype)}", "expected uint8")
@@ -354,7 +360,7 @@ def test_truncated_and_trailing_junk(tmp_path, change):
         b"\x1f\x8b\x08\x00" + bytes(100),
         b"PK\x03\x04" + bytes(100),
         header_only("{'descr': '|u1', 'fortran_order': False}\n"),
-        header_only("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 2.5, 4, 4)}\n"),
+        header_only(array_header("(2, 2.5, 4, 4)")),
         header_only("{'descr': '|u99', 'fortran_order': False, 'shape': (2, 2, 4, 4)}\n"),
         header_only("__import__('os').abort()\n"),
     ],
@@ -368,7 +374,7 @@ def test_files_that_are_no_array(tmp_path, content):
 @pytest.mark.parametrize(
     "content",
     [
-        header_only("{'descr': '|u1', 'fortran_order': False, 'shape': (2, 3, 4, 4)}" + " " * 200_000, (2, 0)),
+        header_only(array_header("(2, 3, 4, 4)") + " " * 200_000, (2, 0)),
         b"\x93NUMPY\x02\x00\xff\xff\xff\xff{'descr': '|u1'",  # a header of 4 GiB, it says
         header_only("-" * 9000 + "1"),  # too deep for the parser, which has no words for it
         header_only("[" * 9000),
@@ -381,16 +387,18 @@ def test_huge_headers(tmp_path, content):
     refused(tmp_path / "a.npy", "is not a .npy array (")
 
 
-@pytest.mark.parametrize("shape", ["(10**9, 1, 1, 1)", "(999999999999, 999999999999, 1, 1)", "(-1, -1, 1, 1)"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "(10**9, 1, 1, 1)",
+        "(999999999999, 999999999999, 1, 1)",
+        "(-1, -1, 1, 1)",
+        "(True, 1, 1, 1)",  # numpy lets it pass as a header, and refuses it as a shape
+    ],
+)
 def test_shapes_that_cannot_be(tmp_path, shape):
     path = tmp_path / "a.npy"
-    path.write_bytes(header_only(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n") + b"!")
-    refused(path)
-
-
-def test_true_is_no_size(tmp_path):
-    path = tmp_path / "a.npy"
-    path.write_bytes(header_only("{'descr': '|u1', 'fortran_order': False, 'shape': (True, 1, 1, 1)}\n") + b"!")
+    path.write_bytes(header_only(array_header(shape)) + b"!")
     refused(path)
 
 
@@ -450,11 +458,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mutated")
 
 
-# half of the bytes come from what headers are made of, or nearly all would be refused at the first strange byte
+# half of them from what headers are made of, or nearly all would be refused at the first strange byte
 BYTES = st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789(){}[],:'|<>=uifbOUSTrueFals -+*Lje."))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     changes=st.lists(st.tuples(st.integers(0, HEADER - 1), BYTES), min_size=1, max_size=6),
     length=st.one_of(st.just(len(VALID)), st.integers(0, len(VALID) + 8)),
@@ -477,9 +485,9 @@ def test_mutated_headers_are_arrays_or_refused(folder, changes, length):
         assert whole.tobytes() == bytes(content)[-array.size :]
 
 
-# Augmentation ---------------------------------------------------------------------------------------------------
+# Augmentation ------------------------------------------------------------------------------------------
 
-RAMP = torch.tensor([[[[0, 1], [2, 3]]], [[[4, 5], [6, 7]]]], dtype=torch.uint8)  # (T, C, H, W), all different
+RAMP = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)  # (T, C, H, W), all different
 NOTHING = (False, False, False, False)
 
 
@@ -517,9 +525,10 @@ def test_each_sequence_has_its_own_symmetry():
 
 def test_colours_stay_in_their_channels():
     batch = torch.arange(2 * 3 * 3 * 3, dtype=torch.uint8).view(1, 2, 3, 3, 3)
-    found = augment(batch, torch.tensor([[True, True, False, True]]))
+    symmetries = [[True, True, False, True]]
+    found = augment(batch, symmetries)
     for c in range(3):
-        assert torch.equal(found[:, :, c], augment(batch[:, :, c : c + 1], [[True, True, False, True]])[:, :, 0])
+        assert torch.equal(found[:, :, c : c + 1], augment(batch[:, :, c : c + 1], symmetries))
 
 
 def test_frames_that_are_not_square_are_not_transposed():
@@ -530,15 +539,15 @@ def test_frames_that_are_not_square_are_not_transposed():
 
 
 def test_symmetric_motion_obeys_the_law():
-    """A solid square, seen where the law put it, moves back, mirrored or transposed as the law could have moved it."""
-    square = np.full((1, 28, 28), 255, np.uint8)
-    starts, turns = [[(0.3, 0.5)]], [[0.07]]
-    moved = lambda start, turn: render(square[None], moving_mnist.trajectories(Drawn([[start]], [[turn]]), 1, 4, 1))
-    (start,), (turn,) = starts[0], turns[0]
+    """Away from the walls, what a symmetry makes of a moving square is how the law moves it elsewhere."""
+
+    def moved(row, column, turn):
+        positions = moving_mnist.trajectories(Drawn([[(row, column)]], [[turn]]), 1, n_frames=4, n_digits=1)
+        return torch.from_numpy(render(np.full((1, 1, 28, 28), 255, np.uint8), positions))
+
+    row, column, turn = 0.3, 0.5, 0.07
+    sequence = moved(row, column, turn)
+    assert torch.equal(augment(sequence, [[False, False, False, True]]), moved(column, row, 0.25 - turn))
     down, right = 0.1 * math.sin(2 * math.pi * turn), 0.1 * math.cos(2 * math.pi * turn)
-    sequence = torch.from_numpy(moved(start, turn))
-    transposed = moved(start[::-1], 0.25 - turn)
-    assert augment(sequence, [[False, False, False, True]]).tolist() == transposed.tolist()
-    beyond_the_end = start[0] + 5 * down, start[1] + 5 * right
-    reversed_ = moved(beyond_the_end, turn + 0.5)
-    assert augment(sequence, [[False, False, True, False]]).tolist() == reversed_.tolist()
+    back = moved(row + 5 * down, column + 5 * right, turn + 0.5)  # it starts a step before its first frame
+    assert torch.equal(augment(sequence, [[False, False, True, False]]), back)

@@ -1,4 +1,4 @@
-"""The network against the paper's counts, the equations worked out by hand, loops, and numerical gradients."""
+"""The network against the paper's counts, equations worked out by hand, loops, and finite differences."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def relative_error(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-# Parameters of the paper's Table 1 ------------------------------------------------------------------------------
+# Parameters of the paper's Table 1 ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_default_is_the_best_network_of_the_paper():
     assert sum(p.numel() for p in EncoderForecaster().parameters()) == 7_585_296
 
 
-# The cell -------------------------------------------------------------------------------------------------------
+# The cell ----------------------------------------------------------------------------------------------
 
 
 def sigmoid(z):
@@ -115,15 +115,16 @@ def test_cell_over_space_and_channels():
     z = convolve_by_loops(x[0], cell.input_to_state) + convolve_by_loops(h[0], cell.state_to_state)
     h_next, c_next = cell(x, (h, c))
     for k, row, column in product(range(3), range(3), range(4)):  # channel and pixel
-        i, f, o, g = (z[gate * 3 + k, row, column].item() + cell.bias[gate * 3 + k].item() for gate in range(4))
+        i, f, o, g = (z[k::3, row, column] + cell.bias[k::3]).tolist()  # four gates of three channels
         wi, wf, wo = cell.peephole[:, k].tolist()  # one number a channel, wherever the pixel is
         before = c[0, k, row, column].item()
         after = sigmoid(f + wf * before) * before + sigmoid(i + wi * before) * math.tanh(g)
         assert c_next[0, k, row, column].item() == pytest.approx(after, abs=1e-13)
-        assert h_next[0, k, row, column].item() == pytest.approx(sigmoid(o + wo * after) * math.tanh(after), abs=1e-13)
+        hidden = sigmoid(o + wo * after) * math.tanh(after)
+        assert h_next[0, k, row, column].item() == pytest.approx(hidden, abs=1e-13)
 
 
-# The fast layer against its plain twin --------------------------------------------------------------------------
+# The fast layer against its plain twin -----------------------------------------------------------------
 
 LAYERS = [  # in_channels, hidden, input-to-state kernel, state-to-state kernel, (B, T, H, W)
     pytest.param(3, 4, 3, 3, (2, 4, 5, 7), id="3x3"),
@@ -193,7 +194,7 @@ def test_fast_layer_without_compiled_gates(monkeypatch, compiler, dtype):
 
 
 class Repeated(torch.autograd.Function):
-    """FastConvLSTM, which may go backward once only, for gradcheck, which goes often: forward again each time."""
+    """FastConvLSTM may go backward once only, and gradcheck goes often: forward again each time."""
 
     @staticmethod
     def forward(ctx, *args):
@@ -238,7 +239,7 @@ def test_state_goes_on_where_it_stopped():
     torch.testing.assert_close(end, last)
 
 
-# The compiled gates ---------------------------------------------------------------------------------------------
+# The compiled gates ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -338,7 +339,7 @@ def test_nan_passes_through_the_fast_layer(dtype):
     assert c[0].isnan().all() and not c[1].isnan().any()
 
 
-# The encoder-forecaster -----------------------------------------------------------------------------------------
+# The encoder-forecaster --------------------------------------------------------------------------------
 
 
 def cut_by_hand(frames, P):
@@ -519,7 +520,7 @@ def test_one_training_step(options, autocast):
     assert loss() < 0.99 * before
 
 
-# Refusals: what was found, and what is wanted instead ------------------------------------------------------------
+# Refusals: what was found, and what is wanted instead --------------------------------------------------
 
 
 @pytest.mark.parametrize(
