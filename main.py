@@ -78,7 +78,7 @@ class Knobs:
     head: int = knob(128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0)
     dense: bool = knob(True, "in training, score the frame after each input frame as well")
     # optimisation
-    epochs: int = knob(5, "passes over the training sequences", 1)
+    epochs: int = knob(4, "passes over the training sequences", 1)
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6)
     batch_size: int = knob(8, "sequences a step, over all processes together", 1)
     learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 0)
