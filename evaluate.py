@@ -70,11 +70,15 @@ def test(forecasts, dataset, frames_in, frames_out, device):
     for who, forecast in {**forecasts, **BASELINES}.items():
         names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY)
         scores[who] = {
-            name: {"unit": metrics.UNITS[name], "mean": float(value.mean()), "per_frame": value.tolist()}
+            name: {"unit": metrics.UNITS[name], "mean": finite(value.mean()), "per_frame": [finite(v) for v in value]}
             for name, value in evaluate(forecast, dataset, frames_in, frames_out, names, device).items()
-            if value.isfinite().all()  # the PSNR of a frame without any error is not
         }
     return scores
+
+
+def finite(value):
+    """For JSON, which has no infinity: the PSNR of a frame without any error."""
+    return float(value) if value.isfinite() else None
 
 
 def table(results):
@@ -86,7 +90,8 @@ def table(results):
         " " * 18 + "".join(f"{name:>14}" for name in columns.values()),
     ]
     for who, scores in results["scores"].items():
-        cells = (f"{scores[name]['mean']:.4g}" if name in scores else "-" for name in columns)
+        means = (scores[name]["mean"] if name in scores else None for name in columns)
+        cells = ("-" if mean is None else f"{mean:.4g}" for mean in means)
         lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
@@ -100,7 +105,7 @@ def draw(folder, forecast, dataset, frames_in, frames_out, device, title):
     for k, (p, t, f) in enumerate(zip(past, truth, prediction, strict=True), 1):
         mse = float((f - t).square().sum() / frames_out)
         figures.prediction(folder / f"predict_{k}.png", p, t, f, f"{title}: sequence {k} of 4, MSE {mse:.0f}")
-    figures.animation(folder / "predict.gif", past[0], truth[0], prediction[0])
+    figures.animation(folder / "predict.gif", past[0], truth[0], prediction[0], title)
 
 
 def write_results(folder, results):

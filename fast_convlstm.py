@@ -94,6 +94,11 @@ def kernels(device_type, dtype):
     return tuple(functools.partial(compiled, f) for f in (library.gates_forward, library.gates_backward))
 
 
+def compiled(bf16):
+    """Whether the CPU's gates are compiled here."""
+    return kernels("cpu", torch.bfloat16 if bf16 else torch.float32)[0] is not gates_forward
+
+
 class FastConvLSTM(torch.autograd.Function):
     """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last c."""
 

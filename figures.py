@@ -55,7 +55,7 @@ def loss(path, history, baselines, title):
     write(figure, path)
 
 
-def per_frame(path, curves, title, ylabel="MSE per frame (sum over pixels)"):
+def per_frame(path, curves, title):
     """curves: name → one value a forecast frame."""
     figure, axes = plt.subplots(figsize=(6, 3.8))
     for name, curve in curves.items():
@@ -65,7 +65,7 @@ def per_frame(path, curves, title, ylabel="MSE per frame (sum over pixels)"):
                   label=LABELS.get(name, name))  # fmt: skip
     axes.set(
         xlabel="forecast frame",
-        ylabel=ylabel,
+        ylabel="MSE per frame (sum over pixels)",
         title=title,
         ylim=(0, None),
         xticks=list(range(1, len(curve) + 1)),
@@ -107,31 +107,23 @@ def prediction(path, past, truth, forecast, title):
     write(figure, path)
 
 
-def animation(path, past, truth, forecast, scale=4, seconds=0.15):
+def animation(path, past, truth, forecast, title, scale=4):
     """A looping GIF, exact greys: truth on the left; on the right the input, then the forecast in its place."""
-    right = np.concatenate([past, forecast])
-    left = np.concatenate([past, truth])
-    frames = []
-    for t, (a, b) in enumerate(zip(to_grey(left), to_grey(right), strict=True)):
-        a, b = (cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in (a, b))
-        bar = np.full((24, *a.shape[1:]), 40, np.uint8)
-        labels = []
-        for text in ("truth", "input" if t < len(past) else "forecast"):
-            label = bar.copy()
-            cv2.putText(
-                label,
-                f"{text} {t + 1}",
-                (6, 17),
-                cv2.FONT_HERSHEY_SIMPLEX,
-                0.5,
-                (255, 255, 255),
-                1,
-                cv2.LINE_AA,
-            )
-            labels.append(label)
-        gap = np.full((a.shape[0] + 24, 8, *a.shape[2:]), 40, np.uint8)
-        frames.append(np.hstack([np.vstack([labels[0], a]), gap, np.vstack([labels[1], b])]))
-    images = [Image.fromarray(frame) for frame in frames]
+    left, right = np.concatenate([past, truth]), np.concatenate([past, forecast])
+
+    def bar(text, width, colours):
+        image = np.full((22, width, *colours), 40, np.uint8)
+        return cv2.putText(image, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255,) * 3, 1, cv2.LINE_AA)
+
+    images = []
+    for t, pair in enumerate(zip(to_grey(left), to_grey(right), strict=True), 1):
+        a, b = (cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in pair)
+        width, colours = a.shape[1], a.shape[2:]
+        names = f"truth {t}", f"{'input' if t <= len(past) else 'forecast'} {t}"
+        gap = np.full((a.shape[0] + 22, 8, *colours), 40, np.uint8)
+        panels = [np.vstack([bar(name, width, colours), x]) for name, x in zip(names, (a, b), strict=True)]
+        images.append(np.vstack([np.hstack([panels[0], gap, panels[1]]), bar(title, 2 * width + 8, colours)]))
+    first, *rest = (Image.fromarray(image) for image in images)
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=int(seconds * 1000), loop=0)
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=150, loop=0)
     publish(path, buffer.getvalue())

@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ from evaluate import (
     test,
     write_results,
 )
+from fast_convlstm import compiled
 from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment
 from my_model import EncoderForecaster
 
@@ -64,7 +66,7 @@ class Knobs:
     # data
     data: str = knob("array", "array (the official npy), fresh (new sequences all the time), or your own .npy's path")
     train_sequences: int = knob(0, "use only so many training sequences; 0 = all", 0)
-    frames_in: int = knob(10, "frames the model sees", 1)
+    frames_in: int = knob(10, "frames the model sees", 2)
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1)
     augment: bool = knob(True, "flip, transpose and reverse training sequences; the motion law stays the same")
     # model
@@ -76,7 +78,7 @@ class Knobs:
     patch: int = knob(4, "pixels a side of a patch, one position of the states", 1)
     peephole: bool = knob(True, "let the gates see the cell state")
     head: int = knob(128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0)
-    dense: bool = knob(True, "in training, score the frame after each input frame as well")
+    dense: bool = knob(True, "while the horizon is short, score the frame after each input frame as well")
     # optimisation
     epochs: int = knob(4, "passes over the training sequences", 1)
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6)
@@ -86,8 +88,8 @@ class Knobs:
         0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero", 0, 1
     )
     short_horizon: int = knob(3, "forecast frames trained on at first, as near frames teach motion; 0 = always all", 0)
-    short_until: float = knob(0.5, "part of training with the short horizon", 0, 1)
-    clip: float = knob(1.0, "largest gradient norm", 0)
+    short_until: float = knob(0.45, "part of training with the short horizon", 0, 1)
+    clip: float = knob(1.0, "largest gradient norm", 1e-9)
     # evaluation and output
     out: str = knob("results", "folder; each model has its own in it")
     eval_only: bool = knob(False, "evaluate the best weights and draw, train nothing")
@@ -98,6 +100,7 @@ class Knobs:
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
 
 
+FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
 
@@ -164,7 +167,7 @@ def load_data(knobs):
         name = "Moving MNIST array"
     else:
         path, name = Path("raw/moving_mnist_standin.npy"), "stand-in array"
-        if path.exists():
+        if path.exists() and not Path("raw/mnist_test_seq.npy.gz").exists():
             say("raw/mnist_test_seq.npy is not there: using the stand-in (python download.py fetches the real one)")
         else:
             try:
@@ -182,10 +185,18 @@ def load_data(knobs):
         digits = download.digit_sheet("raw/digits_train.png")
     held_out = len(digits) // 12  # for validation: digits that no training sequence shows
     training = FreshMovingMNIST(digits[held_out:], knobs.train_sequences or 10_000, knobs.seed)
-    validation = FreshMovingMNIST(digits[:held_out], 900, 0)
+    validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
     # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
     test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
     return training, validation, test_split, f"{name}, trained on fresh sequences of {len(digits):,} digits"
+
+
+def from_rank_0(value):
+    """The value that the first process has."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def say(*words):
@@ -208,7 +219,11 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, kernels, **options):
         self.kernels = list(kernels)
-        super().__init__([torch.nn.Parameter(k.detach().flatten(1)) for k in self.kernels], **options)
+        matrices = [torch.nn.Parameter(k.detach().flatten(1)) for k in self.kernels]
+        assert all(
+            m.data_ptr() == k.data_ptr() for m, k in zip(matrices, self.kernels, strict=True)
+        )  # views, no copies
+        super().__init__(matrices, **options)
 
     @torch.no_grad()
     def step(self):
@@ -249,7 +264,6 @@ class Setup(NamedTuple):
     data: str  # its name, for every output
     training: MovingMNIST | FreshMovingMNIST
     validation: MovingMNIST | FreshMovingMNIST
-    test: MovingMNIST
     device: torch.device
     autocast: Callable
     forecast: Callable
@@ -257,6 +271,11 @@ class Setup(NamedTuple):
 
 def describe(setup, facts):
     """config.json, and the two files that say what was run, as they were."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        facts["commit"] = None  # a copy without its history
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     facts = {**dataclasses.asdict(setup.knobs), **facts, **versions, "machine": platform.platform()}
     checkpoint.publish(setup.folder / "config.json", json.dumps(facts, indent=1).encode())
@@ -264,36 +283,33 @@ def describe(setup, facts):
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
 
 
-def steps_in(minutes, seconds_a_step, knobs):
-    """How many steps fit, from the time of one at the short horizon: steps cost by the frames they unroll."""
-    short, full = knobs.frames_in + horizon(knobs, 0.0), knobs.frames_in + knobs.frames_out
-    mean = knobs.short_until * short + (1 - knobs.short_until) * full
-    return max(1, int(minutes * 60 / (seconds_a_step * mean / short)))
+def mean_frames(knobs, start):
+    """Frames that a step unrolls, and so what it costs: the mean from this progress to the end of training."""
+    return knobs.frames_in + np.mean([horizon(knobs, progress) for progress in np.linspace(start, 1, 1000)])
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
-    """After a few steps: settle how many steps max_minutes buys, and say how long they will take here."""
+    """After a few steps: settle how many steps max_minutes buys, and say how long the rest will take here."""
+    progress = run["step"] / run["steps"] if run["steps"] else 0.0
+    seconds_a_frame = seconds_a_step / (knobs.frames_in + horizon(knobs, progress))
     if not run["steps"]:
-        steps = [max(run["step"], steps_in(knobs.max_minutes, seconds_a_step, knobs))]
-        if WORLD > 1:
-            dist.broadcast_object_list(steps)
-        run["steps"] = bar.total = steps[0]
-    minutes = 60 * (run["steps"] - run["step"]) / steps_in(60, seconds_a_step, knobs)
+        steps = int(knobs.max_minutes * 60 / (seconds_a_frame * mean_frames(knobs, 0.0)))
+        run["steps"] = bar.total = from_rank_0(max(run["step"], steps))
+    minutes = (run["steps"] - run["step"]) * seconds_a_frame * mean_frames(knobs, progress) / 60
     if RANK == 0:
-        bar.write(
-            f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s: {run['steps']:,} steps of "
-            f"{knobs.batch_size} will take about {minutes:.0f} min, plus evaluations"
-        )
-        bar.write(f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
+        bar.write(f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s: {run['steps']:,} steps of "
+                  f"{knobs.batch_size} will take about {minutes:.0f} min, plus evaluations\n"
+                  f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
 
 
-def conclude_epoch(setup, run, scores, rate, speed, model):
+def conclude(setup, run, scores, rate, speed, model):
     """Log the evaluation, keep the weights if they are the best so far, and redraw every picture."""
     knobs, folder, history = setup.knobs, setup.folder, run["history"]
     mse, baselines = scores["mse_per_frame"], {who: float(np.mean(c)) for who, c in run["baselines"].items()}
     pixels = setup.validation[np.arange(1)][0, : knobs.frames_out].numel()
     seen = run["step"] * knobs.batch_size
     row = {
+        "data": setup.data,
         "epoch": round(run["step"] / run["steps_per_epoch"], 3),
         "step": run["step"],
         "sequences": seen,
@@ -306,7 +322,7 @@ def conclude_epoch(setup, run, scores, rate, speed, model):
     history.append(row)
     minutes = round(run["seconds"] / 60, 3)  # apart from the log, which is the same whenever the run is repeated
     run["timing"].append({"step": run["step"], "minutes": minutes, "sequences_per_second": round(speed, 1)})
-    tqdm.write(f"epoch {row['epoch']:<4g} train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
+    tqdm.write(f"epoch {row['epoch']:<5g} train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
                f"MSE {row['val_mse_per_frame']:6.1f} (black {baselines['black']:.1f}, last frame copied "
                f"{baselines['copy_last']:.1f})  {speed:.0f} sequences/s")  # fmt: skip
     if row["val_mse_per_frame"] < run["best"]:
@@ -346,16 +362,16 @@ def train(setup, run, model, optimisers):
     """From run["step"] to run["steps"]; run is what a checkpoint holds beside the weights and the optimisers."""
     knobs, device, steps_per_epoch = setup.knobs, setup.device, run["steps_per_epoch"]
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    order, first_step, timed_from = None, run["step"], run["step"]
-    began, saved, pace = time.perf_counter(), time.perf_counter(), 0.0
+    order, first_step, saved, pace = None, run["step"], time.perf_counter(), 0.0
+    timed_from, seconds_before = run["step"], run["seconds"]
     bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=RANK != 0, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:
         step, tick = run["step"], time.perf_counter()
         epoch, k = divmod(step, steps_per_epoch)
         if k == 0 or order is None:
-            order = np.random.default_rng((knobs.seed, 0, epoch)).permutation(len(setup.training))
+            order = np.random.default_rng((knobs.seed, epoch, 1)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
-        progress = step / run["steps"] if run["steps"] else 0.0
+        progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10  # until the steps are settled
         rate = learning_rate(knobs, progress)
         for optimiser, part in zip(optimisers, (1, ADAM_PART), strict=True):
             optimiser.param_groups[0]["lr"] = part * rate
@@ -363,9 +379,10 @@ def train(setup, run, model, optimisers):
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
         if knobs.augment:
-            draws = np.random.default_rng((knobs.seed, 1, step)).integers(2, size=(len(index), 4))
+            draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 4))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
         n_future = horizon(knobs, progress)
+        model.dense = knobs.dense and n_future < knobs.frames_out
         past, future = cut(frames, knobs.frames_in, n_future, device)
 
         net.train()
@@ -375,6 +392,7 @@ def train(setup, run, model, optimisers):
         # the mean over the whole batch, though each process has a part of it
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes
+        assert all(p.grad is not None for p in model.parameters())
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip))
         loss = float(sum_over_processes(loss.detach(), device))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -391,15 +409,14 @@ def train(setup, run, model, optimisers):
         run["loss_count"] += 1
         bar.update()
         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        seconds = time.perf_counter() - tick
+        run["seconds"] += seconds
         if 3 <= step - first_step < 13:  # the first are slower
-            pace += (time.perf_counter() - tick) / 10
+            pace += seconds / 10
         if step - first_step == 12:
             announce_pace(run, pace, knobs, bar)
-        if run["step"] == 50 and RANK == 0:  # a picture within the first minute
-            show(setup, "after 50 steps")
-        if run["step"] % steps_per_epoch == 0 or run["step"] == run["steps"]:
-            seconds, new = time.perf_counter() - began, run["step"] - timed_from
-            run["seconds"] += seconds
+        if run["step"] % steps_per_epoch == 0 or run["step"] in (FIRST_LOOK, run["steps"]):
+            speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
             try:
                 scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
@@ -409,9 +426,9 @@ def train(setup, run, model, optimisers):
                     "go on from it with a lower learning_rate"
                 ) from error
             if RANK == 0:
-                conclude_epoch(setup, run, scores, rate, new * knobs.batch_size / seconds, model)
+                conclude(setup, run, scores, rate, speed, model)
             run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf
-            began, timed_from = time.perf_counter(), run["step"]
+            timed_from, seconds_before = run["step"], run["seconds"]
         if RANK == 0 and time.perf_counter() - saved > 60 * knobs.save_minutes:
             state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
             checkpoint.save(setup.folder / "last.pt", {**run, **state})
@@ -427,13 +444,16 @@ def main(knobs):
     if RANK == 0:
         folder, _held = checkpoint.claim(knobs.out, knobs.model)
     training, validation, test_split, data = load_data(knobs)
+    if from_rank_0(data) != data:
+        raise DataError(
+            f"this process has the {data}, the first another; put the same array into raw/ on every machine"
+        )
     n_frames, channels, height, width = training[np.arange(1)].shape[1:]
     if n_frames < knobs.frames_in + knobs.frames_out:
         raise DataError(f"{data} has {n_frames} frames a sequence, too few for frames_in {knobs.frames_in} "
                         f"and frames_out {knobs.frames_out}")  # fmt: skip
-    if knobs.frames_in < 2 or min(height, width) < 12:
-        raise DataError(f"frames_in is {knobs.frames_in} and frames are {height}×{width}; optical flow and SSIM, which "
-                        "every result is compared by, need at least 2 frames of 12×12 (11×11 window)")  # fmt: skip
+    if min(height, width) < 12:
+        raise DataError(f"frames are {height}×{width}; SSIM, with its 11×11 window, and optical flow need 12×12")
     if not WORLD <= knobs.batch_size <= len(training):
         raise DataError(f"batch_size is {knobs.batch_size}; it must be from {WORLD} (processes) to "
                         f"{len(training)} (training sequences)")  # fmt: skip
@@ -448,23 +468,23 @@ def main(knobs):
     model.to(device)
     optimisers = make_optimisers(model, knobs)
     described = {**dataclasses.asdict(knobs), "data": f"{knobs.data} ({data})"}
-    state = [checkpoint.resume(folder / "last.pt", described, NOT_THE_EXPERIMENT) if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(state)
+    state = from_rank_0(checkpoint.resume(folder / "last.pt", described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps_per_epoch = len(training) // knobs.batch_size
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
     run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
            "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
-    if state[0]:
-        load_weights(model, state[0].pop("model"), folder / "last.pt")
-        for optimiser, saved in zip(optimisers, state[0].pop("optimisers"), strict=True):
+    if state:
+        load_weights(model, state.pop("model"), folder / "last.pt")
+        for optimiser, saved in zip(optimisers, state.pop("optimisers"), strict=True):
             optimiser.load_state_dict(saved)
-        run = {**state[0], "knobs": described, "steps": state[0]["steps"] or steps}
+        run = {**state, "knobs": described, "steps": state["steps"] or steps}
     finished = run["step"] >= run["steps"] > 0
     parameters = sum(p.numel() for p in model.parameters())
     threads, processes = torch.get_num_threads(), "1 process" if WORLD == 1 else f"{WORLD} processes"
     say(f"model     {knobs.model}, {parameters:,} parameters")
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
+    if device.type == "cpu" and knobs.model == "my_model" and not compiled("bf16" in precision):
+        say("          no working C compiler: the gates take several times as long (gcc or clang will do)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say(f"          sequences of {n_frames} frames, {channels}×{height}×{width}")
     if finished and (folder / "metrics.json").exists() and not knobs.eval_only:
@@ -473,7 +493,7 @@ def main(knobs):
         return
 
     span = knobs.frames_in, knobs.frames_out
-    setup = Setup(knobs, folder, data, training, validation, test_split, device, autocast, forecaster(model, autocast))
+    setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
     if not finished and not knobs.eval_only:
         for who in ("black", "copy_last"):
             if who not in run["baselines"]:
@@ -489,13 +509,11 @@ def main(knobs):
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
         train(setup, run, model, optimisers)
 
-    best = [checkpoint.load(folder / "best.pt") if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(best)
-    load_weights(model, best[0]["model"], folder / "best.pt")
+    best = from_rank_0(checkpoint.load(folder / "best.pt") if RANK == 0 else None)
+    load_weights(model, best["model"], folder / "best.pt")
     scores = test({knobs.model: setup.forecast}, test_split, *span, device)
     results = {"data": data, "split": "test", "sequences": len(test_split), "frames_out": knobs.frames_out,
-               "step": best[0]["step"], "weights": checkpoint.digest(model), "scores": scores}  # fmt: skip
+               "step": best["step"], "weights": checkpoint.digest(model), "scores": scores}  # fmt: skip
     if RANK == 0:
         write_results(folder, results)
         show(setup, f"{data}, best weights")
@@ -515,9 +533,9 @@ if __name__ == "__main__":
         if WORLD > 1:
             dist.destroy_process_group()
     except (DataError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
-        sys.exit(f"main.py: {error}" if RANK == 0 else 1)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # what a CPU's allocator raises
+        sys.exit(f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
+    except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")):
             raise
         sys.exit(f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
                  "The last checkpoint is intact")  # fmt: skip

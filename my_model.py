@@ -11,7 +11,7 @@ Changes from the paper, and why (the last two are off by default: the defaults a
 - forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
 - `head`: one hidden 3×3 layer before the 1×1 convolution. A patch of 4 pixels is wider than a frame's motion,
   and a linear map of the states cannot shift its content by less;
-- `dense`: while training, the frame after each input frame is drawn and scored too: more to learn from a sequence.
+- `dense`: early in training, the frame after each input frame is drawn and scored too: more to learn from each.
 """
 
 import torch
@@ -52,9 +52,9 @@ class ConvLSTMCell(nn.Module):
         with torch.no_grad():
             self.bias[hidden : 2 * hidden] = 1.0  # forget gates start open
 
-    def forward(self, x, state):
-        """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each → the next (h, c)."""
-        h, c = state
+    def forward(self, x, state=None):
+        """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each or None for zeros → the next (h, c)."""
+        h, c = self.zeros(x) if state is None else state
         z = F.conv2d(h, self.state_to_state, self.bias, padding=self.padding[1])
         if x is not None:
             z = z + F.conv2d(x, self.input_to_state, padding=self.padding[0])
@@ -63,6 +63,11 @@ class ConvLSTMCell(nn.Module):
         c_next = torch.sigmoid(f + wf * c) * c + torch.sigmoid(i + wi * c) * torch.tanh(g)
         h_next = torch.sigmoid(o + wo * c_next) * torch.tanh(c_next)
         return h_next, c_next
+
+    def zeros(self, x):
+        wide = torch.promote_types(x.dtype, torch.float32)  # under autocast x may be bf16; c must not be
+        state = x.new_zeros(x.shape[0], self.hidden, *x.shape[-2:], dtype=wide)
+        return state, state
 
 
 class ConvLSTM(nn.Module):
@@ -74,7 +79,8 @@ class ConvLSTM(nn.Module):
         self.fast = fast
 
     def forward(self, x, state, n_frames):
-        """x (B, T, C, H, W) or None → hidden states (B, T, Ch, H, W) and the last (h, c)."""
+        """x (B, T, C, H, W) or None, state as the cell's → hidden states (B, T, Ch, H, W) and the last (h, c)."""
+        state = self.cell.zeros(x) if state is None else state
         if self.fast:
             return self.forward_fast(x, state, n_frames)
         hidden_states = []
@@ -145,8 +151,7 @@ class EncoderForecaster(nn.Module):
         x = F.pixel_unshuffle(past.flatten(0, 1), self.patch).unflatten(0, (B, T))  # (B, T, C·P², H/P, W/P)
         seen, states = [], []
         for layer in self.encoder:
-            zeros = x.new_zeros(B, layer.cell.hidden, *x.shape[-2:])
-            x, state = layer(x, (zeros, zeros), T)
+            x, state = layer(x, None, T)
             seen.append(x)
             states.append(state)
         x, foreseen = None, []

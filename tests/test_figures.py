@@ -49,14 +49,14 @@ def panels(path):
     with Image.open(path) as gif:
         for t in range(gif.n_frames):
             gif.seek(t)
-            image = np.asarray(gif.convert("RGB"))[24 + 2 :: 4, 2::4]
+            image = np.asarray(gif.convert("RGB"))[22 + 2 : 22 + 4 * SIZE : 4, 2::4]  # between the bars
             yield image[:, :SIZE], image[:, -SIZE:]
 
 
 def test_the_animation_keeps_every_grey(tmp_path):
     rng = np.random.default_rng(0)
     past, truth, forecast = (rng.random((t, 1, SIZE, SIZE)) for t in (T_IN, T_OUT, T_OUT))
-    figures.animation(tmp_path / "a.gif", past, truth, forecast)
+    figures.animation(tmp_path / "a.gif", past, truth, forecast, "title")
     expected = zip(np.concatenate([past, truth]), np.concatenate([past, forecast]), strict=True)
     for found, video in zip(panels(tmp_path / "a.gif"), expected, strict=True):
         for panel, frame in zip(found, video, strict=True):
@@ -66,7 +66,7 @@ def test_the_animation_keeps_every_grey(tmp_path):
 
 
 def test_a_still_video_keeps_its_frames(tmp_path):
-    figures.animation(tmp_path / "a.gif", flat(0, T_IN), flat(0, T_OUT), flat(0, T_OUT))
+    figures.animation(tmp_path / "a.gif", flat(0, T_IN), flat(0, T_OUT), flat(0, T_OUT), "title")
     assert len(list(panels(tmp_path / "a.gif"))) == T_IN + T_OUT
 
 
@@ -75,7 +75,7 @@ def test_colours_are_drawn(tmp_path):
     red[:, 0] = 1
     figures.prediction(tmp_path / "grid.png", red, red[:2], red[:2], "title")
     assert (pixels(tmp_path / "grid.png") == (255, 0, 0)).all(-1).sum() > 7 * 80 * 80
-    figures.animation(tmp_path / "a.gif", red, red[:2], red[:2])
+    figures.animation(tmp_path / "a.gif", red, red[:2], red[:2], "title")
     for panel in (panel for both in panels(tmp_path / "a.gif") for panel in both):
         assert (np.abs(panel.astype(int) - (255, 0, 0)) <= 8).all()  # one palette a frame
 
@@ -91,7 +91,7 @@ DRAW = {
     "loss": lambda path: figures.loss(path, HISTORY, {"black": 175.0}, "title"),
     "per_frame": lambda path: figures.per_frame(path, {"my_model": [1, 2], "copy_last": [2, 3]}, "title"),
     "prediction": lambda path: figures.prediction(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
-    "animation": lambda path: figures.animation(path, flat(0, 3), flat(0, 2), flat(0, 2)),
+    "animation": lambda path: figures.animation(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
 }
 
 
