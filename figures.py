@@ -41,7 +41,7 @@ def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     seen = [row["sequences"] / 1000 for row in history]
-    for key, label in (("train_loss", "train"), ("val_loss", "validation")):
+    for key, label in (("train_loss", "train (the frames trained on)"), ("val_loss", "validation")):
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[label], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
     left.legend()
@@ -51,13 +51,13 @@ def loss(path, history, baselines, title):
         right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
     right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
     right.set_title(f"last {errors[-1]:.1f}, best {min(errors):.1f}")
-    right.legend()
+    right.legend(loc="lower left")
     write(figure, path)
 
 
 def per_frame(path, curves, title):
     """curves: name → one value a forecast frame."""
-    figure, axes = plt.subplots(figsize=(6, 3.8))
+    figure, axes = plt.subplots(figsize=(6.8, 4))
     for name, curve in curves.items():
         model = name not in LABELS
         frames = range(1, len(curve) + 1)
@@ -70,7 +70,7 @@ def per_frame(path, curves, title):
         ylim=(0, None),
         xticks=list(range(1, len(curve) + 1)),
     )
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     write(figure, path)
 
 
