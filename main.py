@@ -149,7 +149,7 @@ def choose_device(knobs):
     elif kind == "mps":
         native, why = False, "mps"
     else:
-        has = torch.cpu.get_capabilities()
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # where this torch tells
         masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("AVX2", "AVX512_CORE", "SSE41", "AVX")
         units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
         native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit"
