@@ -157,7 +157,11 @@ def main():
         print(f"{row['work']:18}{row['batch']:6}  {row['name']:26}{row['seconds'] * 1e3:9.1f}"
               f"{row['batch'] / row['seconds']:13.1f}{reference / row['seconds']:13.2f}x{memory}")  # fmt: skip
     with open("bench.json", "w") as file:
-        json.dump({"machine": platform.platform(), "torch": torch.__version__, "rows": rows}, file, indent=1)
+        json.dump(
+            {"machine": f"{platform.system()} {platform.machine()}", "torch": torch.__version__, "rows": rows},
+            file,
+            indent=1,
+        )
 
 
 if __name__ == "__main__":

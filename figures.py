@@ -41,8 +41,11 @@ def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     seen = [row["sequences"] / 1000 for row in history]
-    for key, label in (("train_loss", "train (the frames trained on)"), ("val_loss", "validation")):
-        left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[label], label=label)
+    for key, split, label in (
+        ("train_loss", "train", "train, on its frames"),
+        ("val_loss", "validation", "validation"),
+    ):
+        left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
     left.legend()
     errors = [row["val_mse_per_frame"] for row in history]

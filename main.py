@@ -277,7 +277,12 @@ def describe(setup, facts):
     except (OSError, subprocess.SubprocessError):
         facts["commit"] = None  # a copy without its history
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    facts = {**dataclasses.asdict(setup.knobs), **facts, **versions, "machine": platform.platform()}
+    facts = {
+        **dataclasses.asdict(setup.knobs),
+        **facts,
+        **versions,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
     checkpoint.publish(setup.folder / "config.json", json.dumps(facts, indent=1).encode())
     for source in ("main.py", "my_model.py"):
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
