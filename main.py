@@ -520,8 +520,8 @@ def main(knobs):
     results = {"data": data, "split": "test", "sequences": len(test_split), "frames_out": knobs.frames_out,
                "step": best["step"], "weights": checkpoint.digest(model), "scores": scores}  # fmt: skip
     if RANK == 0:
-        write_results(folder, results)
         show(setup, f"{data}, best weights")
+        write_results(folder, results)  # metrics.json comes last: where it is, everything is
     say(f"\n{table(results)}\n\nweights   {results['weights']}\npictures  {folder}{os.sep}")
 
 

@@ -3,8 +3,6 @@
 Sequences are uint8 (B, T, C, H, W) at every boundary: B batch, T frames, C channels, H height, W width.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -148,9 +146,8 @@ def render(digits, positions, size=64):
     starts = np.ndarray(frames.size - run.itemsize + 1, run, frames, strides=(1,))
     place = np.arange(n * n_frames).reshape(n, n_frames, 1) * size * size + row * size + column
     as_bytes = lambda runs: runs.view(np.uint8).reshape(*runs.shape, run.itemsize)
-
-    def draw(a):
-        b = slice(a, a + 16)  # few enough to stay in the cache
+    for a in range(0, n, 16):  # few enough to stay in the cache
+        b = slice(a, a + 16)
         for k in range(n_digits):
             here, strip = place[b, :, k], strips[b, k, None]
             if k > 0:
@@ -158,9 +155,6 @@ def render(digits, positions, size=64):
                 np.maximum(as_bytes(there), as_bytes(np.ascontiguousarray(strip)), out=as_bytes(there))
                 strip = there
             starts[here] = strip
-
-    with ThreadPoolExecutor(os.cpu_count() if n > 64 else 1) as pool:
-        list(pool.map(draw, range(0, n, 16)))
     return frames
 
 

@@ -195,7 +195,7 @@ def test_fresh_sequences_are_the_law(noise_digits):
     fresh.start_epoch(3)
     found = fresh[np.arange(12)]
     assert len(fresh) == 12 and found.shape == (12, 20, 1, 64, 64) and found.dtype == torch.uint8
-    np.testing.assert_array_equal(found, generate_by_law(noise_digits, 12, (7, 3)))
+    np.testing.assert_array_equal(found, generate_by_law(noise_digits, 12, (7, 3, 3)))  # seed, epoch, stream
 
 
 def test_fresh_sequences_do_not_depend_on_the_batching(noise_digits):
