@@ -110,12 +110,14 @@ def peak_memory(name, batch, **work):
 
 def compare(rounds):
     batch, rows = 16, []
+    memory = {name: peak_memory(name, batch) for name in CONTENDERS}  # first: a child inherits its parent's peak
     functions = {name: step_of(name, batch) for name in CONTENDERS}
     functions["bare convolutions, bf16"] = bare_convolutions(batch)
     functions["bare convolutions, fp32"] = bare_convolutions(batch, dtype=torch.float32)
     for name, seconds in take_turns(functions, rounds).items():
-        memory = peak_memory(name, batch) if name in CONTENDERS else None
-        rows.append({"work": "training step", "batch": batch, "name": name, "seconds": seconds, "bytes": memory})
+        rows.append(
+            {"work": "training step", "batch": batch, "name": name, "seconds": seconds, "bytes": memory.get(name)}
+        )
     for batch in (1, 64):
         functions = {name: step_of(name, batch, training=False) for name in CONTENDERS}
         for name, seconds in take_turns(functions, rounds).items():
@@ -132,14 +134,12 @@ def scaling(rounds):
         "size": (32, 64, 128, 256),
         "hidden": ((32,) * 3, (64,) * 3, (128,) * 3),
     }
-    rows = []
-    for knob, values in sweeps.items():
-        for value in values:
-            work = {**base, knob: value}
-            seconds = take_turns({name: step_of(name, **work)}, rounds)[name]
-            rows.append({"work": f"{knob} {value}", **work, "name": name, "seconds": seconds,
-                         "bytes": peak_memory(name, **work)})  # fmt: skip
-    return rows
+    works = [{**base, knob: value, "work": f"{knob} {value}"} for knob, values in sweeps.items() for value in values]
+    sizes = [{k: v for k, v in work.items() if k != "work"} for work in works]
+    memory = [peak_memory(name, **size) for size in sizes]  # first: a child inherits its parent's peak
+    seconds = [take_turns({name: step_of(name, **size)}, rounds)[name] for size in sizes]
+    measured = zip(works, seconds, memory, strict=True)
+    return [{**work, "name": name, "seconds": s, "bytes": m} for work, s, m in measured]
 
 
 def main():
