@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,19 +14,27 @@ class CheckpointError(Exception):
     """A checkpoint or results folder that cannot be used, in one sentence."""
 
 
+@contextmanager
+def replacing(path):
+    """A file to write that gets the name `path`, whole and safe on the disk, only if the block ends well."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def publish(path, content):
     """Write bytes so that a crash at any moment leaves the old file or the new one. Raises CheckpointError."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(Path(path)) as out:
+            out.write(content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; what was there before is intact") from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; the file before it is intact") from error
 
 
 def save(path, state):

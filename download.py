@@ -20,11 +20,9 @@ first 2,000 test digits have not. This remakes them where MNIST's own two files 
 import argparse
 import gzip
 import hashlib
-import os
 import sys
 import time
 import zlib
-from contextlib import contextmanager
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -102,7 +100,7 @@ def stand_in(folder="raw"):
             sequences = generate(test if k == 9 else train, tenth, seed=(150204681, k))  # (B, T, 1, H, W)
             array[:, k * tenth : (k + 1) * tenth] = sequences[:, :, 0].swapaxes(0, 1)
         try:
-            with replacing(path) as out:
+            with checkpoint.replacing(path) as out:
                 np.save(out, array)
         except OSError as error:
             raise DownloadError(f"cannot write {path}: {error}") from error
@@ -207,7 +205,7 @@ def transfer(url, part, size):
 def unpack(source, path, file):
     """Copy source, unzipped if it is a .gz, to its final name if it is the file; DownloadError if not."""
     md5, size = hashlib.md5(usedforsecurity=False), 0
-    with replacing(path) as out, (gzip.open if ".gz" in source.suffixes else open)(source, "rb") as packed:
+    with checkpoint.replacing(path) as out, (gzip.open if ".gz" in source.suffixes else open)(source, "rb") as packed:
         try:  # one byte too many is enough to know, however much a .gz may unzip to
             while chunk := packed.read(min(CHUNK, file.size + 1 - size)):
                 md5.update(chunk)
@@ -217,20 +215,6 @@ def unpack(source, path, file):
             raise DownloadError(f"is no whole gzip file: {error}") from error
         if md5.hexdigest() != file.md5:
             raise DownloadError(f"has other content: md5 {md5.hexdigest()} of {size:,} bytes, not {file.md5}")
-
-
-@contextmanager
-def replacing(path):
-    """A file to write that gets the name `path`, whole and safe on the disk, only if the block ends well."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main():

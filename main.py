@@ -83,7 +83,7 @@ class Knobs:
     epochs: int = knob(4, "passes over the training sequences", 1)
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6)
     batch_size: int = knob(8, "sequences a step, over all processes together", 1)
-    learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 0)
+    learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 1e-9)
     warmup: float = knob(
         0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero", 0, 1
     )
