@@ -84,12 +84,11 @@ def lock(folder):
     return file
 
 
-def claim(out, model):
-    """The run's folder, made and held; (folder, lock). Raises CheckpointError where that cannot be."""
-    folder = Path(out) / model
+def claim(folder):
+    """Make the run's folder and hold it, until the lock that is returned goes. Raises CheckpointError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return folder, lock(folder)
+        return lock(folder)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {error.strerror}; set out to another folder") from error
 

@@ -3,33 +3,24 @@
 A forecast is a function (past frames, n) → (prediction in [0, 1], logits or None); frames are (B, T, C, H, W).
 """
 
+import io
 import json
-import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import figures
 import metrics
 from checkpoint import publish
+from machine import RANK, WORLD, sum_over_processes
 
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
-CROSS_ENTROPY = "cross_entropy_per_sequence"
+CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr")
 BASELINES = {
     "black": lambda past, n: (metrics.black(past, n), None),
     "copy_last": lambda past, n: (metrics.copy_last(past, n), None),
     "optical_flow": lambda past, n: (metrics.optical_flow(past, n), None),
 }
-
-
-def sum_over_processes(value, device):
-    if WORLD == 1:
-        return value
-    value = value.to(device)  # nccl reduces on the GPU only
-    dist.all_reduce(value)
-    return value.cpu()
 
 
 def forecaster(model, autocast):
@@ -52,28 +43,39 @@ def cut(frames, frames_in, frames_out, device="cpu"):
 
 @torch.inference_mode()
 def evaluate(forecast, dataset, frames_in, frames_out, names, device):
-    """name → mean of metrics.<name> over the dataset: a curve over forecast frames, or one cross-entropy."""
-    sums = {name: torch.zeros(1 if name == CROSS_ENTROPY else frames_out).double() for name in names}
+    """name → mean of metrics.<name> over the dataset: a curve over forecast frames, or one cross-entropy.
+
+    "mse_per_sequence" is no mean: one value a sequence.
+    """
+    sizes = {CROSS_ENTROPY: 1, EACH: len(dataset)}
+    sums = {name: torch.zeros(sizes.get(name, frames_out)).double() for name in names}
     mine = np.arange(len(dataset))[RANK::WORLD]  # each process has a part, whatever the sizes
-    for index in np.split(mine, range(50, len(mine), 50)) if len(mine) else []:
+    for index in np.split(mine, range(20, len(mine), 20)) if len(mine) else []:
         past, truth = cut(dataset[index], frames_in, frames_out, device)
         prediction, logits = forecast(past, frames_out)
         for name in names:
             value = getattr(metrics, name)(logits if name == CROSS_ENTROPY else prediction, truth)
-            sums[name] += value.cpu() * len(index)
+            where = index if name == EACH else slice(None)
+            sums[name][where] += value.cpu() * (len(dataset) if name == EACH else len(index))
     return {name: sum_over_processes(value, device) / len(dataset) for name, value in sums.items()}
 
 
-def test(forecasts, dataset, frames_in, frames_out, device):
-    """The scores of metrics.json: name of each forecast and baseline → metric → unit, mean and curve."""
+def test(name, forecast, dataset, frames_in, frames_out, device):
+    """The scores of metrics.json: the named forecast and each baseline → metric → unit, mean and curve.
+
+    Beside them the order of the sequences, the best forecast first.
+    """
     scores = {}
-    for who, forecast in {**forecasts, **BASELINES}.items():
-        names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY)
+    for who, function in {name: forecast, **BASELINES}.items():
+        names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY, EACH)
+        found = evaluate(function, dataset, frames_in, frames_out, names, device)
+        if who == name:
+            order = found.pop(EACH).argsort(stable=True)
         scores[who] = {
             name: {"unit": metrics.UNITS[name], "mean": finite(value.mean()), "per_frame": [finite(v) for v in value]}
-            for name, value in evaluate(forecast, dataset, frames_in, frames_out, names, device).items()
+            for name, value in found.items()
         }
-    return scores
+    return scores, order
 
 
 def finite(value):
@@ -96,21 +98,39 @@ def table(results):
     return "\n".join(lines)
 
 
-@torch.inference_mode()
 def draw(folder, forecast, dataset, frames_in, frames_out, device, title):
     """predict_1.png … predict_4.png and predict.gif, of the same four sequences every time."""
     index = np.linspace(0, len(dataset) - 1, 4).astype(int)
-    past, truth = cut(dataset[index], frames_in, frames_out)
-    prediction = forecast(past.to(device), frames_out)[0].cpu()
-    for k, (p, t, f) in enumerate(zip(past, truth, prediction, strict=True), 1):
-        mse = float((f - t).square().sum() / frames_out)
-        figures.prediction(folder / f"predict_{k}.png", p, t, f, f"{title}: sequence {k} of 4, MSE {mse:.0f}")
+    named = {str(k): (i, f"sequence {k} of 4") for k, i in enumerate(index, 1)}
+    past, truth, prediction = draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
     figures.animation(folder / "predict.gif", past[0], truth[0], prediction[0], title)
 
 
-def write_results(folder, results):
-    """metrics.json and per_frame.png."""
+def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device, title):
+    """predict_best.png, predict_median.png and predict_worst.png, so that nobody has to trust a lucky sample."""
+    n = len(order)
+    ranks = {"best": 0, "median": n // 2, "worst": n - 1}
+    named = {name: (int(order[rank]), f"the {name} of {n:,} sequences") for name, rank in ranks.items()}
+    return draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
+
+
+@torch.inference_mode()
+def draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title):
+    """predict_<name>.png for name → (index in the dataset, words for the title); (past, truth, prediction)."""
+    past, truth = cut(dataset[np.array([i for i, _ in named.values()])], frames_in, frames_out)
+    prediction = forecast(past.to(device), frames_out)[0].cpu()
+    for (name, (_, words)), p, t, f in zip(named.items(), past, truth, prediction, strict=True):
+        words = f"{title}: {words}, MSE {(f - t).square().sum() / frames_out:.0f}"
+        figures.prediction(folder / f"predict_{name}.png", p, t, f, words)
+    return past, truth, prediction
+
+
+def write_results(folder, results, first_forecast):
+    """metrics.json, per_frame.png, and forecast.npy: of the first test sequence, for comparisons."""
+    buffer = io.BytesIO()
+    np.save(buffer, (first_forecast * 255).round().byte().cpu().numpy())
+    publish(folder / "forecast.npy", buffer.getvalue())
     curves = {who: scores["mse_per_frame"]["per_frame"] for who, scores in results["scores"].items()}
     title = f"{results['split']} split of the {results['data']}, {results['sequences']:,} sequences"
-    figures.per_frame(folder / "per_frame.png", curves, title)
+    figures.per_frame(folder / "per_frame.png", {title: curves})
     publish(folder / "metrics.json", json.dumps(results, indent=1).encode())

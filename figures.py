@@ -22,6 +22,7 @@ COLOURS = {
     "copy_last": "#c8553d",
     "optical_flow": "#8a6fb0",
 }
+MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"] * 9  # in order
 LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
 
 plt.rcParams.update({
@@ -58,23 +59,45 @@ def loss(path, history, baselines, title):
     write(figure, path)
 
 
-def per_frame(path, curves, title):
-    """curves: name → one value a forecast frame."""
-    figure, axes = plt.subplots(figsize=(6.8, 4))
-    for name, curve in curves.items():
-        model = name not in LABELS
-        frames = range(1, len(curve) + 1)
-        axes.plot(frames, curve, "o-" if model else "--", ms=4, color=COLOURS.get(name, COLOURS["validation"]),
-                  label=LABELS.get(name, name))  # fmt: skip
-    axes.set(
-        xlabel="forecast frame",
-        ylabel="MSE per frame (sum over pixels)",
-        title=title,
-        ylim=(0, None),
-        xticks=list(range(1, len(curve) + 1)),
-    )
-    figure.legend(loc="outside lower center", ncols=4)
+def per_frame(path, panels):
+    """panels: title → name → one value a forecast frame."""
+    n = len(panels)
+    figure, (row,) = plt.subplots(1, n, figsize=(3.4 * n + 3.4 * (n == 1), 4), sharey=True, squeeze=False)
+    for axes, (title, curves) in zip(row, panels.items(), strict=True):
+        draw_curves(axes, curves)
+        axes.set_title(title)
+    row[0].set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     write(figure, path)
+
+
+def compare(path, histories, curves, title):
+    """histories: model → rows with minutes, sequences, val_loss; curves: model or baseline → MSE of each frame."""
+    figure, (by_time, by_sequences, by_frame) = plt.subplots(1, 3, figsize=(12, 4))
+    for (name, history), colour in zip(histories.items(), MODEL_COLOURS, strict=False):
+        losses = [row["val_loss"] for row in history]
+        for axes, x in (
+            (by_time, [row["minutes"] for row in history]),
+            (by_sequences, [row["sequences"] / 1000 for row in history]),
+        ):
+            axes.plot(x, losses, "o-", ms=4, color=colour, label=name)
+    by_time.set(xlabel="minutes of training", ylabel="validation cross-entropy (nats per pixel)")
+    by_sequences.set(xlabel="training sequences seen (thousands)", ylabel="validation cross-entropy (nats per pixel)")
+    draw_curves(by_frame, curves)
+    by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
+    figure.suptitle(title)
+    figure.legend(*by_frame.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    write(figure, path)
+
+
+def draw_curves(axes, curves):
+    """name → one value a forecast frame."""
+    models = iter(MODEL_COLOURS)
+    for name, curve in curves.items():
+        frames = range(1, len(curve) + 1)
+        colour = COLOURS.get(name) or next(models)
+        axes.plot(frames, curve, "--" if name in LABELS else "o-", ms=4, color=colour, label=LABELS.get(name, name))
+    axes.set(xlabel="forecast frame", xticks=list(range(1, len(curve) + 1, -(-len(curve) // 10))))
 
 
 def to_grey(frames):
@@ -85,27 +108,38 @@ def to_grey(frames):
 
 
 def prediction(path, past, truth, forecast, title):
-    """Rows input, truth, forecast, error; frames numbered from the first input. All (T, C, H, W) in [0, 1]."""
+    """Rows input, truth, forecast, error; all (T, C, H, W) in [0, 1]."""
     error = np.abs(np.asarray(forecast, np.float32) - np.asarray(truth, np.float32))
-    rows = {"input": past, "truth": truth, "forecast": forecast, "|error|": error}
-    columns = max(len(past), len(truth))
-    height, width = np.shape(past)[-2:]
-    figure, axes = plt.subplots(
-        4, columns, figsize=(1.05 * columns + 0.7, 4 * (1.05 * height / width + 0.2) + 0.4), squeeze=False
-    )
-    for line, (name, frames) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=11)
-        first = 1 if name == "input" else 1 + len(past)
-        for t, axis in enumerate(line):
+    future = {"truth": truth, "forecast": forecast, "|error|": error}
+    rows = {"input": (1, past), **{name: (len(past) + 1, frames) for name, frames in future.items()}}
+    grid(path, rows, title)
+
+
+def grid(path, rows, title, most=10):
+    """rows: name → (number of its first frame, (T, C, H, W) in [0, 1]); of more than `most` frames, some."""
+    shown = [
+        (
+            name,
+            {first + t: frames[t] for t in sorted(np.linspace(len(frames) - 1, 0, min(len(frames), most)).astype(int))},
+        )
+        for name, (first, frames) in rows.items()
+    ]
+    columns = max(len(frames) for _, frames in shown)
+    height, width = np.shape(next(iter(rows.values()))[1])[-2:]
+    size = 1.05 * columns + 1.2, len(rows) * (1.05 * height / width + 0.2) + 0.4
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    for line, (name, frames) in zip(axes, shown, strict=True):
+        line[0].set_ylabel(name.replace(" ", "\n"), fontsize=10)
+        for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
-            if t < len(frames):
-                # enlarged by whole pixels, so that a person sees each one
-                image = cv2.resize(to_grey(frames[t : t + 1])[0], None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-                axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                axis.set_title(f"{first + t}", fontsize=9, pad=2)
-            else:
-                axis.set_axis_off()
+        for axis, (number, frame) in zip(line, frames.items(), strict=False):
+            # enlarged by whole pixels, so that a person sees each one
+            image = cv2.resize(to_grey(frame[None])[0], None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
+            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(f"{number}", fontsize=9, pad=2)
+        for axis in line[len(frames) :]:
+            axis.set_axis_off()
     figure.suptitle(title, fontsize=11)
     write(figure, path)
 

@@ -7,7 +7,6 @@
 Everything lands in results/<model>/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-import argparse
 import csv
 import dataclasses
 import io
@@ -20,8 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,56 +29,62 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import beyond
 import checkpoint
 import convlstm
 import download
 import figures
+import videos
+from compare import compare
 from evaluate import (
     BASELINES,
     CROSS_ENTROPY,
-    RANK,
-    WORLD,
     cut,
     draw,
+    draw_ranked,
     evaluate,
     forecaster,
-    sum_over_processes,
     table,
     test,
     write_results,
 )
 from fast_convlstm import compiled
+from knobs import knob, parse
+from machine import RANK, WORLD, DeviceError, choose_device, from_rank_0, idle_gpu, say, sum_over_processes
 from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment
 from my_model import EncoderForecaster
-
-
-def knob(default, text, at_least=None, at_most=None, choices=None):
-    """A field of Knobs with what its flag has to say of it."""
-    return field(default=default, metadata={"text": text, "least": at_least, "most": at_most, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Knobs:
     """The experiment. Edit a default here, or set it for one run by a flag: python main.py --epochs 20"""
 
-    # data
-    data: str = knob("array", "array (the official npy), fresh (new sequences all the time), or your own .npy's path")
+    data: str = knob("array", "array (the official npy), fresh (new sequences all the time), or your own: a .npy of "
+                              "shape (T, N, H, W) or (T, N, H, W, C), or a folder of videos", group="data")  # fmt: skip
     train_sequences: int = knob(0, "use only so many training sequences; 0 = all", 0)
     frames_in: int = knob(10, "frames the model sees", 2)
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1)
+    video_size: int = knob(64, "pixels a side to which videos are resized", 12, 4096)
+    video_stride: int = knob(1, "take every so many-th frame of a video", 1)
+    video_colour: bool = knob(False, "red, green and blue of a video; else its grey")
     augment: bool = knob(True, "flip, transpose and reverse training sequences; the motion law stays the same")
-    # model
+
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
-                      choices=("my_model", "convlstm", "seq2seq"))  # fmt: skip
-    hidden: tuple[int, ...] = knob((64, 64, 64), "hidden channels of each layer, bottom to top; the paper's: 128,64,64")
+                      choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
+    hidden: tuple[int, ...] = knob(
+        (64, 64, 64), "hidden channels of each layer, bottom to top; the paper's: 128,64,64", 1
+    )
     kernel_size: int = knob(3, "input-to-state kernel, odd; the paper's: 5", 1)
     state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same", 0)
     patch: int = knob(4, "pixels a side of a patch, one position of the states", 1)
     peephole: bool = knob(True, "let the gates see the cell state")
     head: int = knob(128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0)
+    feedback: bool = knob(
+        True, "forecast with the encoder, fed with its own last frame; false: a second stack, as the paper"
+    )
     dense: bool = knob(True, "while the horizon is short, score the frame after each input frame as well")
-    # optimisation
-    epochs: int = knob(4, "passes over the training sequences", 1)
+
+    epochs: int = knob(4, "passes over the training sequences", 1, group="optimisation")
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6)
     batch_size: int = knob(8, "sequences a step, over all processes together", 1)
     learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 1e-9)
@@ -90,79 +94,30 @@ class Knobs:
     short_horizon: int = knob(3, "forecast frames trained on at first, as near frames teach motion; 0 = always all", 0)
     short_until: float = knob(0.45, "part of training with the short horizon", 0, 1)
     clip: float = knob(1.0, "largest gradient norm", 1e-9)
-    # evaluation and output
-    out: str = knob("results", "folder; each model has its own in it")
+
+    out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
     eval_only: bool = knob(False, "evaluate the best weights and draw, train nothing")
+    weights: str = knob("", "start from these weights: a best.pt; they bring the knobs of their network along")
     save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0, 1e6)
-    # system
-    seed: int = knob(0, "of weights, order and augmentation", 0, 2**63 - 1)
+
+    seed: int = knob(0, "of weights, order and augmentation", 0, 2**63 - 1, group="system")
     device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
 
 
 FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
+NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "patch", "peephole", "head", "feedback"
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
-
-
-def parse(arguments):
-    """The Knobs that the command line asks for; a sentence and exit status 2 for what it cannot mean."""
-
-    def boolean(text):
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-
-    def integers(text):
-        return tuple(int(part) for part in text.split(","))
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    for f in dataclasses.fields(Knobs):
-        kind = {bool: boolean, tuple[int, ...]: integers}.get(f.type, f.type)
-        metavar = {bool: "true|false", tuple[int, ...]: "N,N,…"}.get(f.type, f.type.__name__.upper())
-        metavar = None if f.metadata["choices"] else metavar
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar=metavar, help=f.metadata["text"],
-                            choices=f.metadata["choices"])  # fmt: skip
-    knobs = Knobs(**vars(parser.parse_args(arguments)))
-    for f in dataclasses.fields(Knobs):
-        value, least, most = getattr(knobs, f.name), f.metadata["least"], f.metadata["most"]
-        if (least is not None and not value >= least) or (most is not None and not value <= most) or value == math.inf:
-            limits = f"at least {least}" if most is None else f"from {least} to {most}"
-            parser.error(f"{f.name} is {value}; it must be {limits}")
-    if min(knobs.hidden) < 1:
-        parser.error(f"hidden is {knobs.hidden}; give each layer at least one channel")
-    return knobs
-
-
-def choose_device(knobs):
-    """(device, autocast context factory, a few words on the precision and why)."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = found if knobs.device == "auto" else knobs.device
-    if kind not in ("cpu", found):
-        raise DataError(f"device is {kind!r}, but this torch finds only {found}; set device to auto or {found}")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-        capability = torch.cuda.get_device_capability()
-        native, why = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
-    elif kind == "mps":
-        native, why = False, "mps"
-    else:
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # where this torch tells
-        masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("AVX2", "AVX512_CORE", "SSE41", "AVX")
-        units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
-        native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit"
-    bf16 = native if knobs.precision == "auto" else knobs.precision == "bf16"
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
-    why = why if knobs.precision == "auto" else "chosen by knob"
-    return device, autocast, f"{'bf16' if bf16 else 'fp32'} ({why})"
 
 
 def load_data(knobs):
     """(training, validation, test, name of the data for every output)."""
     if knobs.data not in ("array", "fresh"):
         path, name = Path(knobs.data), Path(knobs.data).name
+        if path.is_dir():
+            span = knobs.frames_in + knobs.frames_out
+            path = videos.read_folder(path, span, knobs.video_size, knobs.video_stride, knobs.video_colour)
     elif (path := Path("raw/mnist_test_seq.npy")).exists():
         name = "Moving MNIST array"
     else:
@@ -191,24 +146,12 @@ def load_data(knobs):
     return training, validation, test_split, f"{name}, trained on fresh sequences of {len(digits):,} digits"
 
 
-def from_rank_0(value):
-    """The value that the first process has."""
-    box = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def say(*words):
-    if RANK == 0:
-        print(*words, flush=True)
-
-
 def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size or None
-        return EncoderForecaster(channels, knobs.hidden, *kernels, knobs.patch, knobs.peephole, knobs.head, knobs.dense)
+        options = knobs.patch, knobs.peephole, knobs.head, knobs.feedback, knobs.dense
+        return EncoderForecaster(channels, knobs.hidden, *kernels, *options)
     if knobs.model == "convlstm":
         return convlstm.ConvLSTMForecaster(channels, knobs.hidden, knobs.kernel_size, knobs.patch)
     return convlstm.Seq2SeqForecaster(channels, 64)
@@ -268,6 +211,10 @@ class Setup(NamedTuple):
     autocast: Callable
     forecast: Callable
 
+    @property
+    def span(self):
+        return self.knobs.frames_in, self.knobs.frames_out
+
 
 def describe(setup, facts):
     """config.json, and the two files that say what was run, as they were."""
@@ -307,7 +254,7 @@ def announce_pace(run, seconds_a_step, knobs, bar):
                   f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
 
 
-def conclude(setup, run, scores, rate, speed, model):
+def note(setup, run, scores, rate, speed, model):
     """Log the evaluation, keep the weights if they are the best so far, and redraw every picture."""
     knobs, folder, history = setup.knobs, setup.folder, run["history"]
     mse, baselines = scores["mse_per_frame"], {who: float(np.mean(c)) for who, c in run["baselines"].items()}
@@ -338,7 +285,7 @@ def conclude(setup, run, scores, rate, speed, model):
     write_csv(folder / "timing.csv", run["timing"])
     figures.loss(folder / "loss.png", history, baselines, f"{knobs.model}, {setup.data}")
     curves = {knobs.model: mse.tolist(), **run["baselines"]}
-    figures.per_frame(folder / "per_frame.png", curves, f"validation split of the {setup.data}")
+    figures.per_frame(folder / "per_frame.png", {f"validation split of the {setup.data}": curves})
     show(setup, f"{setup.data}, after {seen:,} training sequences")
 
 
@@ -431,7 +378,7 @@ def train(setup, run, model, optimisers):
                     "go on from it with a lower learning_rate"
                 ) from error
             if RANK == 0:
-                conclude(setup, run, scores, rate, speed, model)
+                note(setup, run, scores, rate, speed, model)
             run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf
             timed_from, seconds_before = run["step"], run["seconds"]
         if RANK == 0 and time.perf_counter() - saved > 60 * knobs.save_minutes:
@@ -441,18 +388,18 @@ def train(setup, run, model, optimisers):
     bar.close()
 
 
-def main(knobs):
-    device, autocast, precision = choose_device(knobs)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    folder = Path(knobs.out) / knobs.model
-    if RANK == 0:
-        folder, _held = checkpoint.claim(knobs.out, knobs.model)
-    training, validation, test_split, data = load_data(knobs)
-    if from_rank_0(data) != data:
-        raise DataError(
-            f"this process has the {data}, the first another; put the same array into raw/ on every machine"
-        )
+def starting_weights(knobs):
+    """(knobs of the network that the file of weights was trained with, the file's content); (knobs, None) without."""
+    if not knobs.weights:
+        return knobs, None
+    given = from_rank_0(checkpoint.load(knobs.weights) if RANK == 0 else None)
+    return dataclasses.replace(
+        knobs, **{name: given["knobs"][name] for name in NETWORK if name in given["knobs"]}
+    ), given
+
+
+def fit(knobs, training, data):
+    """The model, once the knobs fit the data and the model fits both; else a DataError says what does not."""
     n_frames, channels, height, width = training[np.arange(1)].shape[1:]
     if n_frames < knobs.frames_in + knobs.frames_out:
         raise DataError(f"{data} has {n_frames} frames a sequence, too few for frames_in {knobs.frames_in} "
@@ -462,67 +409,110 @@ def main(knobs):
     if not WORLD <= knobs.batch_size <= len(training):
         raise DataError(f"batch_size is {knobs.batch_size}; it must be from {WORLD} (processes) to "
                         f"{len(training)} (training sequences)")  # fmt: skip
-
     torch.manual_seed(knobs.seed)
-    try:  # a dry run on one sequence: a knob that does not fit the model or the data is refused here
+    try:
         model = build(knobs, channels)
-        with torch.no_grad():
+        with torch.no_grad():  # a dry run on one sequence
             model(cut(training[np.arange(1)], knobs.frames_in, 0)[0], 1)
     except ValueError as error:
         raise DataError(str(error)) from error
-    model.to(device)
-    optimisers = make_optimisers(model, knobs)
-    described = {**dataclasses.asdict(knobs), "data": f"{knobs.data} ({data})"}
-    state = from_rank_0(checkpoint.resume(folder / "last.pt", described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
-    steps_per_epoch = len(training) // knobs.batch_size
+    return model
+
+
+def begin_or_go_on(setup, model, optimisers):
+    """run, as it begins or as the last checkpoint has it, and model and optimisers with it."""
+    knobs, path, steps_per_epoch = setup.knobs, setup.folder / "last.pt", len(setup.training) // setup.knobs.batch_size
+    described = {**dataclasses.asdict(knobs), "data": f"{knobs.data} ({setup.data})"}
+    state = from_rank_0(checkpoint.resume(path, described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
-    run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
-           "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
     if state:
-        load_weights(model, state.pop("model"), folder / "last.pt")
+        load_weights(model, state.pop("model"), path)
         for optimiser, saved in zip(optimisers, state.pop("optimisers"), strict=True):
             optimiser.load_state_dict(saved)
-        run = {**state, "knobs": described, "steps": state["steps"] or steps}
-    finished = run["step"] >= run["steps"] > 0
+        return {**state, "knobs": described, "steps": state["steps"] or steps}
+    run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
+           "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
+    for who in ("black", "copy_last"):
+        curve = evaluate(BASELINES[who], setup.validation, *setup.span, ["mse_per_frame"], setup.device)
+        run["baselines"][who] = curve["mse_per_frame"].tolist()
+    return run
+
+
+def main(knobs):
+    device, autocast, precision = choose_device(knobs.device, knobs.precision)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    knobs, given = starting_weights(knobs)
+    only_weights = knobs.eval_only and bool(given)
+    folder = Path(knobs.out) / (Path(knobs.weights).stem if only_weights else knobs.model)
+    if RANK == 0:
+        _held = checkpoint.claim(folder)
+    training, validation, test_split, data = load_data(knobs)
+    if from_rank_0(data) != data:
+        raise DataError(
+            f"this process has the {data}, the first another; put the same array into raw/ on every machine"
+        )
+    model = fit(knobs, training, data)
+    if given:
+        load_weights(model, given["model"], knobs.weights)
+    model.to(device)
+    setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
+
     parameters = sum(p.numel() for p in model.parameters())
     threads, processes = torch.get_num_threads(), "1 process" if WORLD == 1 else f"{WORLD} processes"
-    say(f"model     {knobs.model}, {parameters:,} parameters")
+    say(f"model     {knobs.model}, {parameters:,} parameters" + (f", from {knobs.weights}" if given else ""))
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
+    if idle_gpu(device):
+        say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     if device.type == "cpu" and knobs.model == "my_model" and not compiled("bf16" in precision):
         say("          no working C compiler: the gates take several times as long (gcc or clang will do)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
-    say(f"          sequences of {n_frames} frames, {channels}×{height}×{width}")
-    if finished and (folder / "metrics.json").exists() and not knobs.eval_only:
-        results = json.loads((folder / "metrics.json").read_text())
-        say(f"this run has ended; nothing was changed\n\n{table(results)}\n\nweights   {results['weights']}")
-        return
+    say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
 
-    span = knobs.frames_in, knobs.frames_out
-    setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
-    if not finished and not knobs.eval_only:
-        for who in ("black", "copy_last"):
-            if who not in run["baselines"]:
-                curve = evaluate(BASELINES[who], validation, *span, ["mse_per_frame"], device)["mse_per_frame"]
-                run["baselines"][who] = curve.tolist()
+    if not knobs.eval_only:
+        optimisers = make_optimisers(model, knobs)
+        run = begin_or_go_on(setup, model, optimisers)
+        if run["step"] >= run["steps"] > 0 and (folder / "metrics.json").exists():
+            results = json.loads((folder / "metrics.json").read_text())
+            say(f"this run has ended; nothing was changed\n\n{report(results)}")
+            return
         levels = (f"{figures.LABELS[who]} {np.mean(curve):.1f}" for who, curve in run["baselines"].items())
         say(f"baselines {', '.join(levels)} (validation; squared error of a frame, summed over its pixels)")
         say(f"output    {folder}{os.sep}" + (f", going on at step {run['step']:,}" if run["step"] else ""))
         if RANK == 0:
             describe(setup, {"data_used": data, "device_used": str(device), "precision_used": precision,
                              "threads": threads, "processes": WORLD, "parameters": parameters})  # fmt: skip
-        if RANK == 0:
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
         train(setup, run, model, optimisers)
 
-    best = from_rank_0(checkpoint.load(folder / "best.pt") if RANK == 0 else None)
-    load_weights(model, best["model"], folder / "best.pt")
-    scores = test({knobs.model: setup.forecast}, test_split, *span, device)
-    results = {"data": data, "split": "test", "sequences": len(test_split), "frames_out": knobs.frames_out,
-               "step": best["step"], "weights": checkpoint.digest(model), "scores": scores}  # fmt: skip
+    if not only_weights:
+        given = from_rank_0(checkpoint.load(folder / "best.pt") if RANK == 0 else None)
+        load_weights(model, given["model"], folder / "best.pt")
+    conclude(setup, model, given["step"], test_split)
+
+
+def conclude(setup, model, step, test_split):
+    """Score the weights on the test split and draw what they forecast; metrics.json comes last."""
+    knobs, folder, forecast, data = setup.knobs, setup.folder, setup.forecast, setup.data
+    scores, order = test(knobs.model, forecast, test_split, *setup.span, setup.device)
+    results = {"data": data, "split": "test", "sequences": len(test_split), "frames_in": knobs.frames_in,
+               "frames_out": knobs.frames_out, "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
+               "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip
+    if knobs.data in ("array", "fresh"):
+        results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device)
     if RANK == 0:
         show(setup, f"{data}, best weights")
-        write_results(folder, results)  # metrics.json comes last: where it is, everything is
-    say(f"\n{table(results)}\n\nweights   {results['weights']}\npictures  {folder}{os.sep}")
+        draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, test split")
+        first = test_split[np.arange(1)]
+        write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])
+        compare(Path(knobs.out), results, first[0].numpy())
+    say(f"\n{report(results)}\npictures  {folder}{os.sep}")
+
+
+def report(results):
+    """metrics.json, for people."""
+    others = f"\n\n{beyond.table(results['beyond'])}" if "beyond" in results else ""
+    return f"{table(results)}{others}\n\nweights   {results['weights']}"
 
 
 def stop(signum, frame):
@@ -530,14 +520,14 @@ def stop(signum, frame):
 
 
 if __name__ == "__main__":
-    knobs = parse(sys.argv[1:])
+    knobs = parse(Knobs, sys.argv[1:], __doc__.splitlines()[0])
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
         main(knobs)
         if WORLD > 1:
             dist.destroy_process_group()
-    except (DataError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
+    except (DataError, DeviceError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         sys.exit(f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")):

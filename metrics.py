@@ -30,6 +30,12 @@ def mse_per_frame(prediction, truth):
     return _mean_over_sequences(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
 
 
+def mse_per_sequence(prediction, truth):
+    """The mean of a sequence's own mse_per_frame → (B,): which forecasts are good, and which are bad."""
+    _check("prediction", prediction)
+    return (prediction - truth).square().sum((2, 3, 4)).mean(1).double()
+
+
 def mae_per_frame(prediction, truth):
     """Σ |x − y| over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: grey level, 0–1.
 

@@ -51,22 +51,11 @@ def open_array(path):
     return array[:, :, None] if len(shape) == 4 else np.moveaxis(array, -1, 2)
 
 
-class MovingMNIST:
-    """One split of the array at path: `dataset[index array]` → uint8 tensor (B, T, C, H, W).
+class Sequences:
+    """frames (T, N, C, H, W), uint8: `dataset[index array]` → uint8 tensor (B, T, C, H, W)."""
 
-    split: "train", "validation" or "test", the first 81, the next 9 and the last 10 percent of the sequences
-    (8,100, 900 and 1,000 of the official array, as in Earthformer's protocol), or "all".
-    """
-
-    def __init__(self, path, split, sequences=0):
-        array = open_array(path)
-        n = array.shape[1]
-        first, last = (n * percent // 100 for percent in SPLITS[split])
-        if sequences:
-            last = min(last, first + sequences)
-        if first == last:
-            raise DataError(f"{path} has {n} sequences, too few for a {split} split; it takes at least 12")
-        self.frames = np.array(array[:, first:last])  # in memory: a file that shrinks under a map kills the process
+    def __init__(self, frames):
+        self.frames = frames
 
     def start_epoch(self, epoch):
         """Nothing to do: every epoch has the same sequences."""
@@ -76,6 +65,26 @@ class MovingMNIST:
 
     def __getitem__(self, index):
         return torch.from_numpy(self.frames[:, index].swapaxes(0, 1))
+
+
+class MovingMNIST(Sequences):
+    """One split of an array (T, N, C, H, W), or of the one at a path.
+
+    split: "train", "validation" or "test", the first 81, the next 9 and the last 10 percent of the sequences
+    (8,100, 900 and 1,000 of the official array, as in Earthformer's protocol), or "all".
+    """
+
+    def __init__(self, source, split, sequences=0):
+        array = source if isinstance(source, np.ndarray) else open_array(source)
+        n = array.shape[1]
+        first, last = (n * percent // 100 for percent in SPLITS[split])
+        if sequences:
+            last = min(last, first + sequences)
+        if first == last:
+            name = "this data" if array is source else source
+            raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 12")
+        # in memory: a file that shrinks under a map kills the process
+        super().__init__(np.array(array[:, first:last]))
 
 
 class FreshMovingMNIST:

@@ -6,11 +6,13 @@ All its hidden states together, through one convolution, give the frames.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
-Changes from the paper, and why (the last two are off by default: the defaults are the paper's network)
+Changes from the paper, and why (the last three are off by default: the defaults are the paper's network)
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
 - `head`: one hidden 3×3 layer before the 1×1 convolution. A patch of 4 pixels is wider than a frame's motion,
   and a linear map of the states cannot shift its content by less;
+- `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
+  future alike, and half as many are to be learned;
 - `dense`: early in training, the frame after each input frame is drawn and scored too: more to learn from each.
 """
 
@@ -110,11 +112,22 @@ class ConvLSTM(nn.Module):
         return hs, (hs[:, -1], c)
 
 
+def unroll(layers, x, states, n_frames):
+    """A stack over n_frames: x (B, T, C, H, W) or None, each layer's state → each layer's hidden states and state."""
+    hidden_states, last = [], []
+    for layer, state in zip(layers, states, strict=True):
+        x, state = layer(x, state, n_frames)
+        hidden_states.append(x)
+        last.append(state)
+    return hidden_states, last
+
+
 class EncoderForecaster(nn.Module):
     """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
 
     The defaults are the paper's best network, ConvLSTM(5×5)-5×5-128-5×5-64-5×5-64: 7,585,296 parameters.
     head: channels of a hidden 3×3 layer before the 1×1 convolution that draws the patches; 0: none, the paper's.
+    feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
     dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
     Raises ValueError for an even kernel, and for frames that it cannot cut into patches or that leave [0, 1].
     """
@@ -128,6 +141,7 @@ class EncoderForecaster(nn.Module):
         patch=4,
         peephole=True,
         head=0,
+        feedback=False,
         dense=False,
         fast=True,
     ):
@@ -139,7 +153,7 @@ class EncoderForecaster(nn.Module):
             ConvLSTM(n_in, n, *sizes) for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True)
         )
         self.encoder = layers(pixels)
-        self.forecaster = layers(0)  # its first layer has no input
+        self.forecaster = None if feedback else layers(0)  # its first layer has no input
         draw = nn.Conv2d(head or width, pixels, 1)
         nn.init.constant_(draw.bias, -3.0)  # frames start nearly black, as they are
         hidden_layer = (nn.Conv2d(width, head, 3, padding=1), nn.GELU()) if head else ()
@@ -147,23 +161,33 @@ class EncoderForecaster(nn.Module):
 
     def forward(self, past, n_future):
         self.check(past)
-        B, T = past.shape[:2]
-        x = F.pixel_unshuffle(past.flatten(0, 1), self.patch).unflatten(0, (B, T))  # (B, T, C·P², H/P, W/P)
-        seen, states = [], []
-        for layer in self.encoder:
-            x, state = layer(x, None, T)
-            seen.append(x)
-            states.append(state)
-        x, foreseen = None, []
-        for layer, state in zip(self.forecaster, states, strict=True):
-            x, _ = layer(x, state, n_future)
-            foreseen.append(x)
+        dense, T = self.dense and self.training, past.shape[1]
+        encoded, states = unroll(self.encoder, self.patches(past), [None] * len(self.encoder), T)
+        if self.forecaster is not None:
+            hidden_states, _ = unroll(self.forecaster, None, states, n_future)
+            if dense:
+                pairs = zip(encoded, hidden_states, strict=True)
+                hidden_states = [
+                    torch.cat((x.transpose(0, 1)[:-1], y.transpose(0, 1))).transpose(0, 1) for x, y in pairs
+                ]
+            return self.draw(hidden_states)
+        frames = [self.draw(encoded if dense else [h[:, -1:] for h in encoded])]
+        for _ in range(n_future - 1):
+            last = torch.sigmoid(frames[-1][:, -1:])
+            hidden_states, states = unroll(self.encoder, self.patches(last), states, 1)
+            frames.append(self.draw(hidden_states))
+        return torch.cat(frames, 1)
+
+    def patches(self, frames):
+        """(B, T, C, H, W) → (B, T, C·P², H/P, W/P)."""
+        return F.pixel_unshuffle(frames.flatten(0, 1), self.patch).unflatten(0, frames.shape[:2])
+
+    def draw(self, hidden_states):
+        """Each layer's hidden states (B, T, Ch, H/P, W/P) → logits (B, T, C, H, W)."""
+        B, T = hidden_states[0].shape[:2]
         # to the head as images, time before batch, as the layers lay them out in memory: (T·B, sum of Ch, H/P, W/P)
-        layers = [x.transpose(0, 1) for x in foreseen]
-        if self.dense and self.training:
-            layers = [torch.cat((x.transpose(0, 1)[:-1], y)) for x, y in zip(seen, layers, strict=True)]
-        frames = self.head(torch.cat([x.flatten(0, 1) for x in layers], 1))
-        return F.pixel_shuffle(frames, self.patch).unflatten(0, (-1, B)).transpose(0, 1)
+        images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
+        return F.pixel_shuffle(self.head(images), self.patch).unflatten(0, (T, B)).transpose(0, 1)
 
     def check(self, past):
         if past.ndim != 5 or past.shape[2] != self.channels:

@@ -12,6 +12,7 @@ import torch
 
 import main
 import moving_mnist
+from knobs import parse
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
@@ -48,7 +49,7 @@ def flags(data, out, **changes):
 
 def here(data, out, **changes):
     """Run in this process, which saves the imports; the run's folder."""
-    knobs = main.parse(flags(data, out, **changes))
+    knobs = parse(main.Knobs, flags(data, out, **changes))
     main.main(knobs)
     return Path(knobs.out) / knobs.model
 

@@ -19,6 +19,7 @@ from conftest import wait_until as wait
 
 import checkpoint
 import main
+from knobs import parse
 from moving_mnist import DataError
 
 # Knobs
@@ -34,7 +35,7 @@ from moving_mnist import DataError
         ("--batch_size", "0", "batch_size is 0; it must be at least 1"),
         ("--augment", "perhaps", "'perhaps'"),
         ("--hidden", "8,x", "8,x"),
-        ("--hidden", "8,0", "at least one channel"),
+        ("--hidden", "8,0", "hidden is (8, 0); it must be at least 1"),
         ("--learning_rate", "nan", "learning_rate is nan"),
         ("--learning_rate", "-1", "learning_rate is -1.0"),
         ("--max_minutes", "nan", "max_minutes is nan"),
@@ -50,7 +51,7 @@ from moving_mnist import DataError
 )
 def test_a_knob_that_means_nothing(flag, value, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main.parse([flag, value])
+        parse(main.Knobs, [flag, value])
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
 
@@ -107,7 +108,7 @@ class Malice:
 
 ARRAYS = {
     "is not there": lambda path: None,
-    "is not a file": lambda path: path.mkdir(),
+    "holds no video": lambda path: path.mkdir(),
     "is not a .npy array": lambda path: path.write_text("<html>404</html>"),
     r"is not a \.npy array": flipped_header,
     "holds float64; expected uint8": lambda path: np.save(path, moving_squares(57) / 255),

@@ -80,16 +80,26 @@ def test_colours_are_drawn(tmp_path):
         assert (np.abs(panel.astype(int) - (255, 0, 0)) <= 8).all()  # one palette a frame
 
 
+def test_of_many_frames_some_are_shown(tmp_path):
+    frames = flat(0, 30)
+    frames[29], frames[0], frames[14] = 1, 0.5, 0.25
+    figures.grid(tmp_path / "grid.png", {"truth": (11, frames)}, "title", most=3)
+    grey = pixels(tmp_path / "grid.png")[..., 0]
+    columns = [np.median(np.argwhere(grey[len(grey) // 2] == value)) for value in (128, 64)]
+    assert columns[0] < columns[1] and not np.isnan(columns).any()  # the first, the middle one, and the last
+
+
 def test_two_channels_show_their_mean():
     frames = flat(0, T_IN, 2)
     frames[:, 1] = 1
     assert figures.to_grey(frames).shape == (T_IN, SIZE, SIZE) and (figures.to_grey(frames) == 128).all()
 
 
-HISTORY = [{"sequences": 1000, "train_loss": 0.5, "val_loss": 0.4, "val_mse_per_frame": 90.0}]
+HISTORY = [{"sequences": 1000, "train_loss": 0.5, "val_loss": 0.4, "minutes": 0.5, "val_mse_per_frame": 90.0}]
 DRAW = {
     "loss": lambda path: figures.loss(path, HISTORY, {"black": 175.0}, "title"),
-    "per_frame": lambda path: figures.per_frame(path, {"my_model": [1, 2], "copy_last": [2, 3]}, "title"),
+    "per_frame": lambda path: figures.per_frame(path, {"title": {"my_model": [1, 2], "copy_last": [2, 3]}}),
+    "compare": lambda path: figures.compare(path, {"a": HISTORY}, {"a": [1, 2], "black": [2, 3]}, "title"),
     "prediction": lambda path: figures.prediction(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
     "animation": lambda path: figures.animation(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
 }

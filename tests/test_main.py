@@ -16,10 +16,22 @@ from PIL import Image
 import checkpoint
 import main
 import metrics
+from knobs import parse
 from my_model import EncoderForecaster
 
-PICTURES = ["loss.png", "per_frame.png", *(f"predict_{k}.png" for k in (1, 2, 3, 4)), "predict.gif"]
-FILES = [*PICTURES, "log.csv", "config.json", "metrics.json", "last.pt", "best.pt", "main.py", "my_model.py"]
+PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst")]
+PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
+FILES = [
+    *PICTURES,
+    "forecast.npy",
+    "log.csv",
+    "config.json",
+    "metrics.json",
+    "last.pt",
+    "best.pt",
+    "main.py",
+    "my_model.py",
+]
 
 
 def results(folder):
@@ -73,7 +85,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
         for name, score in scores.items():
             assert score["unit"] == metrics.UNITS[name]
             assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
-    model = EncoderForecaster(1, (8,), 3, head=8, fast=False)  # the plain twin
+    model = EncoderForecaster(1, (8,), 3, head=8, feedback=True, fast=False)  # the plain twin
     best = torch.load(folder / "best.pt")
     model.load_state_dict(best["model"])
     past, truth = split(array, TEST)
@@ -85,13 +97,15 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     assert scores["my_model"]["cross_entropy_per_sequence"]["mean"] == pytest.approx(nats, rel=1e-4)
     assert scores["black"]["mse_per_frame"]["mean"] == pytest.approx(mse(0, truth))
     assert scores["copy_last"]["mse_per_frame"]["mean"] == pytest.approx(mse(past[:, -1:], truth))
+    drawn = 255 / (1 + np.exp(-logits[0]))  # forecast.npy: of the first sequence, to a grey level
+    np.testing.assert_allclose(np.load(folder / "forecast.npy")[:, 0], drawn, atol=0.51)
     assert best["val_mse_per_frame"] == min(row["val_mse_per_frame"] for row in log(folder))
     assert found["weights"] == checkpoint.digest(model) and f"weights   {found['weights']}" in printed
 
 
 def test_first_lines_say_what_runs(reference):
     first = reference[1].split("epoch")[0]
-    parameters = sum(p.numel() for p in EncoderForecaster(1, (8,), 3, head=8).parameters())
+    parameters = sum(p.numel() for p in EncoderForecaster(1, (8,), 3, head=8, feedback=True).parameters())
     for fact in (f"my_model, {parameters:,} parameters", "device    ", "1 process,", "1 threads", "fp32", "1×16×16",
                  f"torch {torch.__version__}", "squares.npy: 46 training, 5 validation, 6 test"):  # fmt: skip
         assert fact in first
@@ -125,7 +139,7 @@ def same(folder, reference):
         assert ours.get("history") == theirs.get("history")
         for part in ("model", "optimisers"):
             torch.testing.assert_close(ours.get(part), theirs.get(part), rtol=0, atol=0)
-    for name in (*PICTURES, "log.csv", "metrics.json"):
+    for name in (*PICTURES, "log.csv", "metrics.json", "forecast.npy"):
         assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
 
 
@@ -173,8 +187,26 @@ def test_processes_share_the_batch(reference, array, tmp_path):
 def test_every_model_takes_the_same_road(model, array, tmp_path):
     folder = here(array, tmp_path, model=model, epochs=1, train_sequences=10)
     assert folder == tmp_path / model
+    assert not (tmp_path / "compare.md").exists()  # nothing to compare with
     assert all((folder / name).stat().st_size for name in FILES)
     assert set(results(folder)["scores"][model]) == set(metrics.UNITS)
+
+
+def test_weights_bring_their_network_along(array, tmp_path, capsys):
+    trained = here(array, tmp_path, epochs=1, hidden="6,4", head=0, feedback=False)
+    halves = torch.load(trained / "best.pt")
+    halves["model"] = {name: weight.half() for name, weight in halves["model"].items()}
+    checkpoint.save(tmp_path / "small.pt", halves)
+    folder = here(array, tmp_path, weights=tmp_path / "small.pt", eval_only=True)
+    assert folder.name == "my_model"
+    folder = tmp_path / "small"  # of its own, so that no training's results are lost
+    assert not (folder / "last.pt").exists() and (folder / "predict_worst.png").exists()
+    ours, theirs = (results(f)["scores"]["my_model"]["mse_per_frame"]["mean"] for f in (folder, trained))
+    assert ours == pytest.approx(theirs, rel=1e-3) and ours != theirs
+    assert "small" in (tmp_path / "compare.md").read_text()
+    assert f"from {tmp_path / 'small.pt'}" in capsys.readouterr().out
+    tuned = here(array, tmp_path / "tuned", weights=tmp_path / "small.pt", learning_rate=1e-9, epochs=1)
+    assert log(tuned)[-1]["val_mse_per_frame"] == pytest.approx(log(trained)[-1]["val_mse_per_frame"], rel=1e-3)
 
 
 def test_the_seed_decides(reference, array, tmp_path):
@@ -228,12 +260,12 @@ def test_schedules():
 
 def test_help_has_every_knob(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main.parse(["--help"])
+        parse(main.Knobs, ["--help"])
     printed = capsys.readouterr().out
     assert all(f"--{f.name} " in printed for f in dataclasses.fields(main.Knobs))
 
 
 def test_flags_are_read():
-    knobs = main.parse(["--hidden", "4,5", "--augment", "False", "--learning_rate", "0.5", "--data", "x.npy"])
+    knobs = parse(main.Knobs, ["--hidden", "4,5", "--augment", "False", "--learning_rate", "0.5", "--data", "x.npy"])
     assert (knobs.hidden, knobs.augment, knobs.learning_rate, knobs.data) == ((4, 5), False, 0.5, "x.npy")
-    assert main.parse([]) == main.Knobs()
+    assert parse(main.Knobs, []) == main.Knobs()

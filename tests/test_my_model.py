@@ -351,27 +351,31 @@ def cut_by_hand(frames, P):
 
 def forecast_by_hand(model, past, n_future):
     """Patches, one cell call a layer and frame, the head frame by frame, and patches put together again."""
-    P, head = model.patch, model.head
+    P, C, B, T = model.patch, past.shape[2], len(past), past.shape[1]
     x = cut_by_hand(past, P)
-    zeros = lambda layer: x.new_zeros(x.shape[0], layer.cell.hidden, *x.shape[-2:])
+    zeros = lambda layer: x.new_zeros(B, layer.cell.hidden, *x.shape[-2:])
     states, drawn = [(zeros(layer), zeros(layer)) for layer in model.encoder], []
-    for t in range(past.shape[1]):
-        below = x[:, t]
-        for k, layer in enumerate(model.encoder):
+
+    def step(stack, below):
+        for k, layer in enumerate(stack):
             states[k] = layer.cell(below, states[k])
             below = states[k][0]
-        if model.dense and model.training and t < past.shape[1] - 1:
-            drawn.append(head(torch.cat([h for h, _ in states], 1)))
-    for _ in range(n_future):
-        below = None
-        for k, layer in enumerate(model.forecaster):
-            states[k] = layer.cell(below, states[k])
-            below = states[k][0]
-        drawn.append(head(torch.cat([h for h, _ in states], 1)))
+        return model.head(torch.cat([h for h, _ in states], 1))
+
+    every = model.dense and model.training
+    for t in range(T):
+        patches = step(model.encoder, x[:, t])
+        if every and t < T - 1:
+            drawn.append(patches)
+    for t in range(n_future):
+        if model.forecaster is not None:
+            patches = step(model.forecaster, None)
+        elif t > 0:  # the last input frame has drawn the first
+            patches = step(model.encoder, 1 / (1 + torch.exp(-drawn[-1])))
+        drawn.append(patches)
     patches = torch.stack(drawn, 1)
-    B, T, _, H, W = patches.shape
-    frames = patches.new_empty(B, T, past.shape[2], H * P, W * P)
-    for c, y, x in product(range(past.shape[2]), range(P), range(P)):
+    frames = patches.new_empty(*patches.shape[:2], C, past.shape[3], past.shape[4])
+    for c, y, x in product(range(C), range(P), range(P)):
         frames[:, :, c, y::P, x::P] = patches[:, :, (c * P + y) * P + x]
     return frames
 
@@ -382,6 +386,8 @@ OPTIONS = [
     pytest.param({"head": 5, "state_kernel_size": 1}, id="deep_head_1x1_state"),
     pytest.param({"dense": True, "hidden": (2, 4, 3), "kernel_size": 5}, id="dense_three_layers"),
     pytest.param({"channels": 3, "head": 4, "dense": True, "patch": 4}, id="colour_dense_deep_head"),
+    pytest.param({"feedback": True, "head": 4, "hidden": (3, 4)}, id="feedback"),
+    pytest.param({"feedback": True, "dense": True, "channels": 2}, id="feedback_dense"),
 ]
 
 
@@ -395,14 +401,15 @@ def test_forecast_by_hand(options, fast):
     torch.testing.assert_close(model(past, 3), forecast_by_hand(model, past, 3), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_fast_network_is_its_plain_twin(dtype):
+def test_fast_network_is_its_plain_twin(dtype, feedback):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = EncoderForecaster(hidden=(16, 8), head=8, dense=True).to(exact)
+    model = EncoderForecaster(hidden=(16, 8), head=8, feedback=feedback, dense=True).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     results = []
     for fast in (False, True):
-        for layer in (*model.encoder, *model.forecaster):
+        for layer in (*model.encoder, *(model.forecaster or ())):
             layer.fast = fast
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(past, 4)
@@ -437,6 +444,15 @@ def test_every_state_is_copied_from_encoder_to_forecaster(fast):
         assert not torch.equal(h, c) and torch.equal(h, state[0]) and torch.equal(c, state[1])
 
 
+def test_feedback_has_no_second_stack():
+    model = small(hidden=(3, 4), feedback=True)
+    assert not any(name.startswith("forecaster") for name in model.state_dict())
+    past = torch.rand(1, 3, 1, 8, 8)
+    forecast = model(past, 4)
+    drawn = torch.sigmoid(forecast[:, :1])  # is what the model goes on with, as if it had been seen
+    torch.testing.assert_close(model(torch.cat((past, drawn), 1), 3), forecast[:, 1:])
+
+
 def test_every_encoder_layer_matters():
     model, past = small(hidden=(3, 2, 4)), torch.rand(1, 3, 1, 8, 8)
     before = model(past, 2)
@@ -448,10 +464,11 @@ def test_every_encoder_layer_matters():
             layer.cell.bias -= 0.1
 
 
+@pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-def test_dense_frames_look_at_the_past_only(fast):
+def test_dense_frames_look_at_the_past_only(fast, feedback):
     T, n_future = 4, 2
-    model = small(dense=True, head=4, fast=fast)
+    model = small(dense=True, head=4, feedback=feedback, fast=fast)
     past = torch.rand(1, T, 1, 8, 8, requires_grad=True)
     for t in range(T - 1 + n_future):  # drawn from frames 0 to t
         drawn = model(past, n_future)[:, t]
@@ -460,8 +477,9 @@ def test_dense_frames_look_at_the_past_only(fast):
         assert seen.tolist() == [frame <= t for frame in range(T)]
 
 
-def test_dense_draws_one_frame_more_for_each_frame_seen():
-    model, past = small(dense=True), torch.rand(2, 5, 1, 8, 8)
+@pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
+def test_dense_draws_one_frame_more_for_each_frame_seen(feedback):
+    model, past = small(dense=True, feedback=feedback), torch.rand(2, 5, 1, 8, 8)
     dense = model(past, 3)
     assert dense.shape == (2, 4 + 3, 1, 8, 8)
     model.dense = False
@@ -477,9 +495,10 @@ def test_dense_draws_one_frame_more_for_each_frame_seen():
     ("shape", "n_future"),
     [((1, 1, 1, 4, 4), 1), ((3, 2, 1, 8, 20), 7), ((1, 12, 1, 36, 4), 2), ((1, 3, 1, 4, 4), 25)],
 )
+@pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
 @torch.no_grad()
-def test_sizes_are_free(shape, n_future):
-    model, past = small(patch=4), torch.rand(shape)
+def test_sizes_are_free(shape, n_future, feedback):
+    model, past = small(patch=4, feedback=feedback), torch.rand(shape)
     parameters = [p.clone() for p in model.parameters()]
     logits = model(past, n_future)
     assert logits.shape == (shape[0], n_future, *shape[2:]) and logits.isfinite().all()

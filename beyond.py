@@ -1,0 +1,64 @@
+"""What training never showed: more digits, more frames, a larger canvas, with the baselines beside.
+
+The sequences are generated from the digits of raw/digits_test.png, by the law of the training data.
+"""
+
+import torch
+
+import download
+import figures
+from evaluate import BASELINES, cut, evaluate
+from machine import RANK
+from moving_mnist import Sequences, generate
+
+
+def beyond(folder, name, forecast, frames_in, frames_out, device, n_sequences=200):
+    """Case → the named forecast and each baseline → MSE per frame; beyond.png, and a picture of each case."""
+    digits, results = download.digit_sheet("raw/digits_test.png"), {}
+    double, triple = f"{2 * frames_out} frames", f"{3 * frames_out} frames"
+    cases = {
+        "as in training": {},
+        "three digits": {"n_digits": 3},
+        triple: {"n_frames": frames_in + 3 * frames_out},
+        "96×96 pixels": {"size": 96, "step": 0.1 * (64 - 28) / (96 - 28)},  # as many pixels a frame as on 64×64
+    }
+    for case, changes in cases.items():
+        law = {"n_frames": frames_in + frames_out, **changes}
+        dataset, n = Sequences(generate(digits, n_sequences, seed=0, **law).swapaxes(0, 1)), law["n_frames"] - frames_in
+        forecasts = {name: forecast, **BASELINES}
+        curves = {who: curve(f, dataset, frames_in, n, device) for who, f in forecasts.items()}
+        if case == triple:
+            results[double] = {who: values[: 2 * frames_out] for who, values in curves.items()}
+        results[case] = curves
+        if changes and RANK == 0:
+            draw(folder, case, forecast, dataset, frames_in, n, device)
+    if RANK == 0:
+        figures.per_frame(folder / "beyond.png", {case: results[case] for case in cases})
+    return results
+
+
+def curve(forecast, dataset, frames_in, n, device):
+    return evaluate(forecast, dataset, frames_in, n, ["mse_per_frame"], device)["mse_per_frame"].tolist()
+
+
+@torch.inference_mode()
+def draw(folder, case, forecast, dataset, frames_in, n, device):
+    """beyond_<case>.png of the first sequence: as good or bad as it happens to be."""
+    past, truth = cut(dataset[:1], frames_in, n)
+    rows = {"input": (1, past[0]), "truth": (frames_in + 1, truth[0])}
+    for who, function in {"forecast": forecast, **BASELINES}.items():
+        if who != "black":
+            rows[figures.LABELS.get(who, who)] = frames_in + 1, function(past.to(device), n)[0][0].cpu()
+    file = f"beyond_{case.replace(' ', '_').replace('×', 'x')}.png"
+    figures.grid(folder / file, rows, f"{case}, never trained on")
+
+
+def table(results):
+    """As lines for people."""
+    names = list(next(iter(results.values())))
+    lines = ["beyond training: MSE per frame, generated sequences of test digits"]
+    lines.append(" " * 18 + "".join(f"{figures.LABELS.get(name, name):>20}" for name in names))
+    for case, curves in results.items():
+        cells = (sum(curves[name]) / len(curves[name]) for name in names)
+        lines.append(f"{case:18}" + "".join(f"{cell:>20.1f}" for cell in cells))
+    return "\n".join(lines)

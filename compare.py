@@ -1,0 +1,74 @@
+"""Models side by side: every folder under `out` that has results on the same data, under the same ruler."""
+
+import csv
+import json
+
+import numpy as np
+
+import figures
+from checkpoint import publish
+
+COLUMNS = {"mse_per_frame": "MSE", "mae_per_frame": "MAE", "ssim": "SSIM", "ssim_openstl": "SSIM, OpenSTL's",
+           "psnr": "PSNR (dB)", "cross_entropy_per_sequence": "cross-entropy (nats)"}  # fmt: skip
+COST = ("parameters", "sequences seen", "minutes", "sequences/s")
+SAME = ("data", "split", "sequences", "frames_in", "frames_out")  # or the comparison means nothing
+
+
+def read(folder):
+    """metrics.json of a folder, and what its training cost."""
+    run = json.loads((folder / "metrics.json").read_text())
+    run["forecast"] = np.load(folder / "forecast.npy", allow_pickle=False)
+    run["history"] = []
+    if (folder / "log.csv").exists():  # weights that were only evaluated have none
+        logs = (list(csv.DictReader((folder / name).read_text().splitlines())) for name in ("log.csv", "timing.csv"))
+        for row, time in zip(*logs, strict=True):
+            keys = {"sequences": row["sequences"], "minutes": time["minutes"], "val_loss": row["val_loss"]}
+            run["history"].append({key: float(value) for key, value in keys.items()})
+    return run
+
+
+def cost(run):
+    if not run["history"]:
+        return [f"{run['parameters']:,}", *"–––"]
+    seen, minutes = run["history"][-1]["sequences"], run["history"][-1]["minutes"]
+    return [f"{run['parameters']:,}", f"{seen:,.0f}", f"{minutes:.1f}", f"{seen / minutes / 60:.1f}"]
+
+
+def compare(out, latest, first_sequence):
+    """compare.png, compare_strip.png and compare.md in `out`, of its folders whose results are of latest's kind.
+
+    first_sequence: of the test split, (T, C, H, W) uint8. Nothing is written where there is only one folder.
+    """
+    runs, others = {}, []
+    for folder in sorted(path.parent for path in out.glob("*/metrics.json")):
+        try:
+            run = read(folder)
+            same = all(run[key] == latest[key] for key in SAME)
+        except (OSError, ValueError, KeyError):  # half there, or of another version of this script
+            same = False
+        if same:
+            runs[folder.name] = run
+        else:
+            others.append(folder.name)
+    if len(runs) < 2:
+        return
+    title = f"{latest['split']} split of the {latest['data']}, {latest['sequences']:,} sequences"
+    scores = {name: run["scores"][run["model"]] for name, run in runs.items()}
+    scores |= {who: score for who, score in latest["scores"].items() if who in figures.LABELS}
+    lines = [f"# {title}", "", "Mean over the forecast frames; `metrics.json` has the units.", ""]
+    lines += [f"| | {' | '.join((*COST, *COLUMNS.values()))} |", "|---|" + "---:|" * (len(COST) + len(COLUMNS))]
+    for name, score in scores.items():
+        cells = cost(runs[name]) if name in runs else [*"––––"]
+        cells += [f"{score[key]['mean']:.4g}" if key in score else "–" for key in COLUMNS]
+        lines.append(f"| {figures.LABELS.get(name, name)} | {' | '.join(cells)} |")
+    if others:
+        lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]
+    publish(out / "compare.md", "\n".join([*lines, ""]).encode())
+
+    curves = {name: score["mse_per_frame"]["per_frame"] for name, score in scores.items()}
+    figures.compare(out / "compare.png", {name: run["history"] for name, run in runs.items()}, curves, title)
+    cut = latest["frames_in"]
+    past, truth = first_sequence[:cut] / 255, first_sequence[cut:][: latest["frames_out"]] / 255
+    rows = {"input": (1, past), "truth": (cut + 1, truth)}
+    rows |= {name: (cut + 1, run["forecast"] / 255) for name, run in runs.items()}
+    figures.grid(out / "compare_strip.png", rows, f"the first sequence of the {title}")

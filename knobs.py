@@ -1,0 +1,43 @@
+"""From a dataclass of knobs to a command line: each field is a flag, with its limits and its line in --help."""
+
+import argparse
+import dataclasses
+import math
+
+
+def knob(default, text, at_least=None, at_most=None, choices=None, group=None):
+    """A field with what its flag has to say of it; group: the heading above it and the fields that follow."""
+    facts = {"text": text, "least": at_least, "most": at_most, "choices": choices, "group": group}
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def parse(Knobs, arguments, description=None):
+    """The Knobs that the command line asks for; a sentence and exit status 2 for what it cannot mean."""
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--knob value …]", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    flags = parser
+    for f in dataclasses.fields(Knobs):
+        about = f.metadata
+        flags = parser.add_argument_group(about["group"]) if about["group"] else flags
+        kind = {bool: boolean, tuple[int, ...]: integers}.get(f.type, f.type)
+        name = {boolean: "true|false", integers: "N,N,…", int: "N", float: "X", str: "TEXT"}[kind]
+        flags.add_argument(f"--{f.name}", type=kind, default=f.default, help=about["text"], choices=about["choices"],
+                           metavar=None if about["choices"] else name)  # fmt: skip
+    knobs = Knobs(**vars(parser.parse_args(arguments)))
+    for f in dataclasses.fields(Knobs):
+        value, least, most = getattr(knobs, f.name), f.metadata["least"], f.metadata["most"]
+        low, high = (min(value), max(value)) if f.type == tuple[int, ...] else (value, value)
+        if (least is not None and not low >= least) or (most is not None and not high <= most) or value == math.inf:
+            limits = f"at least {least}" if most is None else f"from {least} to {most}"
+            parser.error(f"{f.name} is {value}; it must be {limits}")
+    return knobs
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def integers(text):
+    return tuple(int(part) for part in text.split(","))

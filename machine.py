@@ -1,0 +1,63 @@
+"""Where this runs: the device and its precision, and this process among the others that torchrun started."""
+
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
+
+
+class DeviceError(Exception):
+    """A device that is not there, in one sentence."""
+
+
+def choose_device(wanted, precision):
+    """(device, autocast context factory, a few words on the precision and why). "auto": the best there is."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = found if wanted == "auto" else wanted
+    if kind not in ("cpu", found):
+        raise DeviceError(f"device is {kind!r}, but this torch finds only {found}; set device to auto or {found}")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        capability = torch.cuda.get_device_capability()
+        native, why = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
+    elif kind == "mps":
+        native, why = False, "mps"
+    else:
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # where this torch tells
+        masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("AVX2", "AVX512_CORE", "SSE41", "AVX")
+        units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
+        native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit"
+    bf16 = native if precision == "auto" else precision == "bf16"
+    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
+    why = why if precision == "auto" else "chosen by knob"
+    return device, autocast, f"{'bf16' if bf16 else 'fp32'} ({why})"
+
+
+def idle_gpu(device):
+    """Whether the driver shows an NVIDIA GPU that this torch was built without."""
+    return device.type == "cpu" and torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version")
+
+
+def sum_over_processes(value, device):
+    if WORLD == 1:
+        return value
+    value = value.to(device)  # nccl reduces on the GPU only
+    dist.all_reduce(value)
+    return value.cpu()
+
+
+def from_rank_0(value):
+    """The value that the first process has."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def say(*words):
+    if RANK == 0:
+        print(*words, flush=True)

@@ -1,0 +1,77 @@
+"""Models side by side and beyond their training: what is compared with what, and that the cases are what they say."""
+
+import json
+
+import numpy as np
+import torch
+from conftest import here, moving_squares
+from PIL import Image
+
+import beyond
+import metrics
+
+
+def rows(path):
+    lines = [
+        line.strip("| ").split(" | ")
+        for line in path.read_text().splitlines()
+        if line.startswith("| ") and "---" not in line
+    ][1:]
+    return {cells[0].strip("| "): cells[1:] for cells in lines}
+
+
+def test_every_model_that_has_results_is_compared(array, tmp_path):
+    few = {"epochs": 1, "train_sequences": 10}
+    folders = [here(array, tmp_path, model=model, **few) for model in ("my_model", "convlstm")]
+    found = rows(tmp_path / "compare.md")
+    assert set(found) == {"my_model", "convlstm", "black frame", "last frame copied", "optical flow"}
+    for folder in folders:
+        results = json.loads((folder / "metrics.json").read_text())
+        parameters, seen, _, _, mse, *_ = found[folder.name]
+        assert (parameters, seen) == (f"{results['parameters']:,}", "10")
+        assert mse == f"{results['scores'][folder.name]['mse_per_frame']['mean']:.4g}"
+    for picture in ("compare.png", "compare_strip.png"):
+        with Image.open(tmp_path / picture) as image:
+            image.load()
+
+    other = tmp_path / "other.npy"
+    np.save(other, moving_squares(57, seed=1))
+    here(other, tmp_path / "elsewhere", model="convlstm", **few)
+    (tmp_path / "elsewhere" / "convlstm").rename(tmp_path / "stranger")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.json").write_text("{")
+    here(array, tmp_path, model="convlstm", **few, eval_only=True)
+    assert set(rows(tmp_path / "compare.md")) == set(found)
+    assert (
+        "Left out, as they do not fit together with these: broken, stranger." in (tmp_path / "compare.md").read_text()
+    )
+
+
+def test_cases_beyond_training_are_what_they_say(tmp_path):
+    """The forecast that is tested notes what it is shown."""
+    seen = []
+
+    def forecast(past, n):
+        seen.append((past, n))
+        return metrics.copy_last(past, n), None
+
+    results = beyond.beyond(tmp_path, "my_model", forecast, 10, 10, torch.device("cpu"), n_sequences=8)
+    assert list(results) == ["as in training", "three digits", "20 frames", "30 frames", "96×96 pixels"]
+    assert [len(curves["my_model"]) for curves in results.values()] == [10, 10, 20, 30, 10]
+    for curves in results.values():
+        assert set(curves) == {"my_model", "black", "copy_last", "optical_flow"}
+        assert curves["my_model"] == curves["copy_last"]  # the same frames for everyone
+    usual, three, thirty, large = [past for past, n in seen if len(past) == 8]
+    assert [(p.shape, n) for p, n in seen if len(p) == 8] == [
+        *[((8, 10, 1, 64, 64), n) for n in (10, 10, 30)],
+        ((8, 10, 1, 96, 96), 10),
+    ]
+    ink = lambda past: past.sum((2, 3, 4)).mean().item()
+    assert 1.3 < ink(three) / ink(usual) < 1.5  # as digits overlap
+    assert 0.9 < ink(thirty) / ink(usual) < 1.1 and 0.9 < ink(large) / ink(usual) < 1.15
+    motion = lambda past: np.abs(np.diff(past.numpy(), axis=1)).sum((2, 3, 4)).mean()
+    assert 0.85 < motion(large) / motion(usual) < 1.2  # as many pixels a frame
+    pictures = {path.name for path in tmp_path.iterdir()}
+    assert pictures == {"beyond.png", "beyond_three_digits.png", "beyond_30_frames.png", "beyond_96x96_pixels.png"}
+    lines = beyond.table(results).splitlines()
+    assert f"{np.mean(results['three digits']['black']):.1f}" in lines[3] and lines[3].startswith("three digits")

@@ -1,0 +1,92 @@
+"""A folder of videos: frames, colours and order as written, a whole run on them, and files that are none."""
+
+import cv2
+import numpy as np
+import pytest
+from conftest import here
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import videos
+from moving_mnist import DataError
+
+SIZE = 32
+
+
+def write(path, n_frames, colour=(40, 80, 200), fourcc="MJPG"):
+    """A bright square on a dark ground, colour in blue, green, red, moves right by a pixel a frame."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 10, (SIZE, SIZE))
+    assert writer.isOpened()
+    for t in range(n_frames):
+        frame = np.zeros((SIZE, SIZE, 3), np.uint8)
+        frame[8:24, t % 16 : t % 16 + 16] = colour
+        writer.write(frame)
+    writer.release()
+
+
+def test_frames_are_those_of_the_files(tmp_path):
+    write(tmp_path / "b.avi", 25, colour=(0, 0, 255))
+    write(tmp_path / "a.avi", 12, colour=(0, 255, 0))
+    (tmp_path / "notes.txt").write_text("no video")
+    frames = videos.read_folder(tmp_path, 10, SIZE, colour=True)
+    assert frames.shape == (10, 1 + 2, 3, SIZE, SIZE) and frames.dtype == np.uint8  # what is left over is dropped
+    middle = frames[:, :, :, 10:22]
+    assert [middle[0, n].max((1, 2)).argmax() for n in range(3)] == [1, 0, 0]  # a.avi first; red, green, blue
+    for t in range(10):
+        columns = np.flatnonzero(middle[t, 0, 1].mean(0) > 128)
+        assert abs(columns[0] - t) <= 1 and abs(columns[-1] - (t + 15)) <= 1
+    grey = videos.read_folder(tmp_path, 6, 16, stride=2)
+    assert grey.shape == (6, 1 + 2, 1, 16, 16)
+    assert [np.flatnonzero(grey[t, 0, 0, 8] > 75)[0] for t in range(1, 6)] == [1, 2, 3, 4, 5]  # half of 2 pixels
+
+
+def test_a_colour_video_trains(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for k in range(3):
+        write(folder / f"{k}.mp4", 61, fourcc="mp4v")
+    run = here(folder, tmp_path, video_colour=True, video_size=16, frames_in=3, frames_out=2, epochs=1)
+    assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"holds no video; expected files that end in \.avi"):
+        videos.read_folder(tmp_path, 10, SIZE)
+    write(tmp_path / "a.avi", 9)
+    with pytest.raises(DataError, match=r"a\.avi has 9 frames.*a sequence needs 10"):
+        videos.read_folder(tmp_path, 10, SIZE)
+    write(tmp_path / "a.avi", 10)
+    (tmp_path / "b.mp4").write_text("<html>")
+    with pytest.raises(DataError, match=r"b\.mp4 has 0 frames"):
+        videos.read_folder(tmp_path, 10, SIZE)
+
+
+def test_too_much_for_the_memory_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "a.avi", 30)
+    monkeypatch.setattr(videos, "LARGEST", 20 * SIZE * SIZE)
+    with pytest.raises(DataError, match=r"takes more than .* larger video_stride or a smaller video_size"):
+        videos.read_folder(tmp_path, 10, SIZE)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "a.avi"
+    write(path, 12)
+    return path.read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_video_is_read_or_refused(whole, tmp_path, data):
+    """Cut short or with bytes changed: frames of the right shape, or a DataError, and nothing else."""
+    content = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for where in data.draw(st.lists(st.integers(0, max(0, len(content) - 1)), max_size=8)):
+        if content:
+            content[where] = data.draw(st.integers(0, 255))
+    (tmp_path / "a.avi").write_bytes(content)
+    try:
+        frames = videos.read_folder(tmp_path, 4, SIZE)
+    except DataError as error:
+        assert "a.avi" in str(error)
+    else:
+        assert frames.shape[0] == 4 and frames.shape[2:] == (1, SIZE, SIZE)

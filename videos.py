@@ -1,0 +1,65 @@
+"""Your own videos: a folder of files that OpenCV reads → sequences (T, N, C, H, W), as of an array.
+
+Each file is resized, thinned to every `stride`-th frame, and cut into sequences that do not overlap; what is left
+over at its end is dropped. Files are taken in the order of their names, so the splits, which are taken in order too,
+share at most one file.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: a bad file is named below
+
+import cv2
+import numpy as np
+
+from moving_mnist import DataError
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
+LARGEST = 2**33  # bytes
+
+
+def read_folder(folder, n_frames, size, stride=1, colour=False):
+    """uint8 (n_frames, N, C, size, size) of all video files in the folder; C is 1, or 3 (red, green, blue).
+
+    Raises DataError: no video there, one that cannot be read or is too short, or more than memory should hold.
+    """
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in VIDEOS)
+    if not paths:
+        raise DataError(f"{folder} holds no video; expected files that end in {', '.join(sorted(VIDEOS))}")
+    sequences, taken = [], 0
+    for path in paths:
+        frames = []
+        for frame in decode(path, stride):
+            frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+            frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB if colour else cv2.COLOR_BGR2GRAY)
+            frames.append(frame.reshape(size, size, -1).transpose(2, 0, 1))
+            taken += frame.nbytes
+            if taken > LARGEST:
+                raise DataError(f"{folder} takes more than {LARGEST / 2**30:.0f} GiB at {size}×{size}; use fewer "
+                                "files, a larger video_stride or a smaller video_size")  # fmt: skip
+        n = len(frames) // n_frames
+        if n == 0:
+            raise DataError(f"{path} has {len(frames)} frames, read as a video at every {stride}; a sequence needs "
+                            f"{n_frames}: remove it, or lower frames_in or frames_out")  # fmt: skip
+        sequences.append(np.stack(frames[: n * n_frames]).reshape(n, n_frames, *frames[0].shape))
+    return np.ascontiguousarray(np.concatenate(sequences).swapaxes(0, 1))
+
+
+def decode(path, stride):
+    """Every stride-th frame, (H, W, 3) in OpenCV's order blue, green, red, until the file ends or breaks."""
+    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        k = 0
+        while video.grab():
+            if k % stride == 0:
+                ok, frame = video.retrieve()
+                if not ok:
+                    return
+                yield frame
+            k += 1
+    except cv2.error as error:
+        raise DataError(f"{path} cannot be read as a video ({error.err})") from error
+    finally:
+        video.release()
