@@ -25,9 +25,10 @@ COLOURS = {
 MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"] * 9  # in order
 LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
 
+DPI = 150
 plt.rcParams.update({
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "legend.frameon": False, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+    "legend.frameon": False, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
 })  # fmt: skip
 
 
@@ -116,31 +117,30 @@ def prediction(path, past, truth, forecast, title):
 
 
 def grid(path, rows, title, most=10):
-    """rows: name → (number of its first frame, (T, C, H, W) in [0, 1]); of more than `most` frames, some."""
-    shown = [
-        (
-            name,
-            {first + t: frames[t] for t in sorted(np.linspace(len(frames) - 1, 0, min(len(frames), most)).astype(int))},
-        )
-        for name, (first, frames) in rows.items()
-    ]
-    columns = max(len(frames) for _, frames in shown)
+    """rows: name → (number of its first frame, (T, C, H, W) in [0, 1]); of more than `most` frames, some.
+
+    One picture with a few words, every pixel of a frame a square of whole pixels: 40 axes would take ten times as long.
+    """
     height, width = np.shape(next(iter(rows.values()))[1])[-2:]
-    size = 1.05 * columns + 1.2, len(rows) * (1.05 * height / width + 0.2) + 0.4
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for line, (name, frames) in zip(axes, shown, strict=True):
-        line[0].set_ylabel(name.replace(" ", "\n"), fontsize=10)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-        for axis, (number, frame) in zip(line, frames.items(), strict=False):
-            # enlarged by whole pixels, so that a person sees each one
-            image = cv2.resize(to_grey(frame[None])[0], None, fx=4, fy=4, interpolation=cv2.INTER_NEAREST)
-            axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(f"{number}", fontsize=9, pad=2)
-        for axis in line[len(frames) :]:
-            axis.set_axis_off()
-    figure.suptitle(title, fontsize=11)
+    scale = max(1, round(144 / width))
+    high, wide = height * scale + 34, width * scale + 8  # with the number above and a gap
+    columns = min(max(len(frames) for _, frames in rows.values()), most)
+    picture = np.full((56 + len(rows) * high, 110 + columns * wide, 3), 255, np.uint8)
+    size = picture.shape[1] / DPI, picture.shape[0] / DPI
+    figure = plt.figure(figsize=size, layout="none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    for r, (name, (first, frames)) in enumerate(rows.items()):
+        top, some = 56 + r * high, sorted(np.linspace(len(frames) - 1, 0, min(len(frames), most)).astype(int))
+        axes.text(96, top + height * scale / 2 + 24, name.replace(" ", "\n"), ha="right", va="center", fontsize=9)
+        for k, t in enumerate(some):
+            left, image = 110 + k * wide, to_grey(frames[t : t + 1])[0]
+            image = image[..., None] if image.ndim == 2 else image
+            enlarged = image.repeat(scale, 0).repeat(scale, 1)
+            picture[top + 26 :, left:][: height * scale, : width * scale] = enlarged
+            axes.text(left + width * scale / 2, top + 22, first + t, ha="center", va="bottom", fontsize=8)
+    axes.imshow(picture, interpolation="nearest", aspect="auto")
+    axes.text(picture.shape[1] / 2, 14, title, ha="center", va="top", fontsize=10)
     write(figure, path)
 
 

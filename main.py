@@ -67,7 +67,7 @@ class Knobs:
     video_size: int = knob(64, "pixels a side to which videos are resized", 12, 4096)
     video_stride: int = knob(1, "take every so many-th frame of a video", 1)
     video_colour: bool = knob(False, "red, green and blue of a video; else its grey")
-    augment: bool = knob(True, "flip, transpose and reverse training sequences; the motion law stays the same")
+    augment: bool = knob(False, "flip, transpose and reverse training sequences: for runs of tens of epochs")
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
@@ -82,17 +82,19 @@ class Knobs:
     feedback: bool = knob(
         True, "forecast with the encoder, fed with its own last frame; false: a second stack, as the paper"
     )
-    dense: bool = knob(True, "while the horizon is short, score the frame after each input frame as well")
+    dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
     epochs: int = knob(4, "passes over the training sequences", 1, group="optimisation")
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6)
     batch_size: int = knob(8, "sequences a step, over all processes together", 1)
-    learning_rate: float = knob(0.02, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 1e-9)
+    learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest", 1e-9)
     warmup: float = knob(
         0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero", 0, 1
     )
-    short_horizon: int = knob(3, "forecast frames trained on at first, as near frames teach motion; 0 = always all", 0)
-    short_until: float = knob(0.45, "part of training with the short horizon", 0, 1)
+    grow_from: float = knob(0.3, "part of training after which more than one forecast frame is trained on", 0, 1)
+    grow_until: float = knob(
+        0.8, "part of training after which all are; between the two, ever more. 0 = always all", 0, 1
+    )
     clip: float = knob(1.0, "largest gradient norm", 1e-9)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -194,9 +196,11 @@ def learning_rate(knobs, progress):
 
 
 def horizon(knobs, progress):
-    """Forecast frames trained on at this progress."""
-    short = knobs.short_horizon and progress < knobs.short_until
-    return min(knobs.short_horizon, knobs.frames_out) if short else knobs.frames_out
+    """Forecast frames trained on at this progress: near frames teach motion, and they are cheap."""
+    if progress >= knobs.grow_until:
+        return knobs.frames_out
+    grown = (progress - knobs.grow_from) / max(1e-9, knobs.grow_until - knobs.grow_from)
+    return 1 + int(max(0.0, grown) * (knobs.frames_out - 1))
 
 
 class Setup(NamedTuple):
@@ -235,19 +239,21 @@ def describe(setup, facts):
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
 
 
-def mean_frames(knobs, start):
-    """Frames that a step unrolls, and so what it costs: the mean from this progress to the end of training."""
-    return knobs.frames_in + np.mean([horizon(knobs, progress) for progress in np.linspace(start, 1, 1000)])
+def cost(knobs, progress):
+    """Of a step at this progress, in input frames: a forecast frame waits for the one before, and so costs more."""
+    return knobs.frames_in + (1.6 if knobs.feedback else 1.0) * horizon(knobs, progress)
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
     """After a few steps: settle how many steps max_minutes buys, and say how long the rest will take here."""
     progress = run["step"] / run["steps"] if run["steps"] else 0.0
-    seconds_a_frame = seconds_a_step / (knobs.frames_in + horizon(knobs, progress))
+    seconds = seconds_a_step / cost(knobs, progress)  # an input frame's
+    later = lambda start: (
+        seconds * np.mean([cost(knobs, p) for p in np.linspace(start, 1, 1000)])
+    )  # a step from there on
     if not run["steps"]:
-        steps = int(knobs.max_minutes * 60 / (seconds_a_frame * mean_frames(knobs, 0.0)))
-        run["steps"] = bar.total = from_rank_0(max(run["step"], steps))
-    minutes = (run["steps"] - run["step"]) * seconds_a_frame * mean_frames(knobs, progress) / 60
+        run["steps"] = bar.total = from_rank_0(max(run["step"], int(knobs.max_minutes * 60 / later(0.0))))
+    minutes = (run["steps"] - run["step"]) * later(progress) / 60
     if RANK == 0:
         bar.write(f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s: {run['steps']:,} steps of "
                   f"{knobs.batch_size} will take about {minutes:.0f} min, plus evaluations\n"

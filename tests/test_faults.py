@@ -204,7 +204,7 @@ def test_a_malicious_checkpoint_runs_nothing(small, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"learning_rate": 0.5}, "learning_rate was 0.02 and is now 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate was 0.03 and is now 0.5"),
         ({"hidden": "4,4"}, "hidden was (8,) and is now (4, 4)"),
         (
             {"seed": 1, "epochs": 2},
