@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -99,12 +100,13 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
 def peak_memory(name, batch, **work):
     """Bytes that one training step of the contender needs at its peak, measured in a process of its own."""
     code = (
-        f"import bench, resource; s = bench.step_of({name!r}, 1, frames=1, **{work!r}); s();"
+        f"import bench, resource; s = bench.step_of({name!r}, 1, **{work | {'frames': 1}!r}); s();"
         "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         f"s = bench.step_of({name!r}, {batch}, **{work!r}); s(); s();"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)"
     )
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    run = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
+    out = subprocess.run([sys.executable, "-c", code], **run).stdout
     return int(out) * (1 if sys.platform == "darwin" else 1024)
 
 

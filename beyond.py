@@ -12,15 +12,17 @@ from machine import RANK
 from moving_mnist import Sequences, generate
 
 
-def beyond(folder, name, forecast, frames_in, frames_out, device, n_sequences=200):
+def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_sequences=200):
     """Case → the named forecast and each baseline → MSE per frame; beyond.png, and a picture of each case."""
-    digits, results = download.digit_sheet("raw/digits_test.png"), {}
+    digits, results = download.digit_sheet(download.SHEETS / "digits_test.png"), {}
+    large = max(96, 64 + patch)  # which can be cut into patches where 64 can
     double, triple = f"{2 * frames_out} frames", f"{3 * frames_out} frames"
     cases = {
         "as in training": {},
         "three digits": {"n_digits": 3},
         triple: {"n_frames": frames_in + 3 * frames_out},
-        "96×96 pixels": {"size": 96, "step": 0.1 * (64 - 28) / (96 - 28)},  # as many pixels a frame as on 64×64
+        # on the larger canvas a digit moves as many pixels a frame as on 64×64
+        f"{large}×{large} pixels": {"size": large, "step": 0.1 * (64 - 28) / (large - 28)},
     }
     for case, changes in cases.items():
         law = {"n_frames": frames_in + frames_out, **changes}

@@ -62,7 +62,7 @@ def load(path):
                 return state
     except (pickle.UnpicklingError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} holds what no checkpoint holds; it was not loaded") from error
-    raise CheckpointError(f"{path} is damaged or no checkpoint of this script; delete or move it to start over")
+    raise CheckpointError(f"{path} is damaged or no checkpoint of this script; without it, a run starts over")
 
 
 def lock(folder):

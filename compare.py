@@ -6,12 +6,12 @@ import json
 import numpy as np
 
 import figures
+import metrics
 from checkpoint import publish
+from evaluate import what
 
-COLUMNS = {"mse_per_frame": "MSE", "mae_per_frame": "MAE", "ssim": "SSIM", "ssim_openstl": "SSIM, OpenSTL's",
-           "psnr": "PSNR (dB)", "cross_entropy_per_sequence": "cross-entropy (nats)"}  # fmt: skip
 COST = ("parameters", "sequences seen", "minutes", "sequences/s")
-SAME = ("data", "split", "sequences", "frames_in", "frames_out")  # or the comparison means nothing
+SAME = ("data", "split", "sequences", "first_sequence", "frames_in", "frames_out")  # or nothing can be compared
 
 
 def read(folder):
@@ -31,7 +31,8 @@ def cost(run):
     if not run["history"]:
         return [f"{run['parameters']:,}", *"–––"]
     seen, minutes = run["history"][-1]["sequences"], run["history"][-1]["minutes"]
-    return [f"{run['parameters']:,}", f"{seen:,.0f}", f"{minutes:.1f}", f"{seen / minutes / 60:.1f}"]
+    speed = f"{seen / minutes / 60:.1f}" if minutes else "–"
+    return [f"{run['parameters']:,}", f"{seen:,.0f}", f"{minutes:.1f}", speed]
 
 
 def compare(out, latest, first_sequence):
@@ -52,14 +53,23 @@ def compare(out, latest, first_sequence):
             others.append(folder.name)
     if len(runs) < 2:
         return
-    title = f"{latest['split']} split of the {latest['data']}, {latest['sequences']:,} sequences"
+    title = what(latest)
     scores = {name: run["scores"][run["model"]] for name, run in runs.items()}
     scores |= {who: score for who, score in latest["scores"].items() if who in figures.LABELS}
-    lines = [f"# {title}", "", "Mean over the forecast frames; `metrics.json` has the units.", ""]
-    lines += [f"| | {' | '.join((*COST, *COLUMNS.values()))} |", "|---|" + "---:|" * (len(COST) + len(COLUMNS))]
+    lines = [
+        f"# {title}",
+        "",
+        "Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's.",
+        "",
+    ]
+    lines += [
+        f"| | {' | '.join((*COST, *metrics.NAMES.values()))} |",
+        "|---|" + "---:|" * (len(COST) + len(metrics.NAMES)),
+    ]
     for name, score in scores.items():
         cells = cost(runs[name]) if name in runs else [*"––––"]
-        cells += [f"{score[key]['mean']:.4g}" if key in score else "–" for key in COLUMNS]
+        means = (score[key]["mean"] if key in score else None for key in metrics.NAMES)
+        cells += ["–" if mean is None else f"{mean:.4g}" for mean in means]
         lines.append(f"| {figures.LABELS.get(name, name)} | {' | '.join(cells)} |")
     if others:
         lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]

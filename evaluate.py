@@ -15,7 +15,7 @@ from checkpoint import publish
 from machine import RANK, WORLD, sum_over_processes
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
-CURVES = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr")
+CURVES = tuple(name for name in metrics.NAMES if name != CROSS_ENTROPY)
 BASELINES = {
     "black": lambda past, n: (metrics.black(past, n), None),
     "copy_last": lambda past, n: (metrics.copy_last(past, n), None),
@@ -72,8 +72,8 @@ def test(name, forecast, dataset, frames_in, frames_out, device):
         if who == name:
             order = found.pop(EACH).argsort(stable=True)
         scores[who] = {
-            name: {"unit": metrics.UNITS[name], "mean": finite(value.mean()), "per_frame": [finite(v) for v in value]}
-            for name, value in found.items()
+            key: {"unit": metrics.UNITS[key], "mean": finite(value.mean()), "per_frame": [finite(v) for v in value]}
+            for key, value in found.items()
         }
     return scores, order
 
@@ -83,16 +83,20 @@ def finite(value):
     return float(value) if value.isfinite() else None
 
 
+def what(results):
+    """What was scored."""
+    split = "all" if results["split"] == "all" else f"{results['split']} split"
+    return f"{split} of the {results['data']}, {results['sequences']:,} sequences"
+
+
 def table(results):
     """metrics.json as lines for people."""
-    columns = dict(zip((*CURVES, CROSS_ENTROPY), ("MSE", "MAE", "SSIM", "SSIM*", "PSNR", "cross-entropy"), strict=True))
     lines = [
-        f"{results['split']} split of the {results['data']}, {results['sequences']:,} sequences, "
-        f"mean over {results['frames_out']} forecast frames (SSIM*: as in OpenSTL's tables)",
-        " " * 18 + "".join(f"{name:>14}" for name in columns.values()),
+        f"{what(results)}, mean over {results['frames_out']} forecast frames (SSIM*: as in OpenSTL's tables)",
+        " " * 18 + "".join(f"{name:>14}" for name in metrics.NAMES.values()),
     ]
     for who, scores in results["scores"].items():
-        means = (scores[name]["mean"] if name in scores else None for name in columns)
+        means = (scores[name]["mean"] if name in scores else None for name in metrics.NAMES)
         cells = ("-" if mean is None else f"{mean:.4g}" for mean in means)
         lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
@@ -111,7 +115,7 @@ def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device,
     n = len(order)
     ranks = {"best": 0, "median": n // 2, "worst": n - 1}
     named = {name: (int(order[rank]), f"the {name} of {n:,} sequences") for name, rank in ranks.items()}
-    return draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
+    draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
 
 
 @torch.inference_mode()
@@ -131,6 +135,5 @@ def write_results(folder, results, first_forecast):
     np.save(buffer, (first_forecast * 255).round().byte().cpu().numpy())
     publish(folder / "forecast.npy", buffer.getvalue())
     curves = {who: scores["mse_per_frame"]["per_frame"] for who, scores in results["scores"].items()}
-    title = f"{results['split']} split of the {results['data']}, {results['sequences']:,} sequences"
-    figures.per_frame(folder / "per_frame.png", {title: curves})
+    figures.per_frame(folder / "per_frame.png", {what(results): curves})
     publish(folder / "metrics.json", json.dumps(results, indent=1).encode())

@@ -6,11 +6,12 @@ What makes it fast:
 
 1. On the CPU the gates are one pass over memory in each direction (`gates.c`, built at start-up if the machine
    has a C compiler), with a rational tanh: exp and tanh from the library cost several times the convolution.
-2. The input-to-state convolution of all frames is one call: nothing in a layer feeds back to its input.
+2. The input-to-state convolution of all frames of a call is one call too: nothing in a layer feeds back to its
+   input. (A network that is fed with its own frames makes a call of one frame for each.)
 3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and nothing is copied: kernels
    write h and c straight into the sequence, and backward turns the pre-activations into their gradient.
 4. Backward keeps only z, h and c, computes the gates again, and collects the state-to-state weight gradient
-   of all frames into one convolution.
+   of a call's frames into one convolution.
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
 """

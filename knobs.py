@@ -21,8 +21,9 @@ def parse(Knobs, arguments, description=None):
         flags = parser.add_argument_group(about["group"]) if about["group"] else flags
         kind = {bool: boolean, tuple[int, ...]: integers}.get(f.type, f.type)
         name = {boolean: "true|false", integers: "N,N,…", int: "N", float: "X", str: "TEXT"}[kind]
+        alone = {"nargs": "?", "const": True} if kind is boolean else {}  # --eval_only says that it is true
         flags.add_argument(f"--{f.name}", type=kind, default=f.default, help=about["text"], choices=about["choices"],
-                           metavar=None if about["choices"] else name)  # fmt: skip
+                           metavar=None if about["choices"] else name, **alone)  # fmt: skip
     knobs = Knobs(**vars(parser.parse_args(arguments)))
     for f in dataclasses.fields(Knobs):
         value, least, most = getattr(knobs, f.name), f.metadata["least"], f.metadata["most"]

@@ -4,11 +4,13 @@
     python main.py --epochs 20 --hidden 128,64,64    any knob below is a flag
     torchrun --standalone --nproc_per_node=2 main.py several processes, the same result up to rounding
 
-Everything lands in results/<model>/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
+Everything lands in results/<model>/, comparisons in results/. Frames are (B, T, C, H, W): batch, time, channels,
+height, width.
 """
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -139,13 +141,14 @@ def load_data(knobs):
         digits = download.mnist_digits()
     except download.DownloadError as error:
         say(f"{error}\ngoing on with the 10,000 training digits of raw/digits_train.png")
-        digits = download.digit_sheet("raw/digits_train.png")
+        digits = download.digit_sheet(download.SHEETS / "digits_train.png")
     held_out = len(digits) // 12  # for validation: digits that no training sequence shows
     training = FreshMovingMNIST(digits[held_out:], knobs.train_sequences or 10_000, knobs.seed)
     validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
     # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
     test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
-    return training, validation, test_split, f"{name}, trained on fresh sequences of {len(digits):,} digits"
+    trained = "" if knobs.eval_only else f", trained on fresh sequences of {len(digits):,} digits"
+    return training, validation, test_split, name + trained
 
 
 def build(knobs, channels):
@@ -177,15 +180,12 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
-def make_optimisers(model, knobs):
+def make_optimisers(model):
     """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
     rest = [p for p in model.parameters() if p.ndim < 4] + [output]
-    assert sum(p.numel() for p in (*kernels, *rest)) == sum(p.numel() for p in model.parameters())
-    return [
-        Muon(kernels, lr=1.0, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=0.05, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    # train sets their learning rates at each step
+    return [Muon(kernels, weight_decay=0.0), torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(knobs, progress):
@@ -221,7 +221,7 @@ class Setup(NamedTuple):
 
 
 def describe(setup, facts):
-    """config.json, and the two files that say what was run, as they were."""
+    """config.json, and the files that say what was run, as they were."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -235,13 +235,14 @@ def describe(setup, facts):
         "machine": f"{platform.system()} {platform.machine()}",
     }
     checkpoint.publish(setup.folder / "config.json", json.dumps(facts, indent=1).encode())
-    for source in ("main.py", "my_model.py"):
+    for source in ("main.py", "my_model.py", "convlstm.py"):
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
 
 
 def cost(knobs, progress):
     """Of a step at this progress, in input frames: a forecast frame waits for the one before, and so costs more."""
-    return knobs.frames_in + (1.6 if knobs.feedback else 1.0) * horizon(knobs, progress)
+    feedback = knobs.feedback and knobs.model == "my_model"
+    return knobs.frames_in + (1.6 if feedback else 1.0) * horizon(knobs, progress)
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
@@ -304,8 +305,10 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        sentence = f"{path} holds other weights than the model has: my_model.py or convlstm.py has changed since. "
-        raise checkpoint.CheckpointError(sentence + "Undo the change, or set out to another folder") from error
+        raise checkpoint.CheckpointError(
+            f"{path} holds other weights than the model has: the data has other channels, or my_model.py or "
+            "convlstm.py has changed since. Undo the change, or set out to another folder"
+        ) from error
 
 
 def write_csv(path, rows):
@@ -394,11 +397,11 @@ def train(setup, run, model, optimisers):
     bar.close()
 
 
-def starting_weights(knobs):
-    """(knobs of the network that the file of weights was trained with, the file's content); (knobs, None) without."""
-    if not knobs.weights:
+def starting_weights(knobs, path):
+    """(knobs with those of the network that the file of weights is of, the file's content); (knobs, None) without."""
+    if not path:
         return knobs, None
-    given = from_rank_0(checkpoint.load(knobs.weights) if RANK == 0 else None)
+    given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
     return dataclasses.replace(
         knobs, **{name: given["knobs"][name] for name in NETWORK if name in given["knobs"]}
     ), given
@@ -412,7 +415,7 @@ def fit(knobs, training, data):
                         f"and frames_out {knobs.frames_out}")  # fmt: skip
     if min(height, width) < 12:
         raise DataError(f"frames are {height}×{width}; SSIM, with its 11×11 window, and optical flow need 12×12")
-    if not WORLD <= knobs.batch_size <= len(training):
+    if not (WORLD <= knobs.batch_size <= len(training) or knobs.eval_only):
         raise DataError(f"batch_size is {knobs.batch_size}; it must be from {WORLD} (processes) to "
                         f"{len(training)} (training sequences)")  # fmt: skip
     torch.manual_seed(knobs.seed)
@@ -428,7 +431,9 @@ def fit(knobs, training, data):
 def begin_or_go_on(setup, model, optimisers):
     """run, as it begins or as the last checkpoint has it, and model and optimisers with it."""
     knobs, path, steps_per_epoch = setup.knobs, setup.folder / "last.pt", len(setup.training) // setup.knobs.batch_size
-    described = {**dataclasses.asdict(knobs), "data": f"{knobs.data} ({setup.data})"}
+    shape = "×".join(str(n) for n in setup.training[np.arange(1)].shape[1:])
+    what = f"{knobs.data} ({setup.data}, {len(setup.training):,} sequences of {shape})"
+    described = {**dataclasses.asdict(knobs), "data": what}
     state = from_rank_0(checkpoint.resume(path, described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
     if state:
@@ -448,9 +453,11 @@ def main(knobs):
     device, autocast, precision = choose_device(knobs.device, knobs.precision)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    knobs, given = starting_weights(knobs)
-    only_weights = knobs.eval_only and bool(given)
-    folder = Path(knobs.out) / (Path(knobs.weights).stem if only_weights else knobs.model)
+    # evaluated weights have a folder of their own, so that they replace no training's results
+    own = f"weights_{Path(knobs.weights).stem}" if knobs.eval_only and knobs.weights else knobs.model
+    folder = Path(knobs.out) / own
+    weights = knobs.weights or (folder / "best.pt" if knobs.eval_only else None)
+    knobs, given = starting_weights(knobs, weights)
     if RANK == 0:
         _held = checkpoint.claim(folder)
     training, validation, test_split, data = load_data(knobs)
@@ -460,13 +467,13 @@ def main(knobs):
         )
     model = fit(knobs, training, data)
     if given:
-        load_weights(model, given["model"], knobs.weights)
+        load_weights(model, given["model"], weights)
     model.to(device)
     setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
 
     parameters = sum(p.numel() for p in model.parameters())
     threads, processes = torch.get_num_threads(), "1 process" if WORLD == 1 else f"{WORLD} processes"
-    say(f"model     {knobs.model}, {parameters:,} parameters" + (f", from {knobs.weights}" if given else ""))
+    say(f"model     {knobs.model}, {parameters:,} parameters" + (f", from {weights}" if given else ""))
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
@@ -476,7 +483,7 @@ def main(knobs):
     say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
 
     if not knobs.eval_only:
-        optimisers = make_optimisers(model, knobs)
+        optimisers = make_optimisers(model)
         run = begin_or_go_on(setup, model, optimisers)
         if run["step"] >= run["steps"] > 0 and (folder / "metrics.json").exists():
             results = json.loads((folder / "metrics.json").read_text())
@@ -490,8 +497,6 @@ def main(knobs):
                              "threads": threads, "processes": WORLD, "parameters": parameters})  # fmt: skip
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
         train(setup, run, model, optimisers)
-
-    if not only_weights:
         given = from_rank_0(checkpoint.load(folder / "best.pt") if RANK == 0 else None)
         load_weights(model, given["model"], folder / "best.pt")
     conclude(setup, model, given["step"], test_split)
@@ -501,15 +506,17 @@ def conclude(setup, model, step, test_split):
     """Score the weights on the test split and draw what they forecast; metrics.json comes last."""
     knobs, folder, forecast, data = setup.knobs, setup.folder, setup.forecast, setup.data
     scores, order = test(knobs.model, forecast, test_split, *setup.span, setup.device)
-    results = {"data": data, "split": "test", "sequences": len(test_split), "frames_in": knobs.frames_in,
-               "frames_out": knobs.frames_out, "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
+    first = test_split[np.arange(1)]
+    results = {"data": data, "split": test_split.split, "sequences": len(test_split),
+               "first_sequence": hashlib.sha256(first.numpy()).hexdigest()[:16],
+               "frames_in": knobs.frames_in, "frames_out": knobs.frames_out,
+               "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
                "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip
     if knobs.data in ("array", "fresh"):
-        results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device)
+        results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device, knobs.patch)
     if RANK == 0:
         show(setup, f"{data}, best weights")
-        draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, test split")
-        first = test_split[np.arange(1)]
+        draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, {test_split.split} split")
         write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])
         compare(Path(knobs.out), results, first[0].numpy())
     say(f"\n{report(results)}\npictures  {folder}{os.sep}")

@@ -12,6 +12,14 @@ import cv2
 import torch
 import torch.nn.functional as F
 
+NAMES = {  # in the order of the tables
+    "mse_per_frame": "MSE",
+    "mae_per_frame": "MAE",
+    "ssim": "SSIM",
+    "ssim_openstl": "SSIM*",
+    "psnr": "PSNR",
+    "cross_entropy_per_sequence": "cross-entropy",
+}
 UNITS = {
     "mse_per_frame": "squared grey level (0-1), summed over the pixels of a frame, mean over sequences",
     "mae_per_frame": "grey level (0-1), summed over the pixels of a frame, mean over sequences",
@@ -33,7 +41,10 @@ def mse_per_frame(prediction, truth):
 def mse_per_sequence(prediction, truth):
     """The mean of a sequence's own mse_per_frame → (B,): which forecasts are good, and which are bad."""
     _check("prediction", prediction)
-    return (prediction - truth).square().sum((2, 3, 4)).mean(1).double()
+    _check("truth", truth)
+    _check_same_shape(prediction, truth)
+    x, y = prediction.cpu().double(), truth.cpu().double()  # an Apple GPU has no float64
+    return (x - y).square().sum((2, 3, 4)).mean(1)
 
 
 def mae_per_frame(prediction, truth):
@@ -135,13 +146,17 @@ def _check(name, frames, is_logits=False):
         raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: without / 255, or sigmoid?")
 
 
+def _check_same_shape(prediction, truth):
+    if prediction.shape != truth.shape:
+        raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")
+
+
 @torch.no_grad()
 def _mean_over_sequences(value, prediction, truth, is_logits=False):
     """Mean over B of value(x, y), which has B first. A few sequences at a time, to stay in the cache."""
     _check("logits" if is_logits else "prediction", prediction, is_logits)
     _check("truth", truth)
-    if prediction.shape != truth.shape:
-        raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")
+    _check_same_shape(prediction, truth)
     if truth.device.type == "mps":  # Apple's GPU has no float64
         prediction, truth = prediction.cpu(), truth.cpu()
     step = max(1, 2**17 // truth[0].numel())

@@ -83,6 +83,7 @@ class MovingMNIST(Sequences):
         if first == last:
             name = "this data" if array is source else source
             raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 12")
+        self.split = split
         # in memory: a file that shrinks under a map kills the process
         super().__init__(np.array(array[:, first:last]))
 

@@ -17,7 +17,7 @@ from moving_mnist import DataError
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
-LARGEST = 2**33  # bytes
+LARGEST = 2**31  # bytes of frames; while they are put together, memory holds them three times
 
 
 def read_folder(folder, n_frames, size, stride=1, colour=False):

@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(how, small, tmp_path):
     knobs, last = copy(small, tmp_path)
     last.write_bytes(DAMAGE[how](last.read_bytes()))
     before = last.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; delete or move it to start over"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; without it, a run starts over"):
         here(**knobs)
     assert last.read_bytes() == before and {p.name for p in last.parent.iterdir()} == {"last.pt", ".lock"}
 

@@ -256,11 +256,11 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     checkpoint.save(tmp_path / "small.pt", halves)
     folder = here(array, tmp_path, weights=tmp_path / "small.pt", eval_only=True)
     assert folder.name == "my_model"
-    folder = tmp_path / "small"  # of its own, so that no training's results are lost
+    folder = tmp_path / "weights_small"  # of its own, so that no training's results are lost
     assert not (folder / "last.pt").exists() and (folder / "predict_worst.png").exists()
     ours, theirs = (results(f)["scores"]["my_model"]["mse_per_frame"]["mean"] for f in (folder, trained))
     assert ours == pytest.approx(theirs, rel=1e-3) and ours != theirs
-    assert "small" in (tmp_path / "compare.md").read_text()
+    assert "weights_small" in (tmp_path / "compare.md").read_text()
     assert f"from {tmp_path / 'small.pt'}" in capsys.readouterr().out
     tuned = here(array, tmp_path / "tuned", weights=tmp_path / "small.pt", learning_rate=1e-9, epochs=1)
     assert log(tuned)[-1]["val_mse_per_frame"] == pytest.approx(log(trained)[-1]["val_mse_per_frame"], rel=1e-3)
@@ -326,4 +326,5 @@ def test_help_has_every_knob(capsys):
 def test_flags_are_read():
     knobs = parse(main.Knobs, ["--hidden", "4,5", "--dense", "False", "--learning_rate", "0.5", "--data", "x.npy"])
     assert (knobs.hidden, knobs.dense, knobs.learning_rate, knobs.data) == ((4, 5), False, 0.5, "x.npy")
+    assert parse(main.Knobs, ["--eval_only"]).eval_only
     assert parse(main.Knobs, []) == main.Knobs()

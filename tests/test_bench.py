@@ -1,0 +1,74 @@
+"""The bench does the work it names: the same convolutions in each contender, every contender in every row."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from my_model import EncoderForecaster
+
+SMALL = {"hidden": (8, 4), "kernel_size": 3, "patch": 2}
+
+
+def operations(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_bare_convolutions_are_those_of_a_training_step():
+    model, past = EncoderForecaster(1, **SMALL, fast=False), torch.rand(2, 3, 1, 16, 16)
+    of_the_model = operations(lambda: model(past, 3).sum().backward())
+    head = 3 * 2 * 3 * (2 * 8 * 8 * 12 * 4)  # forward and two gradients, frames, batch, one 1×1 convolution
+    bare = operations(bench.bare_convolutions(2, 3, 8, (8, 4), 4, 3, torch.float32))
+    assert bare == pytest.approx(of_the_model - head, rel=0.05)
+
+
+@pytest.mark.parametrize("name", bench.CONTENDERS)
+def test_a_step_trains(name):
+    """Which can be seen from the memory that gradients leave, and from a loss that falls."""
+    losses = []
+    original = bench.F.binary_cross_entropy_with_logits
+
+    def watched(logits, truth):
+        losses.append(original(logits, truth))
+        return losses[-1]
+
+    bench.F.binary_cross_entropy_with_logits = watched
+    try:
+        step = bench.step_of(name, 2, frames=3, size=16, **SMALL)
+        for _ in range(30):
+            step()
+    finally:
+        bench.F.binary_cross_entropy_with_logits = original
+    assert losses[-1] < losses[0]
+
+
+def test_contenders_take_turns():
+    calls = []
+    bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3  # one round warms up
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+def test_the_table_has_every_contender(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "PAPER", SMALL)
+    monkeypatch.setattr(bench, "peak_memory", lambda name, batch, **work: 2**20)
+    monkeypatch.setattr(bench, "step_of", lambda *args, **work: lambda: None)
+    monkeypatch.setattr(bench, "bare_convolutions", lambda *args, **work: lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
+    monkeypatch.chdir(tmp_path)
+    bench.main()
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    for work, batch in (("training step", 16), ("forecast", 1), ("forecast", 64)):
+        names = {row["name"] for row in rows if (row["work"], row["batch"]) == (work, batch)}
+        assert set(bench.CONTENDERS) <= names
+    assert "reference, fp32" in capsys.readouterr().out
+
+
+def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
+    little, much = (bench.peak_memory("my_model, fp32", batch, frames=4, size=64, **SMALL) for batch in (1, 64))
+    assert little < 2**26 < much < 2**30
