@@ -5,16 +5,21 @@ import dataclasses
 import math
 
 
-def knob(default, text, at_least=None, at_most=None, choices=None, group=None):
-    """A field with what its flag has to say of it; group: the heading above it and the fields that follow."""
+def knob(default, text, at_least=None, at_most=None, choices=None, group=None, tried=None):
+    """A field with what its flag has to say of it.
+
+    at_least, at_most: what is refused beyond; tried: what was really run; group: the heading above this field and
+    those that follow.
+    """
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower() or "none"
+    text = f"{text} (default: {shown}{'; tried: ' * bool(tried)}{tried or ''})"
     facts = {"text": text, "least": at_least, "most": at_most, "choices": choices, "group": group}
     return dataclasses.field(default=default, metadata=facts)
 
 
 def parse(Knobs, arguments, description=None):
     """The Knobs that the command line asks for; a sentence and exit status 2 for what it cannot mean."""
-    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--knob value …]", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(description=description, usage="%(prog)s [--knob value …]", allow_abbrev=False)
     flags = parser
     for f in dataclasses.fields(Knobs):
         about = f.metadata
