@@ -542,6 +542,8 @@ if __name__ == "__main__":
         main(knobs)
         if WORLD > 1:
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # a thread of gloo's may still free a tensor, and where Python is shutting down, that aborts it
     except (DataError, DeviceError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         sys.exit(f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU

@@ -1,8 +1,10 @@
-"""Runs main.py in this process's children, kills them with SIGKILL at random moments, and lets the last one end.
+"""Runs main.py in this process's children, kills them with SIGKILL, and lets the last one end.
 
-    python tests/killer.py KILLS array|fresh [flags of main.py]
+    python tests/killer.py KILLS array|fresh [flags of main.py]     at random moments, after a run left alone
+    python tests/killer.py PLACES array|fresh [flags of main.py]    a child for each place, and it dies there
 
-Prints how many children were still at work when they were killed. Forking saves importing torch each time.
+Places, with commas between: the name of a file, of which half is written; "evaluation". Prints how many children
+were still at work when they were killed. Forking saves importing torch each time.
 """
 
 import os
@@ -10,14 +12,18 @@ import random
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
 
+import checkpoint
 import main
+import metrics
 from knobs import parse
 from moving_mnist import FreshMovingMNIST, MovingMNIST
 
@@ -32,10 +38,34 @@ def small_fresh_data(knobs):
     return training, validation, test, "fresh squares"
 
 
-def child(knobs):
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(place):
+    """From now on, for this process: in the validation's cross-entropy, or when half of the named file is written."""
+    if place == "evaluation":
+        metrics.cross_entropy_per_sequence = die
+    whole = checkpoint.replacing
+
+    @contextmanager
+    def half(path):
+        def write(content):
+            out.write(content[: len(content) // 2])
+            out.flush()
+            die()
+
+        with whole(path) as out:
+            yield SimpleNamespace(write=write, flush=out.flush, fileno=out.fileno) if path.name == place else out
+
+    checkpoint.replacing = half
+
+
+def child(knobs, place=None):
     """The process number of a run of its own."""
     number = os.fork()
     if number == 0:
+        die_in(place)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(1)
         main.main(knobs)
@@ -54,14 +84,18 @@ if __name__ == "__main__":
     if data == "fresh":
         main.load_data = small_fresh_data
         main.beyond.beyond, main.beyond.table = lambda *args: {}, str  # it does not depend on the data
-    knobs, rng = parse(main.Knobs, arguments), random.Random(0)
-    start = time.monotonic()
-    alone = child(parse(main.Knobs, [*arguments, "--out", f"{knobs.out}/alone"]))
-    assert os.waitpid(alone, 0)[1] == 0, "the run fails even when it is left alone"
-    takes, at_work = time.monotonic() - start, 0
-    for _ in range(int(kills)):
-        victim = child(knobs)
-        time.sleep(rng.random() * takes / 2)
-        at_work += killed(victim)
+    knobs, rng, at_work = parse(main.Knobs, arguments), random.Random(0), 0
+    if kills.isdigit():
+        start = time.monotonic()
+        alone = child(parse(main.Knobs, [*arguments, "--out", f"{knobs.out}/alone"]))
+        assert os.waitpid(alone, 0)[1] == 0, "the run fails even when it is left alone"
+        takes = time.monotonic() - start
+        for _ in range(int(kills)):
+            victim = child(knobs)
+            time.sleep(rng.random() * takes / 2)
+            at_work += killed(victim)
+    else:
+        for place in kills.split(","):
+            at_work += os.WIFSIGNALED(os.waitpid(child(knobs, place), 0)[1])
     assert os.waitpid(child(knobs), 0)[1] == 0, "the run cannot go on"
     print(at_work)

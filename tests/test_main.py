@@ -164,10 +164,21 @@ def test_killed_after_an_epoch(reference, array, tmp_path):
     process = start(*flags(array, tmp_path))
     wait((tmp_path / "my_model" / "last.pt").exists, process)
     process.kill()
-    process.wait()
+    process.communicate()
     printed, _ = finish(start(*flags(array, tmp_path)))
     assert f"going on at step {STEPS}" in printed
     same(tmp_path / "my_model", reference[0])
+
+
+def kill(kills, data, command):
+    """How many of the runs were at work when tests/killer.py killed them, before the one that ended."""
+    killer = [sys.executable, str(ROOT / "tests" / "killer.py"), kills, data, *command]
+    ran = subprocess.run(killer, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout)
+
+
+EVERY_STEP = 1e-6  # minutes between checkpoints: also inside an epoch
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
@@ -176,19 +187,28 @@ def test_killed_after_an_epoch(reference, array, tmp_path):
 )
 def test_killed_at_random_moments(data, precision, kills, array, tmp_path):
     """In a step, a checkpoint, an evaluation or a picture: the same command ends as if nothing had been."""
-    knobs = {"save_minutes": 1e-6, "precision": precision}  # a checkpoint after every step
-    command = flags(data if data == "fresh" else array, tmp_path, **knobs)
-    killer = [sys.executable, str(ROOT / "tests" / "killer.py"), str(kills), data]
-    ran = subprocess.run([*killer, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) >= kills - 2  # at work when they were killed
+    source = data if data == "fresh" else array
+    command = flags(source, tmp_path, save_minutes=EVERY_STEP, precision=precision)
+    assert kill(str(kills), data, command) >= kills - 2
     same(tmp_path / "my_model", tmp_path / "alone" / "my_model")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_killed_inside_a_checkpoint_an_evaluation_and_a_picture(reference, array, tmp_path):
+    places = "last.pt", "evaluation", "best.pt", "log.csv", "predict_2.png", "predict.gif", "last.pt", "metrics.json"
+    command = flags(array, tmp_path, save_minutes=EVERY_STEP)
+    assert kill(",".join(places), "array", command) == len(places)
+    assert not list((tmp_path / "my_model").glob("*.tmp"))
+    same(tmp_path / "my_model", reference[0])
+
+
+def children(number):
+    return [int(n) for path in Path("/proc").glob(f"{number}/task/*/children") for n in path.read_text().split()]
+
+
 def kill_with_children(number):
-    for children in Path("/proc").glob(f"{number}/task/*/children"):
-        for child in children.read_text().split():
-            kill_with_children(int(child))
+    for child in children(number):
+        kill_with_children(child)
     os.kill(number, signal.SIGKILL)
 
 
@@ -198,30 +218,40 @@ def test_killed_with_two_processes(array, tmp_path):
         tmp_path / "my_model" / "last.pt",
         ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
     )
-    command = flags(array, tmp_path, save_minutes=1e-6, epochs=1)
+    command = flags(array, tmp_path, save_minutes=EVERY_STEP, epochs=1)
     for wanted in (2, 5):
         process = start(*command, launcher=launcher)
         wait(lambda wanted=wanted: last.exists() and checkpoint.load(last)["step"] >= wanted, process)
-        kill_with_children(process.pid)
-        process.wait()
+        if wanted == 2:  # one of them alone: the other may not wait for it
+            workers = children(process.pid)
+            os.kill(workers[1], signal.SIGKILL)
+            process.communicate(timeout=10)
+            assert process.returncode > 0 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+        else:
+            kill_with_children(process.pid)
+            process.communicate()
     finish(start(*command, launcher=launcher))
-    alone = flags(array, tmp_path / "alone", save_minutes=1e-6, epochs=1)
+    alone = flags(array, tmp_path / "alone", save_minutes=EVERY_STEP, epochs=1)
     finish(start(*alone, launcher=launcher))
     same(tmp_path / "my_model", tmp_path / "alone" / "my_model")
 
 
 def test_two_machines(array, tmp_path):
-    """The README's command, a machine on each of two addresses of this one; both find the folder."""
+    """The README's command, a machine on each of two addresses of this one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
                   f"--rdzv_endpoint=127.0.0.1:{port}")  # fmt: skip
-    command = flags(array, tmp_path, epochs=1)
-    machines = [start(*command, launcher=(*rendezvous, f"--local_addr=127.0.0.{k}")) for k in (1, 2)]
+    machines = [
+        start(*flags(array, tmp_path / str(k), epochs=1), launcher=(*rendezvous, f"--local_addr=127.0.0.{k}"))
+        for k in (1, 2)
+    ]
     printed = [finish(machine)[0] for machine in machines]
-    assert sorted("2 processes" in text for text in printed) == [False, True]  # one of them speaks
-    assert (tmp_path / "my_model" / "metrics.json").exists()
+    speaks = ["2 processes" in text for text in printed]
+    assert sorted(speaks) == [False, True]
+    assert [(tmp_path / k / "my_model" / "metrics.json").exists() for k in "12"] == speaks
+    assert [(tmp_path / k).exists() for k in "12"] == speaks  # the other writes nothing
 
 
 def test_processes_share_the_batch(reference, array, tmp_path):
@@ -275,11 +305,16 @@ def test_the_seed_decides(reference, array, tmp_path):
 def test_more_epochs_go_on(array, tmp_path, capsys):
     folder = here(array, tmp_path, epochs=1, train_sequences=10)
     first = log(folder)
+    (folder / "log.csv").write_text("step\n\0")
+    (folder / "loss.png").write_bytes(b"GIF")
+    (folder / "predict_1.png").unlink()
     here(array, tmp_path, epochs=2, train_sequences=10)
     printed = capsys.readouterr().out
     assert "going on to 2 epochs: the learning rate follows the longer schedule" in printed
     assert "going on at step 2" in printed
-    assert len(log(folder)) == 2 and log(folder)[:1] == first
+    assert len(log(folder)) == 2 and log(folder)[:1] == first  # from the checkpoint, as the file was garbled
+    for name in ("loss.png", "predict_1.png"):
+        Image.open(folder / name).verify()
     assert results(folder)["step"] in (2, 4)
 
 
