@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +71,7 @@ def finish(process, status=0, timeout=120):
     return out, err
 
 
-def wait_until(condition, process, seconds=60):
+def wait_until(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -83,3 +85,54 @@ def reference(array, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference")
     printed, _ = finish(start(*flags(array, out)))
     return out / "my_model", printed
+
+
+class Reader:
+    """tests/reader.py, started again whenever a file has ended it."""
+
+    process = None
+
+    def __call__(self, kind, path):
+        """How the reading ended: "read …" or "refused …"."""
+        if self.process is None or self.process.poll() is not None:
+            command = [sys.executable, str(ROOT / "tests" / "reader.py")]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        hung = threading.Timer(60, self.process.kill)
+        hung.start()
+        print(kind, path, file=self.process.stdin, flush=True)
+        ended = self.process.stdout.readline()
+        hung.cancel()
+        assert ended.startswith(("read", "refused")), ended or f"crashed or hung, status {self.process.wait()}"
+        return ended
+
+
+@pytest.fixture(scope="session")
+def reader():
+    reader = Reader()
+    yield reader
+    if reader.process:
+        reader.process.communicate()
+
+
+@contextmanager
+def largest_file(size):
+    """A full disk, as good as: no file grows beyond size bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def mounted(folder, *commands):
+    """The folder after these options of mount, one mount each."""
+    try:
+        for options in commands:
+            if subprocess.run(["mount", *options, folder], capture_output=True).returncode:
+                pytest.skip("may not mount here")
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], capture_output=True)

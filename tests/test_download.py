@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import largest_file
 
 import download
 
@@ -336,6 +337,14 @@ def test_refused_connection(server, folder, monkeypatch):
         assert "refused" in assert_refused(folder)
         server.answers["/b.npy.gz"] = offer(GZ)
         assert_fetched(folder)
+
+
+def test_full_disk(server, folder):
+    server.answers["/a.npy"] = offer(NPY)
+    with largest_file(HALF):
+        assert "File too large" in assert_refused(folder)
+    assert_fetched(folder)
+    assert server.asked[-1] == ("/a.npy", f"bytes={HALF}-")
 
 
 def test_folder_that_cannot_be(server, tmp_path):
