@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +37,9 @@ def publish(path, content):
 
 
 def save(path, state):
-    """torch.save, whole or not at all, with a checksum in the zip archive's comment."""
+    """torch.save, whole or not at all, with a checksum in the zip archive's comment; no weights that are not finite."""
+    if not all(weight.isfinite().all() for weight in state["model"].values()):
+        raise FloatingPointError(f"weights are not finite, and {path} was left as it is; lower learning_rate")
     # straight to a file, torch.save hides a full disk behind an error about positions
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -58,9 +59,10 @@ def load(path):
     try:
         if hashlib.sha256(content).hexdigest().encode() == checksum:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            if {"knobs", "step", "model"} <= state.keys():
+            kinds = {"knobs": dict, "step": int, "model": dict}
+            if all(isinstance(state[part], kind) for part, kind in kinds.items()):
                 return state
-    except (pickle.UnpicklingError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # whoever made the file chose what its reading meets
         raise CheckpointError(f"{path} holds what no checkpoint holds; it was not loaded") from error
     raise CheckpointError(f"{path} is damaged or no checkpoint of this script; without it, a run starts over")
 
@@ -99,13 +101,15 @@ def resume(path, knobs, may_differ):
         return None
     state = load(path)
     then = state["knobs"]
-    changed = [k for k in knobs if k not in may_differ and then.get(k) != knobs[k]]
-    if changed == ["epochs"] and knobs["epochs"] > then["epochs"] and not knobs["max_minutes"]:
+    both = then.keys() & knobs.keys()
+    changed = [k for k in {**knobs, **then} if k not in may_differ and (k not in both or then[k] != knobs[k])]
+    if changed == ["epochs"] and both >= {"epochs"} and knobs["epochs"] > then["epochs"] and not knobs["max_minutes"]:
         print(f"going on to {knobs['epochs']} epochs: the learning rate follows the longer schedule from here on, "
               "so this is not the run it would have been from the start")  # fmt: skip
         return {**state, "steps": 0}
     if changed:
-        differing = "; ".join(f"{k} was {then.get(k)!r} and is now {knobs[k]!r}" for k in changed)
+        value = lambda of, k: repr(of[k]) if k in of else "no knob of the script"
+        differing = "; ".join(f"{k} was {value(then, k)} and is now {value(knobs, k)}" for k in changed)
         raise CheckpointError(
             f"{path} belongs to other knobs: {differing}. Set them back, or set out to another folder"
         )

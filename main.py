@@ -321,11 +321,18 @@ def write_csv(path, rows):
     checkpoint.publish(path, text.getvalue().encode())
 
 
+def diverged(what, rate, last_loss, folder):
+    return FloatingPointError(
+        f"{what}, at learning rate {rate:.4g} (last finite loss: {last_loss}). Nothing of it was saved; --weights "
+        f"{folder / 'last.pt'}, another --out and a lower --learning_rate start from the last checkpoint"
+    )
+
+
 def train(setup, run, model, optimisers):
     """From run["step"] to run["steps"]; run is what a checkpoint holds beside the weights and the optimisers."""
     knobs, device, steps_per_epoch = setup.knobs, setup.device, run["steps_per_epoch"]
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    order, first_step, saved, pace = None, run["step"], time.perf_counter(), 0.0
+    order, first_step, saved, pace, last_loss = None, run["step"], time.perf_counter(), 0.0, "none since the start"
     timed_from, seconds_before = run["step"], run["seconds"]
     bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=RANK != 0, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:
@@ -359,14 +366,13 @@ def train(setup, run, model, optimisers):
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip))
         loss = float(sum_over_processes(loss.detach(), device))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"loss {loss} and gradient norm {norm} in epoch {epoch + 1}, step {step + 1}, at learning rate "
-                f"{rate:.4g}; the last checkpoint is intact: go on from it with a lower learning_rate"
-            )
+            what = f"loss {loss} and gradient norm {norm} in epoch {epoch + 1}, step {step + 1}"
+            raise diverged(what, rate, last_loss, setup.folder)
         for optimiser in optimisers:
             optimiser.step()
         model.zero_grad()
 
+        last_loss = f"{loss:.4g}"
         run["step"] += 1
         run["loss_sum"] += loss
         run["loss_count"] += 1
@@ -384,10 +390,7 @@ def train(setup, run, model, optimisers):
             try:
                 scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
             except ValueError as error:  # the loss was finite, the weights after it are not
-                raise FloatingPointError(
-                    f"after step {run['step']}, at learning rate {rate:.4g}: {error}; the last checkpoint is intact: "
-                    "go on from it with a lower learning_rate"
-                ) from error
+                raise diverged(f"{error} after step {run['step']}", rate, last_loss, setup.folder) from error
             if RANK == 0:
                 note(setup, run, scores, rate, speed, model)
             run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf
@@ -438,13 +441,18 @@ def begin_or_go_on(setup, model, optimisers):
     described = {**dataclasses.asdict(knobs), "data": what}
     state = from_rank_0(checkpoint.resume(path, described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
-    if state:
-        load_weights(model, state.pop("model"), path)
-        for optimiser, saved in zip(optimisers, state.pop("optimisers"), strict=True):
-            optimiser.load_state_dict(saved)
-        return {**state, "knobs": described, "steps": state["steps"] or steps}
     run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
            "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
+    if state:
+        load_weights(model, state.pop("model"), path)
+        try:
+            for optimiser, saved in zip(optimisers, state.pop("optimisers"), strict=True):
+                optimiser.load_state_dict(saved)
+            return {part: state[part] for part in run} | {"knobs": described, "steps": state["steps"] or steps}
+        except (KeyError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} is no checkpoint of this version of main.py ({error}); set out to another folder"
+            ) from error
     for who in ("black", "copy_last"):
         curve = evaluate(BASELINES[who], setup.validation, *setup.span, ["mse_per_frame"], setup.device)
         run["baselines"][who] = curve["mse_per_frame"].tolist()
