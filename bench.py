@@ -1,7 +1,7 @@
 """How fast: my model against the reference on the same work, in one run, so that the ratios hold on any machine.
 
     python bench.py              prints the table and writes bench.json
-    python bench.py --scaling    time and memory against batch, frames, size and hidden channels
+    python bench.py --scaling    time and memory against batch, frames, size and hidden channels: scaling.json and .png
 
 The work is the paper's network, 128-64-64 hidden, 5×5, patches of 4, on 10 + 10 frames of 64×64. Contenders take
 turns, and the median of each is shown; compare ratios of one run, never seconds of two. The reference carries
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import figures
 from convlstm import ConvLSTMForecaster
 from my_model import EncoderForecaster
 
@@ -136,8 +137,12 @@ def scaling(rounds):
         "size": (32, 64, 128, 256),
         "hidden": ((32,) * 3, (64,) * 3, (128,) * 3),
     }
-    works = [{**base, knob: value, "work": f"{knob} {value}"} for knob, values in sweeps.items() for value in values]
-    sizes = [{k: v for k, v in work.items() if k != "work"} for work in works]
+    works = [
+        {**base, knob: value, "grows": knob, "work": f"{knob} {value}"}
+        for knob, values in sweeps.items()
+        for value in values
+    ]
+    sizes = [{knob: work[knob] for knob in base} for work in works]
     memory = [peak_memory(name, **size) for size in sizes]  # first: a child inherits its parent's peak
     seconds = [take_turns({name: step_of(name, **size)}, rounds)[name] for size in sizes]
     measured = zip(works, seconds, memory, strict=True)
@@ -158,12 +163,10 @@ def main():
         memory = f"{row['bytes'] / 2**20:9.0f}" if row["bytes"] else ""
         print(f"{row['work']:18}{row['batch']:6}  {row['name']:26}{row['seconds'] * 1e3:9.1f}"
               f"{row['batch'] / row['seconds']:13.1f}{reference / row['seconds']:13.2f}x{memory}")  # fmt: skip
-    with open("bench.json", "w") as file:
-        json.dump(
-            {"machine": f"{platform.system()} {platform.machine()}", "torch": torch.__version__, "rows": rows},
-            file,
-            indent=1,
-        )
+    facts = {"machine": f"{platform.system()} {platform.machine()}", "torch": torch.__version__, "rows": rows}
+    Path("scaling.json" if arguments.scaling else "bench.json").write_text(json.dumps(facts, indent=1))
+    if arguments.scaling:
+        figures.scaling(Path("scaling.png"), rows)
 
 
 if __name__ == "__main__":

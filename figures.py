@@ -91,6 +91,29 @@ def compare(path, histories, curves, title):
     write(figure, path)
 
 
+def scaling(path, rows):
+    """rows of bench.py: what grows, seconds and bytes of a training step. Logarithmic axes."""
+    units = {"batch": "sequences a batch", "frames": "frames in, and as many out", "size": "pixels a side",
+             "hidden": "hidden channels of each of 3 layers"}  # fmt: skip
+    figure, all_axes = plt.subplots(2, 4, figsize=(12, 5), sharex="col", sharey="row")
+    for (knob, unit), (time, memory) in zip(units.items(), all_axes.T, strict=True):
+        some = [row for row in rows if row["grows"] == knob]
+        x = [row[knob][0] if knob == "hidden" else row[knob] for row in some]
+        power, name = (2, "as the square") if knob in ("size", "hidden") else (1, "in proportion")
+        for axes, key, scale in (time, "seconds", 1e3), (memory, "bytes", 2**-20):
+            y = [row[key] * scale for row in some]
+            axes.loglog(x, y, "o-", ms=4, color=COLOURS["validation"], label="measured")
+            axes.loglog(x, [y[-1] * (v / x[-1]) ** power for v in x], ":", color=COLOURS["black"], label=name)
+            axes.set_xticks(x, [str(v) for v in x])
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter("{x:g}")
+        time.legend(fontsize=8)
+        memory.set_xlabel(unit)
+    all_axes[0, 0].set_ylabel("training step (ms)")
+    all_axes[1, 0].set_ylabel("its peak memory (MiB)")
+    write(figure, path)
+
+
 def draw_curves(axes, curves):
     """name → one value a forecast frame."""
     models = iter(MODEL_COLOURS)
