@@ -1,4 +1,4 @@
-"""The ConvLSTM layer again, close to what its bare convolutions cost. Read `my_model.py` first.
+"""The ConvLSTM layer again, at what its bare convolutions cost or less. Read `my_model.py` first.
 
 `my_model.ConvLSTM` says what a layer computes, one cell call a frame. This file computes the same in one
 `autograd.Function` over all frames; `tests/test_my_model.py` holds the two equal, forward and backward.
@@ -12,6 +12,7 @@ What makes it fast:
    write h and c straight into the sequence, and backward turns the pre-activations into their gradient.
 4. Backward keeps only z, h and c, computes the gates again, and collects the state-to-state weight gradient
    of a call's frames into one convolution.
+5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too).
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
 """
@@ -19,14 +20,13 @@ T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-
 import contextlib
 import ctypes
 import functools
-import shutil
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+import native
+import winograd
 
 if sys.platform == "linux":
     # glibc hands large buffers back to the system at every free and faults them in again, page by page, at the
@@ -69,28 +69,14 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
 @functools.cache
 def kernels(device_type, dtype):
     """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or compiler is None:
-        return gates_forward, gates_backward
-    try:
-        # link the OpenMP that torch has loaded: a second one beside it would fight for the cores
-        maps = Path("/proc/self/maps").read_text().split()
-        openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
-        flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
-        with tempfile.TemporaryDirectory() as folder:
-            run = functools.partial(subprocess.run, check=True, capture_output=True, cwd=folder, timeout=60)
-            source = Path(__file__).with_name("gates.c")
-            bf16 = ["-DBF16"] if dtype == torch.bfloat16 else []
-            run([compiler, *flags, *bf16, "-fopenmp", "-fPIC", "-c", source, "-o", "gates.o"])
-            run([compiler, "-shared", "gates.o", openmp, "-o", "gates.so"])
-            library = ctypes.CDLL(f"{folder}/gates.so")
-    except (OSError, StopIteration, subprocess.SubprocessError):
+    supported = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    library = native.build("gates.c", *(["-DBF16"] if dtype == torch.bfloat16 else [])) if supported else None
+    if library is None:
         return gates_forward, gates_backward
 
     def compiled(function, z, *tensors):
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (z, *tensors))
         N, C = z.shape[0], z.shape[1] // 4
-        function(ctypes.c_long(N), ctypes.c_long(C), ctypes.c_int(torch.get_num_threads()), *pointers)
+        function(*native.arguments(N, C, torch.get_num_threads(), z, *tensors))
 
     return tuple(functools.partial(compiled, f) for f in (library.gates_forward, library.gates_backward))
 
@@ -106,6 +92,7 @@ class FastConvLSTM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole):
         B, H, W, C = c.shape
+        pixels = n_frames * B * H * W
         c = c.clone(memory_format=torch.contiguous_format)
         cells = c.new_empty(n_frames, B, H, W, C)  # before each step
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
@@ -113,10 +100,11 @@ class FastConvLSTM(torch.autograd.Function):
         if x is None:
             z = bias.expand(n_frames, B, H, W, 4 * C).clone(memory_format=torch.contiguous_format)
         else:
-            z = convolve(x.flatten(0, 1), input_weight, bias).view(n_frames, B, H, W, 4 * C)
+            z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
         gates, _ = kernels(z.device.type, z.dtype)
+        state_to_state = convolution(state_weight, pixels)
         for t in range(n_frames):
-            zh = convolve(hiddens[t], state_weight)
+            zh = state_to_state(hiddens[t])
             gates(rows(z[t]), rows(zh), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
         ctx.sequences = z, cells, hiddens
@@ -127,23 +115,23 @@ class FastConvLSTM(torch.autograd.Function):
     def backward(ctx, dh, dc):
         x, input_weight, state_weight, peephole = ctx.saved_tensors
         z, cells, hiddens = ctx.sequences
+        pixels = z[..., 0].numel()
         del ctx.sequences  # z is about to be overwritten
         _, gates = kernels(z.device.type, z.dtype)
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh = dh.contiguous()
         dh_next = torch.zeros_like(hiddens[0])
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
-        # the gradient of a convolution's input: the convolution with its kernel turned and its channels swapped
-        turned = state_weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        to_dh = convolution(turned(state_weight), pixels)
         for t in reversed(range(len(z))):
             gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
-            dh_next = convolve(z[t], turned)
+            dh_next = to_dh(z[t])
         dz = z.flatten(0, 1)
-        _, d_state = gradients(dz, hiddens[:-1].flatten(0, 1), state_weight, False)
+        d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight)
         dx = d_input = None
         if x is not None:
-            dx, d_input = gradients(dz, x.flatten(0, 1), input_weight, ctx.needs_input_grad[0])
-            dx = None if dx is None else dx.view(x.shape)
+            d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)
+            dx = convolution(turned(input_weight), pixels)(dz).view(x.shape) if ctx.needs_input_grad[0] else None
         sums = sums.sum(0)
         return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:]
 
@@ -153,15 +141,25 @@ def rows(x):
     return x.view(-1, x.shape[-1])
 
 
-def convolve(x, weight, bias=None):
-    """(N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last throughout."""
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2).permute(0, 2, 3, 1).contiguous()
+def convolution(weight, pixels, bias=None):
+    """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last; for N·H·W pixels in all calls."""
+    k = weight.shape[-1]
+    if winograd.serves(weight, pixels):
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        return functools.partial(winograd.convolve, points=winograd.to_points(weight), k=k, bias=bias)
+    return lambda x: F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=k // 2).permute(0, 2, 3, 1).contiguous()
 
 
-def gradients(dy, x, weight, of_input):
-    """Of `convolve`: those of x, if wanted, and of the weight."""
-    padding = [weight.shape[-1] // 2] * 2
+def turned(weight):
+    """Of the convolution that takes a convolution's dy to its dx: the kernel turned, the channels swapped."""
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def weight_gradient(dy, x, weight):
+    """Of the convolution of x (N, H, W, C_in) that gave y (N, H, W, C_out)."""
+    k = weight.shape[-1]
+    if winograd.serves(weight, x[..., 0].numel()):
+        return winograd.weight_gradient(dy, x, k)
     dy, x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
-    conv = None, [1, 1], padding, [1, 1], False, [0, 0], 1
-    dx, d_weight, _ = torch.ops.aten.convolution_backward(dy, x, weight, *conv, (of_input, True, False))
-    return None if dx is None else dx.permute(0, 2, 3, 1), d_weight
+    options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, (False, True, False)
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options)[1]

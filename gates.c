@@ -36,7 +36,7 @@ static inline float tanh_(float x) {
 }
 static inline float sigmoid(float x) { return 0.5f + 0.5f * tanh_(0.5f * x); }
 
-void gates_forward(long n, long C, int threads, real *z, const real *zh, const float *peephole,
+void gates_forward(long n, long C, long threads, real *z, const real *zh, const float *peephole,
                    float *restrict c, float *restrict c_before, real *restrict h) {
     const float *wi = peephole, *wf = peephole + C, *wo = peephole + 2 * C;
 #pragma omp parallel for num_threads(threads)
@@ -57,7 +57,7 @@ void gates_forward(long n, long C, int threads, real *z, const real *zh, const f
     }
 }
 
-void gates_backward(long n, long C, int threads, real *z, const float *peephole, const float *c, const real *dh,
+void gates_backward(long n, long C, long threads, real *z, const float *peephole, const float *c, const real *dh,
                     const real *dh_next, float *restrict dc, float *sums) {
     const float *wi = peephole, *wf = peephole + C, *wo = peephole + 2 * C;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)

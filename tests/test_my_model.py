@@ -139,6 +139,7 @@ LAYERS = [  # in_channels, hidden, input-to-state kernel, state-to-state kernel,
     pytest.param(1, 4, 1, 3, (1, 3, 4, 5), id="one_channel_1x1_batch_of_1"),
     pytest.param(1, 4, 1, 1, (2, 3, 4, 5), id="one_channel_1x1"),
     pytest.param(2, 3, 3, 3, (4, 3, 1, 6), id="one_row"),
+    pytest.param(32, 32, 3, 5, (2, 9, 15, 16), id="enough_for_winograd"),
 ]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 

@@ -1,0 +1,169 @@
+/* Winograd's convolution of channels-last images (Lavin & Gray, https://arxiv.org/abs/1509.09308): what runs over
+   pixels. winograd.py has the idea and the maps, and builds this with -DKERNEL, and -DBF16 or without.
+
+   K channels in, N out; memory is scratch space. The points of kernels lie as (N / WIDTH, POINTS, K, WIDTH), those
+   of a BLOCK of tiles as (POINTS, BLOCK, channels). */
+#include <stdint.h>
+
+enum { TILE = 4, SIDE = TILE + KERNEL - 1, POINTS = SIDE * SIDE, WIDTH = 32, BLOCK = 64 /* tiles at a time */ };
+enum { GAP = 16 }; /* between points in memory: without, they fall on the same lines of the cache */
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 8 };
+#else
+enum { LANES = 8, ROWS = 4 };
+#endif
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef BF16 /* the upper half of a float32, rounded to nearest even */
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t real, halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+INLINE vector load(const real *x) { return (vector)(__builtin_convertvector(*(const halves *)x, words) << 16); }
+INLINE void store(real *y, vector x) {
+    words bits = (words)x, nan = (words)(x != x);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *(halves *)y = __builtin_convertvector((bits & ~nan) | (0x7fc0 & nan), halves);
+}
+#else
+typedef float real;
+INLINE vector load(const real *x) { return *(const vector *)x; }
+INLINE void store(real *y, vector x) { *(vector *)y = x; }
+#endif
+
+typedef struct {
+    long height, width, down, across, tiles; /* down and across: tiles of one image */
+} grid;
+
+static grid grid_of(long B, long H, long W) {
+    long down = (H + TILE - 1) / TILE, across = (W + TILE - 1) / TILE;
+    return (grid){H, W, down, across, B * down * across};
+}
+
+/* Where the pixels of a tile begin in memory, from `margin` pixels before its own; -1 outside of the image. */
+INLINE void pixels(grid g, long tile, long side, long margin, long channels, long at[SIDE][SIDE]) {
+    long image = tile / (g.down * g.across), top = tile / g.across % g.down * TILE, left = tile % g.across * TILE;
+    for (long i = 0; i < side; i++)
+        for (long j = 0; j < side; j++) {
+            long y = top + i - margin, x = left + j - margin;
+            int inside = y >= 0 && y < g.height && x >= 0 && x < g.width;
+            at[i][j] = inside ? ((image * g.height + y) * g.width + x) * channels : -1;
+        }
+}
+
+/* y (m, m) = map (m, n) · x (n, n) · map' */
+INLINE void both_sides(int m, int n, const float *map, vector x[SIDE][SIDE], vector y[SIDE][SIDE]) {
+    vector half[SIDE][SIDE];
+    for (int j = 0; j < n; j++)
+#pragma GCC unroll 8
+        for (int i = 0; i < m; i++) {
+            vector sum = map[i * n] * x[0][j];
+#pragma GCC unroll 8
+            for (int k = 1; k < n; k++) sum += map[i * n + k] * x[k][j];
+            half[i][j] = sum;
+        }
+    for (int i = 0; i < m; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < m; j++) {
+            vector sum = map[j * n] * half[i][0];
+#pragma GCC unroll 8
+            for (int k = 1; k < n; k++) sum += map[j * n + k] * half[i][k];
+            y[i][j] = sum;
+        }
+}
+
+/* Some channels of a tile to points, `stride` apart. */
+INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], long channels, const real *image,
+                      float *points, long stride) {
+    for (long c = 0; c < channels; c += LANES) {
+        vector x[SIDE][SIDE], y[SIDE][SIDE];
+        for (int i = 0; i < side; i++)
+            for (int j = 0; j < side; j++) x[i][j] = at[i][j] < 0 ? (vector){0} : load(image + at[i][j] + c);
+        both_sides(SIDE, side, map, x, y);
+        for (int p = 0; p < POINTS; p++) *(vector *)(points + p * stride + c) = y[p / SIDE][p % SIDE];
+    }
+}
+
+/* And WIDTH channels back. */
+INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float *points, long stride,
+                        const float *bias, real *image) {
+    for (long c = 0; c < WIDTH; c += LANES) {
+        vector x[SIDE][SIDE], y[SIDE][SIDE];
+        for (int p = 0; p < POINTS; p++) x[p / SIDE][p % SIDE] = *(const vector *)(points + p * stride + c);
+        both_sides(TILE, SIDE, map, x, y);
+        for (int i = 0; i < TILE; i++)
+            for (int j = 0; j < TILE; j++)
+                if (at[i][j] >= 0) store(image + at[i][j] + c, y[i][j] + *(const vector *)(bias + c));
+    }
+}
+
+/* y (m, WIDTH) = a (m, n) · b (n, WIDTH), or is increased by it; element (i, k) of a is a[i * down + k * across].
+   m counts as the next multiple of ROWS. */
+INLINE void multiply(long m, long n, const float *a, long down, long across, const float *b, float *y, int increase) {
+    for (long c = 0; c < WIDTH; c += 2 * LANES)
+        for (long row = 0; row < m; row += ROWS) {
+            vector sum[ROWS][2];
+            float *to = y + row * WIDTH + c;
+            for (int i = 0; i < ROWS; i++)
+                for (int j = 0; j < 2; j++) sum[i][j] = increase ? *(vector *)(to + i * WIDTH + j * LANES) : (vector){0};
+            for (long k = 0; k < n; k++)
+                for (int i = 0; i < ROWS; i++)
+                    for (int j = 0; j < 2; j++)
+                        sum[i][j] += a[(row + i) * down + k * across] * *(vector *)(b + k * WIDTH + c + j * LANES);
+            for (int i = 0; i < ROWS; i++)
+                for (int j = 0; j < 2; j++) *(vector *)(to + i * WIDTH + j * LANES) = sum[i][j];
+        }
+}
+
+/* y (B, H, W, N) of x (B, H, W, K). memory: for each thread, POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) */
+void convolve(long B, long H, long W, long K, long N, long threads, const float *map_in, const float *map_out,
+              const real *x, const float *kernel, const float *bias, real *y, float *memory) {
+    grid g = grid_of(B, H, W);
+    const long stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long part = 0; part < threads; part++) {
+        float *in = memory + part * POINTS * (stride_in + stride_out), *out = in + POINTS * stride_in;
+        long end = g.tiles * (part + 1) / threads, at[SIDE][SIDE];
+        for (long first = g.tiles * part / threads; first < end; first += BLOCK) {
+            long tiles = end - first < BLOCK ? end - first : BLOCK;
+            for (long t = 0; t < tiles; t++) {
+                pixels(g, first + t, SIDE, KERNEL / 2, K, at);
+                to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
+            }
+            for (long n = 0; n < N; n += WIDTH) {
+                for (long p = 0; p < POINTS; p++)
+                    multiply(tiles, K, in + p * stride_in, K, 1, kernel + (n * POINTS + p * WIDTH) * K,
+                             out + p * stride_out, 0);
+                for (long t = 0; t < tiles; t++) {
+                    pixels(g, first + t, TILE, 0, N, at);
+                    from_points(map_out, at, out + t * WIDTH, stride_out, bias + n, y + n);
+                }
+            }
+        }
+    }
+}
+
+/* The gradient of the kernel's points. memory: POINTS · (BLOCK · (K + N) + (1 + N / WIDTH) · GAP) */
+void kernel_gradient(long B, long H, long W, long K, long N, long threads, const float *map_in, const float *map_dy,
+                     const real *x, const real *dy, float *d_kernel, float *memory) {
+    grid g = grid_of(B, H, W);
+    const long stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
+    float *in = memory, *out = in + POINTS * stride_in;
+#pragma omp parallel num_threads(threads)
+    for (long first = 0; first < g.tiles; first += BLOCK) {
+        long tiles = g.tiles - first < BLOCK ? g.tiles - first : BLOCK, at[SIDE][SIDE];
+#pragma omp for
+        for (long t = 0; t < tiles; t++) {
+            pixels(g, first + t, SIDE, KERNEL / 2, K, at);
+            to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
+            pixels(g, first + t, TILE, 0, N, at);
+            for (long n = 0; n < N; n += WIDTH)
+                to_points(TILE, map_dy, at, WIDTH, dy + n, out + n / WIDTH * POINTS * stride_dy + t * WIDTH, stride_dy);
+        }
+#pragma omp for collapse(2)
+        for (long n = 0; n < N; n += WIDTH)
+            for (long p = 0; p < POINTS; p++)
+                multiply(K, tiles, in + p * stride_in, 1, K, out + (n / WIDTH * POINTS + p) * stride_dy,
+                         d_kernel + (n * POINTS + p * WIDTH) * K, first > 0);
+    }
+}

@@ -1,0 +1,89 @@
+"""3×3 and 5×5 convolutions on the CPU with 4 and 6 times fewer multiplications: Winograd's method.
+
+Polynomials u and v of TILE and k coefficients have a product of SIDE = TILE + k - 1, which follows from its values
+at SIDE points: uv = E⁻¹ (E u ∘ E v), where E evaluates. (One point is ∞; the value there is the highest coefficient.)
+The transpose of that is a convolution of SIDE inputs x with a kernel v to TILE outputs: y = Eᵀ (E v ∘ E⁻ᵀ x). Its
+gradient is of the same kind: dv = Eᵀ (E dy ∘ E⁻ᵀ x). In two dimensions each map is applied along both.
+Over channels, every ∘ is a matrix product, and these are most of the work.
+
+`winograd.c` does what runs over pixels, a tile of TILE×TILE outputs at a time; this file what runs over kernels.
+N images, H height, W width, C channels, k kernel size; P = SIDE² points.
+"""
+
+import functools
+import math
+
+import torch
+
+import native
+
+TILE, WIDTH, BLOCK, GAP = 4, 32, 64, 16  # as in winograd.c
+POINTS = 0, 1, -1, 2, -2, 1 / 2, -1 / 2  # and ∞; near 1, so that rounding errors stay small
+
+# pixels from which it is faster than torch: the kernel is taken to its points and back once, for however many.
+# All is computed in fp32. That beats torch's bf16 too with 5×5 kernels, not with 3×3 nor on a CPU with AMX
+PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16, 5): 4096}
+
+
+@functools.cache
+def library(dtype, k):
+    bf16 = ["-DBF16"] if dtype == torch.bfloat16 else []
+    return native.build("winograd.c", f"-DKERNEL={k}", *bf16)
+
+
+def serves(weight, pixels):
+    """Whether the functions below take the place of a convolution with weight (C_out, C_in, k, k) of N·H·W pixels."""
+    n_out, n_in, k, _ = weight.shape
+    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not (weight.dtype == torch.bfloat16 and has_amx())
+    fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
+    return pays and fits and library(weight.dtype, k) is not None
+
+
+def has_amx():
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+
+
+@functools.cache
+def maps(k):
+    """To points: of inputs (SIDE, SIDE), of outputs (SIDE, TILE), of kernels in two dimensions (P, k²)."""
+    points = torch.tensor(POINTS[: TILE + k - 2], dtype=torch.float64)
+
+    def evaluate(n):
+        at_infinity = torch.eye(n, dtype=torch.float64)[-1:]
+        return torch.cat((points[:, None] ** torch.arange(n), at_infinity))
+
+    kernel = evaluate(k)
+    found = torch.linalg.inv(evaluate(TILE + k - 1)).T, evaluate(TILE), torch.kron(kernel, kernel)
+    return [m.float().contiguous() for m in found]
+
+
+@torch.autocast("cpu", enabled=False)
+def to_points(weight):
+    """(C_out, C_in, k, k) → (C_out / WIDTH, P, C_in, WIDTH), the layout of winograd.c."""
+    n_in, k = weight.shape[1:3]
+    parts = weight.float().flatten(2).unflatten(0, (-1, WIDTH)).permute(0, 3, 2, 1)
+    return (maps(k)[2] @ parts.flatten(2)).unflatten(2, (n_in, WIDTH))
+
+
+def convolve(x, points, k, bias):
+    """x (N, H, W, C_in), the kernel's points → (N, H, W, C_out), "same" padding."""
+    n_in, n_out = x.shape[3], len(points) * WIDTH
+    threads, (of_input, of_output, _) = torch.get_num_threads(), maps(k)
+    y = x.new_empty(*x.shape[:3], n_out)
+    memory = points.new_empty(threads, points.shape[1], BLOCK * (n_in + WIDTH) + 2 * GAP)
+    tensors = of_input, of_output.T.contiguous(), x, points, bias.float(), y, memory
+    library(x.dtype, k).convolve(*native.arguments(*x.shape, n_out, threads, *tensors))
+    return y
+
+
+@torch.autocast("cpu", enabled=False)
+def weight_gradient(dy, x, k):
+    """dy (N, H, W, C_out), x (N, H, W, C_in) → (C_out, C_in, k, k)."""
+    n_in, n_out = x.shape[3], dy.shape[3]
+    of_input, of_output, of_kernel = maps(k)
+    points = of_input.new_empty(n_out // WIDTH, len(of_kernel), n_in, WIDTH)
+    memory = points.new_empty(len(of_kernel), BLOCK * (n_in + n_out) + (1 + n_out // WIDTH) * GAP)
+    tensors = of_input, of_output, x, dy, points, memory
+    library(x.dtype, k).kernel_gradient(*native.arguments(*x.shape, n_out, torch.get_num_threads(), *tensors))
+    parts = (of_kernel.T @ points.flatten(2)).unflatten(2, (n_in, WIDTH))
+    return parts.permute(0, 3, 2, 1).reshape(n_out, n_in, k, k).to(x.dtype)
