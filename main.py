@@ -69,9 +69,7 @@ class Knobs:
     video_size: int = knob(64, "pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "take every so many-th frame of a video", 1, tried="1, 2")
     video_colour: bool = knob(False, "red, green and blue of a video; else its grey")
-    augment: str = knob("time", "training sequences as they are, or some reversed in time (the same digits, nearly the "
-                                "same law), or all symmetries: flipped and transposed too (digits that are none)",
-                        choices=("none", "time", "all"))  # fmt: skip
+    augment: bool = knob(False, "flip, transpose and reverse training sequences: for runs of tens of epochs")
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
@@ -115,7 +113,6 @@ class Knobs:
 
 FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
-SYMMETRIES = {"time": (False, False, True, False), "all": (True,) * 4}  # of moving_mnist.augment
 NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "patch", "peephole", "head", "feedback"
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
 
@@ -350,13 +347,11 @@ def train(setup, run, model, optimisers):
             optimiser.param_groups[0]["lr"] = part * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
-        frames, n_future = setup.training[index[RANK::WORLD]], horizon(knobs, progress)
-        rng = np.random.default_rng((knobs.seed, step, 2))
-        if knobs.augment != "none":
-            draws = rng.integers(2, size=(len(index), 4)).astype(bool) & SYMMETRIES[knobs.augment]
-            frames = augment(frames, draws[RANK::WORLD])
-        # a short horizon leaves frames over: begin anywhere, as the law is the same at any time
-        frames = frames[:, rng.integers(frames.shape[1] - knobs.frames_in - n_future + 1) :]
+        frames = setup.training[index[RANK::WORLD]]
+        if knobs.augment:
+            draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 4))
+            frames = augment(frames, draws[RANK::WORLD].astype(bool))
+        n_future = horizon(knobs, progress)
         model.dense = knobs.dense and n_future < knobs.frames_out
         past, future = cut(frames, knobs.frames_in, n_future, device)
 
