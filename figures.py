@@ -82,11 +82,12 @@ def compare(path, histories, curves, title):
             (by_sequences, [row["sequences"] / 1000 for row in history]),
         ):
             axes.plot(x, losses, "o-", ms=4, color=colour, label=name)
-    by_time.set(xlabel="minutes of training", ylabel="validation cross-entropy (nats per pixel)")
-    by_sequences.set(xlabel="training sequences seen (thousands)", ylabel="validation cross-entropy (nats per pixel)")
+    for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences seen (thousands)"):
+        axes.set(xlabel=xlabel, ylabel="cross-entropy (nats per pixel)", yscale="log", title="validation split")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     draw_curves(by_frame, curves)
-    by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
-    figure.suptitle(title)
+    by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None), title=title.replace(", ", ",\n"))
     figure.legend(*by_frame.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     write(figure, path)
 
@@ -155,7 +156,8 @@ def grid(path, rows, title, most=10):
     axes.set_axis_off()
     for r, (name, (first, frames)) in enumerate(rows.items()):
         top, some = 56 + r * high, sorted(np.linspace(len(frames) - 1, 0, min(len(frames), most)).astype(int))
-        axes.text(96, top + height * scale / 2 + 24, name.replace(" ", "\n"), ha="right", va="center", fontsize=9)
+        label = name.replace(" ", "\n").replace("_", "_\n")  # to fit beside the frames
+        axes.text(96, top + height * scale / 2 + 24, label, ha="right", va="center", fontsize=9)
         for k, t in enumerate(some):
             left, image = 110 + k * wide, to_grey(frames[t : t + 1])[0]
             image = image[..., None] if image.ndim == 2 else image
