@@ -1,0 +1,184 @@
+"""The README does what it says: its commands run, what it names exists, its numbers are those of records/."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT, ROOT
+
+import main
+from figures import LABELS
+from moving_mnist import generate
+
+README = (ROOT / "README.md").read_text()
+SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4 --batch_size 4"
+METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
+
+
+def fenced():
+    """Commands: the lines of code blocks without a language."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    return [line for language, block in blocks if not language for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """What git would clone, and a small array where the official one would be."""
+    folder = tmp_path_factory.mktemp("clone")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("no git repository here")
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    digits = np.random.default_rng(0).integers(256, size=(9, 28, 28), dtype=np.uint8)
+    np.save(
+        folder / "raw" / "mnist_test_seq.npy", np.ascontiguousarray(generate(digits, 60, 0)[:, :, 0].swapaxes(0, 1))
+    )
+    return folder
+
+
+def test_the_commands_are_these():
+    """So that a new one is not forgotten below."""
+    assert fenced() == [
+        "pip install -r requirements.txt && python main.py",
+        "pip install -r requirements-dev.txt && python -m pytest",
+        "python main.py --eval_only --weights records/default.pt",
+        "python main.py --model convlstm --max_minutes 15",
+        "python main.py --model seq2seq --max_minutes 15",
+        "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=FIRST_MACHINE:29500 main.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "shorter", "leaves"),
+    [
+        (0, SHORT, "my_model/beyond.png"),
+        (2, "", "weights_default/predict_median.png"),
+        (3, f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001", "convlstm/metrics.json"),
+        (4, f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001", "seq2seq/metrics.json"),
+    ],
+)
+def test_a_command_does_its_job(command, shorter, leaves, copy):
+    words = f"{fenced()[command].split(' && ')[-1]} {shorter}".split()
+    ran = subprocess.run([sys.executable, *words[1:]], cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (copy / "results" / leaves).exists()
+
+
+def test_files_exist(copy):
+    made_by_a_run = {"metrics.json", "log.csv", "timing.csv", "config.json", "last.pt", "best.pt", "forecast.npy",
+                     "compare.md", "mnist_test_seq.npy", "raw/mnist_test_seq.npy", "my_videos.npy"}  # fmt: skip
+    named = set(re.findall(r"`([\w/.]+\.(?:py|c|npy|json|csv|pt|md|txt))`", README))
+    assert len(named) > 20
+    for name in named - made_by_a_run:
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\]\(((?!http)[^)#]+)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(\w+\.(?:png|gif|md|npy))`", README):
+        places = [copy / "results" / "my_model" / name, copy / "results" / name, copy / "raw" / name]
+        assert any(place.exists() for place in places) or name in made_by_a_run, name
+
+
+def test_knobs_exist():
+    knobs = {f.name for f in dataclasses.fields(main.Knobs)}
+    named = set(re.findall(r"`?--([a-z_]+)", "\n".join(re.findall(r"`[^`]*main\.py[^`]*`|`--[^`]*`", README))))
+    not_ours = {"help", "standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    assert len(named) > 12 and named - not_ours <= knobs
+
+
+def test_functions_exist():
+    """In the table of changes: `name`, `file.py`."""
+    table = README.split("## To change X, edit Y")[1].split("##")[0]
+    pairs = re.findall(r"((?:`[\w.]+`(?:,? and |, )?)+)(?:, |there and in `\w+`, |in )`(\w+\.py)`", table)
+    assert len(pairs) >= 6
+    for names, file in pairs:
+        tree = ast.parse((ROOT / file).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        defined |= {
+            t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+        }
+        for name in re.findall(r"`([\w.]+)`", names):
+            if not name.endswith(".py"):
+                assert set(name.split(".")) <= defined, (name, file)
+    assert "    loss = " in (ROOT / "main.py").read_text()
+
+
+def record(name):
+    return json.loads((ROOT / "records" / name / "metrics.json").read_text())
+
+
+def cells(line):
+    return [cell.strip().strip("*") for cell in line.strip("| ").split(" | ")]
+
+
+def result_cells(scores):
+    formats = ("{:.1f}", "{:.1f}", "{:.3f}", "{:.3f}", "{:.2f}", "{:.0f}")
+    return [f.format(scores[m]["mean"]) if m in scores else "–" for m, f in zip(METRICS, formats, strict=True)]
+
+
+def test_results_are_those_of_the_records():
+    table = README.split("## Results")[1].split("###")[0]
+    lines = [cells(line) for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    found = 0
+    for first, seen, minutes, *numbers in lines:
+        link = re.search(r"\(records/(\w+)/\)", first)
+        if link:
+            results = record(link[1])
+            log, timing = (
+                (ROOT / "records" / link[1] / name).read_text().split() for name in ("log.csv", "timing.csv")
+            )
+            steps = log[-1].split(",")
+            assert seen == f"{int(dict(zip(log[0].split(','), steps, strict=False))['sequences']):,}"
+            assert minutes == f"{float(timing[-1].split(',')[1]):.1f}"
+            assert numbers == result_cells(results["scores"][results["model"]]), first
+            found += 1
+        else:
+            who = next(key for key, label in LABELS.items() if label == first)
+            assert numbers == result_cells(record("default")["scores"][who]), first
+    assert found >= 2
+
+
+def test_cases_beyond_training_are_those_of_the_records():
+    table = README.split("### Beyond training")[1].split("###")[0]
+    lines = {row[0]: row[1:] for row in map(cells, re.findall(r"^\| .*$", table, re.M)) if "---" not in row[0]}
+    results = record("default")["beyond"]
+    for case, curves in results.items():
+        assert lines[case] == [f"{np.mean(curve):.1f}" for curve in curves.values()], case
+
+
+def test_the_first_number_is_that_of_the_record():
+    scores = record("default")["scores"]
+    first = README.split("## What you will see")[0]
+    for who in ("my_model", "black", "copy_last"):
+        assert f"{scores[who]['mse_per_frame']['mean']:.1f}" in first
+
+
+def test_speed_is_that_of_the_record():
+    rows = json.loads((ROOT / "records" / "bench.json").read_text())["rows"]
+    table = README.split("### Speed")[1].split("##")[0]
+    lines = {row[0]: row[1:] for row in map(cells, re.findall(r"^\| .*$", table, re.M))}
+    for row in rows:
+        column = {("training step", 16): 0, ("forecast", 1): 2, ("forecast", 64): 3}[row["work"], row["batch"]]
+        speed = row["batch"] / row["seconds"]
+        assert float(lines[row["name"]][column]) == pytest.approx(speed, abs=0.051)
+        if row["bytes"]:
+            assert float(lines[row["name"]][1]) == round(row["bytes"] / 2**20)
+    seconds = {row["name"]: row["seconds"] for row in rows if row["work"] == "training step"}
+    step = seconds["my_model, bf16"]
+    assert f"{step / seconds['bare convolutions, bf16']:.2f} times as long as its convolutions" in table
+    assert f"takes {seconds['reference, fp32'] / step:.1f} times as long" in table
+
+
+def test_the_weights_are_those_of_the_record():
+    content = (ROOT / "records" / "default.pt").read_bytes()
+    assert len(content) <= 5e6
+    assert hashlib.sha256(content).hexdigest() in (ROOT / "records" / "README.md").read_text()
