@@ -98,22 +98,28 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
     return step
 
 
+def peak_so_far():
+    """Bytes of this process. Not Linux's ru_maxrss, which a child inherits from its parent."""
+    if sys.platform == "linux":
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory(name, batch, **work):
     """Bytes that one training step of the contender needs at its peak, measured in a process of its own."""
     code = (
-        f"import bench, resource; s = bench.step_of({name!r}, 1, **{work | {'frames': 1}!r}); s();"
-        "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        f"s = bench.step_of({name!r}, {batch}, **{work!r}); s(); s();"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)"
+        f"import bench; s = bench.step_of({name!r}, 1, **{work | {'frames': 1}!r}); s(); a = bench.peak_so_far();"
+        f"s = bench.step_of({name!r}, {batch}, **{work!r}); s(); s(); print(bench.peak_so_far() - a)"
     )
     run = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
-    out = subprocess.run([sys.executable, "-c", code], **run).stdout
-    return int(out) * (1 if sys.platform == "darwin" else 1024)
+    return int(subprocess.run([sys.executable, "-c", code], **run).stdout)
 
 
 def compare(rounds):
     batch, rows = 16, []
-    memory = {name: peak_memory(name, batch) for name in CONTENDERS}  # first: a child inherits its parent's peak
+    memory = {name: peak_memory(name, batch) for name in CONTENDERS}
     functions = {name: step_of(name, batch) for name in CONTENDERS}
     functions["bare convolutions, bf16"] = bare_convolutions(batch)
     functions["bare convolutions, fp32"] = bare_convolutions(batch, dtype=torch.float32)
@@ -143,7 +149,7 @@ def scaling(rounds):
         for value in values
     ]
     sizes = [{knob: work[knob] for knob in base} for work in works]
-    memory = [peak_memory(name, **size) for size in sizes]  # first: a child inherits its parent's peak
+    memory = [peak_memory(name, **size) for size in sizes]
     seconds = [take_turns({name: step_of(name, **size)}, rounds)[name] for size in sizes]
     measured = zip(works, seconds, memory, strict=True)
     return [{**work, "name": name, "seconds": s, "bytes": m} for work, s, m in measured]
