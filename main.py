@@ -292,10 +292,17 @@ def note(setup, run, scores, rate, speed, model):
         checkpoint.save(folder / "best.pt", {**best, "model": model.state_dict()})
     write_csv(folder / "log.csv", history)
     write_csv(folder / "timing.csv", run["timing"])
-    figures.loss(folder / "loss.png", history, baselines, f"{knobs.model}, {setup.data}")
+    draw_loss(setup, history)
     curves = {knobs.model: mse.tolist(), **run["baselines"]}
     figures.per_frame(folder / "per_frame.png", {f"validation split of the {setup.data}": curves})
     show(setup, f"{setup.data}, after {seen:,} training sequences")
+
+
+def draw_loss(setup, history):
+    """history: the rows of log.csv."""
+    baselines = {who: float(history[-1][f"val_mse_{who}"]) for who in ("black", "copy_last")}
+    rows = [{key: value if key == "data" else float(value) for key, value in row.items()} for row in history]
+    figures.loss(setup.folder / "loss.png", rows, baselines, f"{setup.knobs.model}, {setup.data}")
 
 
 def show(setup, title):
@@ -525,6 +532,8 @@ def conclude(setup, model, step, test_split):
     if knobs.data in ("array", "fresh"):
         results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device, knobs.patch)
     if RANK == 0:
+        if knobs.eval_only and (folder / "log.csv").exists():
+            draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text().splitlines())))
         show(setup, f"{data}, best weights")
         draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, {test_split.split} split")
         write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])

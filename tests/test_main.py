@@ -336,9 +336,12 @@ def test_few_minutes_and_many_sequences_still_end(tmp_path):
 def test_evaluation_alone_trains_nothing(array, tmp_path):
     folder = here(array, tmp_path, epochs=1, train_sequences=10)
     weights, scores = (folder / "best.pt").read_bytes(), results(folder)
-    (folder / "metrics.json").unlink()
+    pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    for name in ("metrics.json", *pictures):
+        (folder / name).unlink()
     here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True)
     assert (folder / "best.pt").read_bytes() == weights and results(folder) == scores
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == pictures  # each drawn again
 
 
 def test_schedules():
