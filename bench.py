@@ -162,7 +162,7 @@ def main():
     arguments = parser.parse_args()
     rows = scaling(arguments.rounds) if arguments.scaling else compare(arguments.rounds)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'work':18}{'batch':>6}  {'':26}{'ms':>9}{'sequences/s':>13}{'of the first':>14}{'peak MB':>9}")
+    print(f"{'work':18}{'batch':>6}  {'':26}{'ms':>9}{'sequences/s':>13}{'of the first':>14}{'peak MiB':>9}")
     first = {}
     for row in rows:
         reference = first.setdefault((row["work"], row["batch"]), row["seconds"])

@@ -1,4 +1,4 @@
-"""The ConvLSTM layer again, at what its bare convolutions cost or less. Read `my_model.py` first.
+"""The ConvLSTM layer again, near what its convolutions cost. Read `my_model.py` first.
 
 `my_model.ConvLSTM` says what a layer computes, one cell call a frame. This file computes the same in one
 `autograd.Function` over all frames; `tests/test_my_model.py` holds the two equal, forward and backward.

@@ -100,15 +100,16 @@ def scaling(path, rows):
     for (knob, unit), (time, memory) in zip(units.items(), all_axes.T, strict=True):
         some = [row for row in rows if row["grows"] == knob]
         x = [row[knob][0] if knob == "hidden" else row[knob] for row in some]
-        power, name = (2, "as the square") if knob in ("size", "hidden") else (1, "in proportion")
         for axes, key, scale in (time, "seconds", 1e3), (memory, "bytes", 2**-20):
+            squared = knob == "size" or (knob, key) == ("hidden", "seconds")  # weights are few beside states
+            power, name = (2, "as the square") if squared else (1, "in proportion")
             y = [row[key] * scale for row in some]
             axes.loglog(x, y, "o-", ms=4, color=COLOURS["validation"], label="measured")
             axes.loglog(x, [y[-1] * (v / x[-1]) ** power for v in x], ":", color=COLOURS["black"], label=name)
             axes.set_xticks(x, [str(v) for v in x])
             axes.minorticks_off()
             axes.yaxis.set_major_formatter("{x:g}")
-        time.legend(fontsize=8)
+            axes.legend(fontsize=8)
         memory.set_xlabel(unit)
     all_axes[0, 0].set_ylabel("training step (ms)")
     all_axes[1, 0].set_ylabel("its peak memory (MiB)")

@@ -495,7 +495,9 @@ def main(knobs):
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     if device.type == "cpu" and knobs.model == "my_model" and not compiled("bf16" in precision):
-        say("          no working C compiler: the gates take several times as long (gcc or clang will do)")
+        say(
+            "          gates not compiled: they take several times as long (Linux on x86 with gcc or clang compiles them)"
+        )
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
 
