@@ -31,12 +31,26 @@ def parse(Knobs, arguments, description=None):
                            metavar=None if about["choices"] else name, **alone)  # fmt: skip
     knobs = Knobs(**vars(parser.parse_args(arguments)))
     for f in dataclasses.fields(Knobs):
-        value, least, most = getattr(knobs, f.name), f.metadata["least"], f.metadata["most"]
-        low, high = (min(value), max(value)) if f.type == tuple[int, ...] else (value, value)
-        if (least is not None and not low >= least) or (most is not None and not high <= most) or value == math.inf:
-            limits = f"at least {least}" if most is None else f"from {least} to {most}"
-            parser.error(f"{f.name} is {value}; it must be {limits}")
+        if problem := wrong(f, getattr(knobs, f.name)):
+            parser.error(problem)
     return knobs
+
+
+def wrong(field, value):
+    """A sentence on what is wrong with the value of a field of Knobs, or None."""
+    about, several = field.metadata, isinstance(field.default, tuple)
+    parts = value if several and isinstance(value, tuple) else (value,)
+    kind = int if several else type(field.default)
+    if (
+        not parts
+        or any(type(part) is not kind for part in parts)
+        or (about["choices"] and value not in about["choices"])
+    ):
+        return f"{field.name} is {value!r}, which it cannot be; python main.py --help says what it can"
+    least, most = about["least"], about["most"]
+    if all((least is None or p >= least) and (most is None or p <= most) and p != math.inf for p in parts):
+        return None
+    return f"{field.name} is {value}; it must be {f'at least {least}' if most is None else f'from {least} to {most}'}"
 
 
 def boolean(text):

@@ -51,7 +51,7 @@ from evaluate import (
     write_results,
 )
 from fast_convlstm import compiled
-from knobs import knob, parse
+from knobs import knob, parse, wrong
 from machine import RANK, WORLD, DeviceError, choose_device, from_rank_0, idle_gpu, say, sum_over_processes
 from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment
 from my_model import EncoderForecaster
@@ -414,9 +414,11 @@ def starting_weights(knobs, path):
     if not path:
         return knobs, None
     given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
-    return dataclasses.replace(
-        knobs, **{name: given["knobs"][name] for name in NETWORK if name in given["knobs"]}
-    ), given
+    network = {name: value for name, value in given["knobs"].items() if name in NETWORK}
+    problems = [wrong(f, network[f.name]) for f in dataclasses.fields(knobs) if f.name in network]
+    if any(problems):
+        raise checkpoint.CheckpointError(f"{path} is of no network of this script: {next(filter(None, problems))}")
+    return dataclasses.replace(knobs, **network), given
 
 
 def fit(knobs, training, data):
@@ -470,11 +472,12 @@ def main(knobs):
     device, autocast, precision = choose_device(knobs.device, knobs.precision)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    # evaluated weights have a folder of their own, so that they replace no training's results
-    own = f"weights_{Path(knobs.weights).stem}" if knobs.eval_only and knobs.weights else knobs.model
-    folder = Path(knobs.out) / own
-    weights = knobs.weights or (folder / "best.pt" if knobs.eval_only else None)
+    path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
+    weights = path if knobs.weights or knobs.eval_only else None
     knobs, given = starting_weights(knobs, weights)
+    # evaluated weights have a folder of their own, so that they replace no training's results
+    name = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
+    folder = Path(knobs.out) / (f"weights_{name}" if knobs.eval_only and knobs.weights else knobs.model)
     if RANK == 0:
         _held = checkpoint.claim(folder)
     training, validation, test_split, data = load_data(knobs)
@@ -495,9 +498,7 @@ def main(knobs):
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     if device.type == "cpu" and knobs.model == "my_model" and not compiled("bf16" in precision):
-        say(
-            "          gates not compiled: they take several times as long (Linux on x86 with gcc or clang compiles them)"
-        )
+        say("          gates not compiled, and several times as slow (Linux on x86 with gcc or clang compiles them)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
 

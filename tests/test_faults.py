@@ -330,6 +330,18 @@ def test_scores_of_an_earlier_end_are_not_shown_for_a_later_one(small, tmp_path,
     assert "this run has ended" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden", "abc"), ("hidden", ()), ("hidden", (8, -1)), ("kernel_size", "a"), ("patch", 0), ("model", "lstm")],
+)
+def test_weights_of_a_network_that_cannot_be(name, value, small, tmp_path):
+    knobs, folder = small
+    best = checkpoint.load(folder / "best.pt")
+    checkpoint.save(tmp_path / "odd.pt", best | {"knobs": best["knobs"] | {name: value}})
+    with pytest.raises(checkpoint.CheckpointError, match=rf"odd\.pt is of no network of this script: {name} is"):
+        here(**knobs | {"out": tmp_path, "weights": tmp_path / "odd.pt"})
+
+
 def test_evaluation_without_weights(array, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt: No such file"):
         here(array, tmp_path, eval_only=True)

@@ -292,6 +292,11 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert ours == pytest.approx(theirs, rel=1e-3) and ours != theirs
     assert "weights_small" in (tmp_path / "compare.md").read_text()
     assert f"from {tmp_path / 'small.pt'}" in capsys.readouterr().out
+    here(array, tmp_path, weights=trained / "best.pt", eval_only=True)
+    assert (tmp_path / "weights_my_model" / "metrics.json").exists()  # a name that tells it from other best.pt
+    reference = here(array, tmp_path, model="convlstm", epochs=1, train_sequences=10) / "best.pt"
+    here(array, tmp_path / "tuned", weights=reference, epochs=1, train_sequences=10)
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["convlstm"]
     tuned = here(array, tmp_path / "tuned", weights=tmp_path / "small.pt", learning_rate=1e-9, epochs=1)
     assert log(tuned)[-1]["val_mse_per_frame"] == pytest.approx(log(trained)[-1]["val_mse_per_frame"], rel=1e-3)
 
