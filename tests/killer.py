@@ -95,7 +95,7 @@ if __name__ == "__main__":
         _, status, used = os.wait4(alone, 0)
         assert status == 0, "the run fails even when it is left alone"
         for _ in range(int(kills)):
-            at_work += killed(child(knobs), rng.random() * (used.ru_utime + used.ru_stime) / 2)
+            at_work += killed(child(knobs), rng.random() * (used.ru_utime + used.ru_stime) / 3)
     else:
         for place in kills.split(","):
             at_work += os.WIFSIGNALED(os.waitpid(child(knobs, place), 0)[1])
