@@ -352,7 +352,7 @@ def test_a_folder_in_use_by_another_process(array, tmp_path):
     try:
         wait((tmp_path / "my_model" / "config.json").exists, other)
         with pytest.raises(checkpoint.CheckpointError, match=r"my_model is in use by another run; .* another folder"):
-            here(array, tmp_path, epochs=500)
+            here(array, tmp_path)
         assert other.poll() is None
     finally:
         other.kill()
@@ -456,6 +456,8 @@ def test_training_stops_before_a_step_that_would_spoil_the_weights(what, array, 
     assert state["step"] == STEPS and len(state["history"]) == 1
     torch.testing.assert_close(state["model"], dict(models[0].state_dict()), rtol=0, atol=0)
     assert (tmp_path / "my_model" / "log.csv").read_text().count("\n") == 2
+    monkeypatch.setattr(main, "build", build)  # what the message advises
+    here(array, tmp_path / "on", weights=tmp_path / "my_model" / "last.pt", learning_rate=0.01, train_sequences=5)
 
 
 def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
