@@ -103,7 +103,7 @@ def resume(path, knobs, may_differ):
     then = state["knobs"]
     both = then.keys() & knobs.keys()
     changed = [k for k in {**knobs, **then} if k not in may_differ and (k not in both or then[k] != knobs[k])]
-    if changed == ["epochs"] and both >= {"epochs"} and knobs["epochs"] > then["epochs"] and not knobs["max_minutes"]:
+    if changed == ["epochs"] and "epochs" in both and knobs["epochs"] > then["epochs"] and not knobs["max_minutes"]:
         print(f"going on to {knobs['epochs']} epochs: the learning rate follows the longer schedule from here on, "
               "so this is not the run it would have been from the start")  # fmt: skip
         return {**state, "steps": 0}

@@ -8,7 +8,7 @@ import numpy as np
 import figures
 import metrics
 from checkpoint import publish
-from evaluate import what
+from evaluate import cells, what
 
 COST = ("parameters", "sequences seen", "minutes", "sequences/s")
 SAME = ("data", "split", "sequences", "first_sequence", "frames_in", "frames_out")  # or nothing can be compared
@@ -67,10 +67,8 @@ def compare(out, latest, first_sequence):
         "|---|" + "---:|" * (len(COST) + len(metrics.NAMES)),
     ]
     for name, score in scores.items():
-        cells = cost(runs[name]) if name in runs else [*"––––"]
-        means = (score[key]["mean"] if key in score else None for key in metrics.NAMES)
-        cells += ["–" if mean is None else f"{mean:.4g}" for mean in means]
-        lines.append(f"| {figures.LABELS.get(name, name)} | {' | '.join(cells)} |")
+        row = [*(cost(runs[name]) if name in runs else "––––"), *cells(score, "–")]
+        lines.append(f"| {figures.LABELS.get(name, name)} | {' | '.join(row)} |")
     if others:
         lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]
     publish(out / "compare.md", "\n".join([*lines, ""]).encode())

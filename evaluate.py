@@ -89,6 +89,12 @@ def what(results):
     return f"{split} of the {results['data']}, {results['sequences']:,} sequences"
 
 
+def cells(scores, missing):
+    """The mean of each metric, in the order of metrics.NAMES, as text."""
+    means = (scores[name]["mean"] if name in scores else None for name in metrics.NAMES)
+    return [missing if mean is None else f"{mean:.4g}" for mean in means]
+
+
 def table(results):
     """metrics.json as lines for people."""
     lines = [
@@ -96,9 +102,7 @@ def table(results):
         " " * 18 + "".join(f"{name:>14}" for name in metrics.NAMES.values()),
     ]
     for who, scores in results["scores"].items():
-        means = (scores[name]["mean"] if name in scores else None for name in metrics.NAMES)
-        cells = ("-" if mean is None else f"{mean:.4g}" for mean in means)
-        lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells(scores, "-")))
     return "\n".join(lines)
 
 

@@ -415,9 +415,9 @@ def starting_weights(knobs, path):
         return knobs, None
     given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
     network = {name: value for name, value in given["knobs"].items() if name in NETWORK}
-    problems = [wrong(f, network[f.name]) for f in dataclasses.fields(knobs) if f.name in network]
-    if any(problems):
-        raise checkpoint.CheckpointError(f"{path} is of no network of this script: {next(filter(None, problems))}")
+    for f in dataclasses.fields(knobs):
+        if f.name in network and (problem := wrong(f, network[f.name])):
+            raise checkpoint.CheckpointError(f"{path} is of no network of this script: {problem}")
     return dataclasses.replace(knobs, **network), given
 
 

@@ -1,6 +1,7 @@
 """What the tests of whole runs share: a small array, and main.py in this process or in its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +27,19 @@ STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[1, 3], ids=["1_thread", "3_threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def skip_without_compiler():
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))) or not Path("/proc/self/maps").exists():
+        pytest.skip("needs a C compiler and Linux")
 
 
 def moving_squares(n, seed=0):

@@ -4,11 +4,11 @@ import functools
 import math
 import shutil
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without_compiler
 
 import fast_convlstm
 from fast_convlstm import FastConvLSTM
@@ -246,20 +246,10 @@ def test_state_goes_on_where_it_stopped():
 @pytest.fixture(params=DTYPES, ids=str)
 def compiled(request):
     """dtype and its compiled (gates_forward, gates_backward)."""
-    has_compiler = any(map(shutil.which, ("cc", "gcc", "clang")))
-    if not has_compiler or not Path("/proc/self/maps").exists():
-        pytest.skip("needs a C compiler and Linux")
+    skip_without_compiler()
     forward, backward = fast_convlstm.kernels("cpu", request.param)
     assert forward is not fast_convlstm.gates_forward, "there is a compiler, but the gates were not built"
     return request.param, forward, backward
-
-
-@pytest.fixture(params=[1, 3], ids=["1_thread", "3_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def one_step(forward, dtype, i, f, o, g, c):

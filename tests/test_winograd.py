@@ -1,11 +1,9 @@
 """Winograd's convolution against torch's in float64: outputs, both gradients, sizes that no tile divides."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without_compiler
 
 import fast_convlstm
 import winograd
@@ -16,19 +14,10 @@ KINDS = [(3, torch.float32), (5, torch.float32), (5, torch.bfloat16)]  # those t
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))) or not Path("/proc/self/maps").exists():
-        pytest.skip("needs a C compiler and Linux")
+    skip_without_compiler()
     monkeypatch.setattr(winograd, "has_amx", lambda: False)
     monkeypatch.setattr(winograd, "PAYS_FROM", dict.fromkeys(winograd.PAYS_FROM, 1))
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=[1, 3], ids=["1_thread", "3_threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def relative_error(found, expected):
