@@ -15,7 +15,7 @@ import numpy as np
 
 from moving_mnist import DataError
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+getattr(cv2.utils, "logging", cv2).setLogLevel(2)  # errors only; up to OpenCV 4.12, the function is cv2's own
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
 LARGEST = 2**31  # bytes of frames; while they are put together, memory holds them three times
 
