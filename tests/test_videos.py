@@ -1,5 +1,7 @@
 """A folder of videos: frames, colours and order as written, a whole run on them, and files that are none."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -50,7 +52,7 @@ def test_a_colour_video_trains(tmp_path):
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 
-def test_what_is_no_video_is_named(tmp_path):
+def test_what_is_no_video_is_named(tmp_path, capfd):
     with pytest.raises(DataError, match=r"holds no video; expected files that end in \.avi"):
         videos.read_folder(tmp_path, 10, SIZE)
     write(tmp_path / "a.avi", 9)
@@ -59,6 +61,16 @@ def test_what_is_no_video_is_named(tmp_path):
     write(tmp_path / "a.avi", 10)
     (tmp_path / "b.mp4").write_text("<html>")
     with pytest.raises(DataError, match=r"b\.mp4 has 0 frames"):
+        videos.read_folder(tmp_path, 10, SIZE)
+    assert not capfd.readouterr().err  # OpenCV and FFmpeg add nothing
+
+
+def test_a_frame_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    huge = lambda: (True, cv2.repeat(np.zeros((SIZE, SIZE, 3), np.uint8), 2**20, 2**25))
+    video = SimpleNamespace(grab=lambda: True, retrieve=huge, release=lambda: None)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *arguments: video)
+    (tmp_path / "a.avi").touch()
+    with pytest.raises(DataError, match=r"a\.avi cannot be read as a video \(Failed to allocate \d+ bytes\)"):
         videos.read_folder(tmp_path, 10, SIZE)
 
 
