@@ -505,9 +505,9 @@ def main(knobs):
     if not knobs.eval_only:
         optimisers = make_optimisers(model)
         run = begin_or_go_on(setup, model, optimisers)
-        if run["step"] >= run["steps"] > 0 and (folder / "metrics.json").exists():
-            results = json.loads((folder / "metrics.json").read_text())
-            say(f"this run has ended; nothing was changed\n\n{report(results)}")
+        ended = run["step"] >= run["steps"] > 0
+        if ended and (scores := from_rank_0(scores_of(folder) if RANK == 0 else None)):
+            say(f"this run has ended; nothing was changed\n\n{scores}")
             return
         levels = (f"{figures.LABELS[who]} {np.mean(curve):.1f}" for who, curve in run["baselines"].items())
         say(f"baselines {', '.join(levels)} (validation; squared error of a frame, summed over its pixels)")
@@ -548,6 +548,14 @@ def report(results):
     """metrics.json, for people."""
     others = f"\n\n{beyond.table(results['beyond'])}" if "beyond" in results else ""
     return f"{table(results)}{others}\n\nweights   {results['weights']}"
+
+
+def scores_of(folder):
+    """The report of its metrics.json, or None where there is none that can be read: then it is made again."""
+    try:
+        return report(json.loads((folder / "metrics.json").read_bytes()))
+    except Exception:  # whatever damaged the file chose what its reading meets
+        return None
 
 
 def stop(signum, frame):

@@ -330,6 +330,26 @@ def test_scores_of_an_earlier_end_are_not_shown_for_a_later_one(small, tmp_path,
     assert "this run has ended" not in capsys.readouterr().out
 
 
+DAMAGED_SCORES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "no text": lambda content: b"\xff",
+    "another version's": lambda content: content.replace(b'"weights"', b'"digest"'),
+    "a list": lambda content: b"[]",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED_SCORES)
+def test_scores_that_cannot_be_read_are_made_again(how, small, tmp_path, capsys):
+    knobs, folder = small
+    copy(small, tmp_path)
+    (tmp_path / "my_model" / "best.pt").write_bytes((folder / "best.pt").read_bytes())
+    scores = (folder / "metrics.json").read_bytes()
+    (tmp_path / "my_model" / "metrics.json").write_bytes(DAMAGED_SCORES[how](scores))
+    here(**knobs | {"out": tmp_path})
+    assert (tmp_path / "my_model" / "metrics.json").read_bytes() == scores
+    assert "this run has ended" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("hidden", "abc"), ("hidden", ()), ("hidden", (8, -1)), ("kernel_size", "a"), ("patch", 0), ("model", "lstm")],

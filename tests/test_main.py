@@ -252,6 +252,12 @@ def test_two_machines(array, tmp_path):
     assert sorted(speaks) == [False, True]
     assert [(tmp_path / k / "my_model" / "metrics.json").exists() for k in "12"] == speaks
     assert [(tmp_path / k).exists() for k in "12"] == speaks  # the other writes nothing
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    again = [
+        start(*flags(array, tmp_path / k, epochs=1), RANK="01"[not first], **world)
+        for k, first in zip("12", speaks, strict=True)
+    ]
+    assert "this run has ended" in "".join([finish(machine)[0] for machine in again])  # the other has to be told
 
 
 def test_processes_share_the_batch(reference, array, tmp_path):
