@@ -575,7 +575,8 @@ if __name__ == "__main__":
     except (DataError, DeviceError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         sys.exit(f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory")):
+        words = "out of memory", "can't allocate memory", "not enough memory"
+        if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
         sys.exit(f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
                  "The last checkpoint is intact")  # fmt: skip

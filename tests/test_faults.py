@@ -506,6 +506,26 @@ def test_a_refusal_is_a_sentence(changes, status, sentence, array, tmp_path):
     assert sentence in err
 
 
+@pytest.mark.parametrize(
+    "short",
+    [
+        "torch.empty(2**60)",  # a RuntimeError
+        "numpy.empty(2**59)",  # a MemoryError with words of its own
+        "(_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'))",
+    ],
+)
+def test_memory_that_runs_out_in_the_third_step(short, reference, array, tmp_path, capsys):
+    """As the optimiser steps; the run then goes on from the second, and ends as if nothing had been."""
+    step = f"step = torch.optim.AdamW.step; torch.optim.AdamW.step = lambda *a: step(*a) if next(left) else {short}"
+    launcher = (str(ROOT / "tests" / "after.py"), f"import numpy, torch; left = iter([1, 1, 0]); {step}")
+    knobs = {"data": array, "out": tmp_path, "save_minutes": 1e-6}
+    _, err = finish(start(*flags(**knobs), launcher=launcher), 1)
+    assert "main.py: out of memory at batch_size 5; lower it, " in err
+    here(**knobs)
+    assert "going on at step 2" in capsys.readouterr().out
+    assert (tmp_path / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_how_to_go_on(number, status, reference, array, tmp_path, capsys):
     process = start(*flags(array, tmp_path))
