@@ -63,8 +63,8 @@ def compare(out, latest, first_sequence):
         "",
     ]
     lines += [
-        f"| | {' | '.join((*COST, *metrics.NAMES.values()))} |",
-        "|---|" + "---:|" * (len(COST) + len(metrics.NAMES)),
+        f"| | {' | '.join((*COST, *metrics.HEADINGS))} |",
+        "|---|" + "---:|" * (len(COST) + len(metrics.METRICS)),
     ]
     for name, score in scores.items():
         row = [*(cost(runs[name]) if name in runs else "––––"), *cells(score, "–")]

@@ -15,7 +15,7 @@ from checkpoint import publish
 from machine import RANK, WORLD, sum_over_processes
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
-CURVES = tuple(name for name in metrics.NAMES if name != CROSS_ENTROPY)
+CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
 BASELINES = {
     "black": lambda past, n: (metrics.black(past, n), None),
     "copy_last": lambda past, n: (metrics.copy_last(past, n), None),
@@ -72,8 +72,9 @@ def test(name, forecast, dataset, frames_in, frames_out, device):
         if who == name:
             order = found.pop(EACH).argsort(stable=True)
         scores[who] = {
-            key: {"unit": metrics.UNITS[key], "mean": finite(value.mean()), "per_frame": [finite(v) for v in value]}
-            for key, value in found.items()
+            key: {"unit": unit, "mean": finite(found[key].mean()), "per_frame": [finite(v) for v in found[key]]}
+            for key, (_, unit) in metrics.METRICS.items()
+            if key in found
         }
     return scores, order
 
@@ -90,8 +91,8 @@ def what(results):
 
 
 def cells(scores, missing):
-    """The mean of each metric, in the order of metrics.NAMES, as text."""
-    means = (scores[name]["mean"] if name in scores else None for name in metrics.NAMES)
+    """The mean of each metric, in the order of metrics.METRICS, as text."""
+    means = (scores[name]["mean"] if name in scores else None for name in metrics.METRICS)
     return [missing if mean is None else f"{mean:.4g}" for mean in means]
 
 
@@ -99,7 +100,7 @@ def table(results):
     """metrics.json as lines for people."""
     lines = [
         f"{what(results)}, mean over {results['frames_out']} forecast frames (SSIM*: as in OpenSTL's tables)",
-        " " * 18 + "".join(f"{name:>14}" for name in metrics.NAMES.values()),
+        " " * 18 + "".join(f"{name:>14}" for name in metrics.HEADINGS),
     ]
     for who, scores in results["scores"].items():
         lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells(scores, "-")))

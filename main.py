@@ -54,7 +54,7 @@ from fast_convlstm import compiled
 from knobs import knob, parse, wrong
 from machine import RANK, WORLD, DeviceError, choose_device, from_rank_0, idle_gpu, say, sum_over_processes
 from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment
-from my_model import EncoderForecaster
+from my_model import EncoderForecaster, twin_agrees
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,11 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size or None
-        options = knobs.patch, knobs.peephole, knobs.head, knobs.feedback, knobs.dense
-        return EncoderForecaster(channels, knobs.hidden, *kernels, *options)
+        options = {name: getattr(knobs, name) for name in ("patch", "peephole", "head", "feedback", "dense")}
+        fast = twin_agrees()
+        if not fast:
+            say("cell      ConvLSTMCell has been edited: running it as it stands, slower than fast_convlstm.py")
+        return EncoderForecaster(channels, knobs.hidden, *kernels, **options, fast=fast)
     if knobs.model == "convlstm":
         return convlstm.ConvLSTMForecaster(channels, knobs.hidden, knobs.kernel_size, knobs.patch)
     return convlstm.Seq2SeqForecaster(channels, 64)
@@ -185,9 +188,9 @@ class Muon(torch.optim.Muon):
 def make_optimisers(model):
     """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
-    rest = [p for p in model.parameters() if p.ndim < 4] + [output]
-    # train sets their learning rates at each step
-    return [Muon(kernels, weight_decay=0.0), torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
+    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
+    # train sets the learning rate of each group at each step: the schedule's, or its "part" of it
+    return [Muon(kernels, weight_decay=0.0), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(knobs, progress):
@@ -222,9 +225,9 @@ class Setup(NamedTuple):
         return self.knobs.frames_in, self.knobs.frames_out
 
 
-def describe(setup, facts):
-    """config.json, and the files that say what was run, as they were."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def describe(setup, fresh, facts):
+    """config.json, and of a fresh run the files that say what is run, as they are."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -237,7 +240,7 @@ def describe(setup, facts):
         "machine": f"{platform.system()} {platform.machine()}",
     }
     checkpoint.publish(setup.folder / "config.json", json.dumps(facts, indent=1).encode())
-    for source in ("main.py", "my_model.py", "convlstm.py"):
+    for source in ("main.py", "my_model.py", "convlstm.py") if fresh else ():
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
 
 
@@ -350,8 +353,8 @@ def train(setup, run, model, optimisers):
             setup.training.start_epoch(epoch)
         progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10  # until the steps are settled
         rate = learning_rate(knobs, progress)
-        for optimiser, part in zip(optimisers, (1, ADAM_PART), strict=True):
-            optimiser.param_groups[0]["lr"] = part * rate
+        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+            group["lr"] = group.get("part", 1) * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
@@ -369,7 +372,8 @@ def train(setup, run, model, optimisers):
         # the mean over the whole batch, though each process has a part of it
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes
-        assert all(p.grad is not None for p in model.parameters())
+        unused = [name for name, p in model.named_parameters() if p.grad is None]
+        assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip))
         loss = float(sum_over_processes(loss.detach(), device))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -421,6 +425,18 @@ def starting_weights(knobs, path):
     return dataclasses.replace(knobs, **network), given
 
 
+def score_as_trained(knobs, given, path):
+    """A training's own results are of its own data: refuse others in their place."""
+    then, now = given["knobs"], dataclasses.asdict(knobs)
+    differs = lambda k: not f"{then[k]} (".startswith(f"{now[k]} (")  # in brackets: what begin_or_go_on adds
+    other = [f"{k} was {then[k]} and is now {now[k]}" for k in ("data", "frames_in", "frames_out") if differs(k)]
+    if other:
+        raise checkpoint.CheckpointError(
+            f"{path} has scores of its training's data, which these would replace: {'; '.join(other)}. "
+            f"--weights {path} scores it into a folder of its own"
+        )
+
+
 def fit(knobs, training, data):
     """The model, once the knobs fit the data and the model fits both; else a DataError says what does not."""
     n_frames, channels, height, width = training[np.arange(1)].shape[1:]
@@ -450,18 +466,22 @@ def begin_or_go_on(setup, model, optimisers):
     described = {**dataclasses.asdict(knobs), "data": what}
     state = from_rank_0(checkpoint.resume(path, described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
-    run = {"knobs": described, "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch, "best": math.inf,
-           "history": [], "timing": [], "baselines": {}, "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
+    run = {"knobs": described, "code": checkpoint.code(), "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch,
+           "best": math.inf, "history": [], "timing": [], "baselines": {},
+           "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
     if state:
         load_weights(model, state.pop("model"), path)
         try:
             for optimiser, saved in zip(optimisers, state.pop("optimisers"), strict=True):
                 optimiser.load_state_dict(saved)
-            return {part: state[part] for part in run} | {"knobs": described, "steps": state["steps"] or steps}
+            run = {part: state[part] for part in run} | {"knobs": described, "steps": state["steps"] or steps}
         except (KeyError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} is no checkpoint of this version of main.py ({error}); set out to another folder"
             ) from error
+        if edited := [name for name, mark in checkpoint.code().items() if run["code"].get(name) != mark]:
+            say(f"edited    since this run began: {', '.join(edited)}; a new --out runs the edited code from the start")
+        return run
     for who in ("black", "copy_last"):
         curve = evaluate(BASELINES[who], setup.validation, *setup.span, ["mse_per_frame"], setup.device)
         run["baselines"][who] = curve["mse_per_frame"].tolist()
@@ -480,6 +500,8 @@ def main(knobs):
     folder = Path(knobs.out) / (f"weights_{name}" if knobs.eval_only and knobs.weights else knobs.model)
     if RANK == 0:
         _held = checkpoint.claim(folder)
+    if knobs.eval_only and not knobs.weights:
+        score_as_trained(knobs, given, weights)
     training, validation, test_split, data = load_data(knobs)
     if from_rank_0(data) != data:
         raise DataError(
@@ -513,8 +535,9 @@ def main(knobs):
         say(f"baselines {', '.join(levels)} (validation; squared error of a frame, summed over its pixels)")
         say(f"output    {folder}{os.sep}" + (f", going on at step {run['step']:,}" if run["step"] else ""))
         if RANK == 0:
-            describe(setup, {"data_used": data, "device_used": str(device), "precision_used": precision,
-                             "threads": threads, "processes": WORLD, "parameters": parameters})  # fmt: skip
+            facts = {"data_used": data, "device_used": str(device), "precision_used": precision}
+            facts |= {"threads": threads, "processes": WORLD, "parameters": parameters}
+            describe(setup, run["step"] == 0, facts)
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
         train(setup, run, model, optimisers)
         given = from_rank_0(checkpoint.load(folder / "best.pt") if RANK == 0 else None)

@@ -12,22 +12,18 @@ import cv2
 import torch
 import torch.nn.functional as F
 
-NAMES = {  # in the order of the tables
-    "mse_per_frame": "MSE",
-    "mae_per_frame": "MAE",
-    "ssim": "SSIM",
-    "ssim_openstl": "SSIM*",
-    "psnr": "PSNR",
-    "cross_entropy_per_sequence": "cross-entropy",
+METRICS = {  # in the order of the tables: heading and unit
+    "mse_per_frame": ("MSE", "squared grey level (0-1), summed over the pixels of a frame, mean over sequences"),
+    "mae_per_frame": ("MAE", "grey level (0-1), summed over the pixels of a frame, mean over sequences"),
+    "ssim": ("SSIM", "1 is identical; Gaussian 11x11 window, sigma 1.5, data range 1, mean over sequences"),
+    "ssim_openstl": ("SSIM*", "1 is identical; uniform 7x7 window, data range 2, mean over sequences"),
+    "psnr": ("PSNR", "dB, of each frame on a 0-1 scale, mean over sequences"),
+    "cross_entropy_per_sequence": (
+        "cross-entropy",
+        "nats, summed over all predicted pixels of a sequence, mean over sequences",
+    ),
 }
-UNITS = {
-    "mse_per_frame": "squared grey level (0-1), summed over the pixels of a frame, mean over sequences",
-    "mae_per_frame": "grey level (0-1), summed over the pixels of a frame, mean over sequences",
-    "psnr": "dB, of each frame on a 0-1 scale, mean over sequences",
-    "ssim": "1 is identical; Gaussian 11x11 window, sigma 1.5, data range 1, mean over sequences",
-    "ssim_openstl": "1 is identical; uniform 7x7 window, data range 2, mean over sequences",
-    "cross_entropy_per_sequence": "nats, summed over all predicted pixels of a sequence, mean over sequences",
-}
+HEADINGS = tuple(heading for heading, _ in METRICS.values())
 
 
 def mse_per_frame(prediction, truth):

@@ -85,7 +85,7 @@ class MovingMNIST(Sequences):
             raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 12")
         self.split = split
         # in memory: a file that shrinks under a map kills the process
-        super().__init__(np.array(array[:, first:last]))
+        super().__init__(np.array(array[:, first:last], order="C"))
 
 
 class FreshMovingMNIST:

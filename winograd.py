@@ -22,7 +22,7 @@ POINTS = 0, 1, -1, 2, -2, 1 / 2, -1 / 2  # and ∞; near 1, so that rounding err
 
 # pixels from which it is faster than torch: the kernel is taken to its points and back once, for however many.
 # All is computed in fp32. That beats torch's bf16 too with 5×5 kernels, not with 3×3 nor on a CPU with AMX
-PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16, 5): 4096}
+PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16, 5): 2048}
 
 
 @functools.cache

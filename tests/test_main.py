@@ -33,6 +33,7 @@ from PIL import Image
 import checkpoint
 import main
 import metrics
+import my_model
 from knobs import parse
 from my_model import EncoderForecaster
 
@@ -97,10 +98,10 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     found = results(folder)
     assert (found["split"], found["sequences"], found["data"]) == ("test", 6, "squares.npy")
     assert set(found["scores"]) == {"my_model", "black", "copy_last", "optical_flow"}
-    assert set(found["scores"]["my_model"]) == set(metrics.UNITS)
+    assert set(found["scores"]["my_model"]) == set(metrics.METRICS)
     for scores in found["scores"].values():
         for name, score in scores.items():
-            assert score["unit"] == metrics.UNITS[name]
+            assert score["unit"] == metrics.METRICS[name][1]
             assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
     model = EncoderForecaster(1, (8,), 3, head=8, feedback=True, fast=False)  # the plain twin
     best = torch.load(folder / "best.pt")
@@ -284,7 +285,7 @@ def test_every_model_takes_the_same_road(model, array, tmp_path):
     assert folder == tmp_path / model
     assert not (tmp_path / "compare.md").exists()  # nothing to compare with
     assert all((folder / name).stat().st_size for name in FILES)
-    assert set(results(folder)["scores"][model]) == set(metrics.UNITS)
+    assert set(results(folder)["scores"][model]) == set(metrics.METRICS)
 
 
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
@@ -355,6 +356,44 @@ def test_evaluation_alone_trains_nothing(array, tmp_path):
     here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True)
     assert (folder / "best.pt").read_bytes() == weights and results(folder) == scores
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == pictures  # each drawn again
+
+
+def test_scores_of_a_training_are_not_replaced_by_others(array, tmp_path):
+    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    scores = (folder / "metrics.json").read_bytes()
+    other = {"frames_out": 3, "eval_only": True}
+    with pytest.raises(checkpoint.CheckpointError, match=r"frames_out was 4 and is now 3.*--weights .*best\.pt scores"):
+        here(array, tmp_path, **other)
+    here(array, tmp_path, **other, weights=folder / "best.pt")
+    assert (folder / "metrics.json").read_bytes() == scores
+    assert results(tmp_path / "weights_my_model")["frames_out"] == 3
+
+
+def test_code_edited_during_a_run_is_named(array, tmp_path, monkeypatch, capsys):
+    here(array, tmp_path, epochs=1, train_sequences=10)
+    assert "edited  " not in capsys.readouterr().out
+    code = checkpoint.code() | {"metrics.py": "other"}
+    monkeypatch.setattr(checkpoint, "code", lambda: code)
+    here(array, tmp_path, epochs=1, train_sequences=10)
+    assert "edited    since this run began: metrics.py; a new --out" in capsys.readouterr().out
+
+
+def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
+    knobs = parse(main.Knobs, ["--hidden", "8", "--head", "0"])
+    fast = lambda: {layer.fast for layer in main.build(knobs, 1).encoder}
+    assert fast() == {True} and not capsys.readouterr().out
+    forward = my_model.ConvLSTMCell.forward
+    edited = lambda self, x, state: [2 * s for s in forward(self, x, state)]
+    monkeypatch.setattr(my_model.ConvLSTMCell, "forward", edited)
+    assert fast() == {False} and "ConvLSTMCell has been edited" in capsys.readouterr().out
+
+
+def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "make_optimisers", lambda model: [torch.optim.AdamW(model.parameters())])
+    folder = here(array, tmp_path, epochs=2, train_sequences=10, learning_rate=0.01)
+    assert (folder / "metrics.json").exists()
+    (group,) = torch.load(folder / "last.pt")["optimisers"][0]["param_groups"]
+    assert 0 < group["lr"] < 0.01
 
 
 def test_schedules():

@@ -195,7 +195,7 @@ def test_a_flat_grey_forecast_by_hand():
         "ssim": [1.562256e-4] * 2,  # flat frames leave c1 / (0.64 + c1), c1 = 0.01²
         "ssim_openstl": [6.246096e-4] * 2,  # c1 = 0.02²
     }
-    assert by_hand.keys() | {"cross_entropy_per_sequence"} == metrics.UNITS.keys()
+    assert by_hand.keys() | {"cross_entropy_per_sequence"} == metrics.METRICS.keys()
     for name, expected in by_hand.items():
         close(getattr(metrics, name)(prediction, truth), expected, 1e-9 if "ssim" in name else 1e-6)
 

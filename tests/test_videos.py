@@ -52,6 +52,12 @@ def test_a_colour_video_trains(tmp_path):
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 
+def test_a_colour_array_trains(tmp_path):
+    np.save(tmp_path / "colour.npy", np.random.default_rng(0).integers(0, 256, (5, 20, 16, 16, 3), dtype=np.uint8))
+    run = here(tmp_path / "colour.npy", tmp_path, frames_in=3, frames_out=2, epochs=1)
+    assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
+
+
 def test_what_is_no_video_is_named(tmp_path, capfd):
     with pytest.raises(DataError, match=r"holds no video; expected files that end in \.avi"):
         videos.read_folder(tmp_path, 10, SIZE)
