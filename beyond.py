@@ -31,6 +31,8 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
         curves = {who: curve(f, dataset, frames_in, n, device) for who, f in forecasts.items()}
         if case == triple:
             results[double] = {who: values[: 2 * frames_out] for who, values in curves.items()}
+            if RANK == 0:
+                draw(folder, double, forecast, dataset, frames_in, 2 * frames_out, device)
         results[case] = curves
         if changes and RANK == 0:
             draw(folder, case, forecast, dataset, frames_in, n, device)

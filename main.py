@@ -245,9 +245,9 @@ def describe(setup, fresh, facts):
 
 
 def cost(knobs, progress):
-    """Of a step at this progress, in input frames: a forecast frame waits for the one before, and so costs more."""
-    feedback = knobs.feedback and knobs.model == "my_model"
-    return knobs.frames_in + (1.6 if feedback else 1.0) * horizon(knobs, progress)
+    """Of a step at this progress, in input frames: a forecast frame that waits for the one before costs more."""
+    waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
+    return knobs.frames_in + (1.6 if waits else 1.0) * horizon(knobs, progress)
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):

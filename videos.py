@@ -30,6 +30,8 @@ def read_folder(folder, n_frames, size, stride=1, colour=False):
         raise DataError(f"{folder} holds no video; expected files that end in {', '.join(sorted(VIDEOS))}")
     sequences, taken = [], 0
     for path in paths:
+        if not str(path).isprintable():  # OpenCV dies of a name that is not UTF-8
+            raise DataError(f"{str(path)!a} is a name that OpenCV cannot open; rename the file")
         frames = []
         for frame in decode(path, stride):
             frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)

@@ -72,6 +72,7 @@ def test_cases_beyond_training_are_what_they_say(tmp_path):
     motion = lambda past: np.abs(np.diff(past.numpy(), axis=1)).sum((2, 3, 4)).mean()
     assert 0.85 < motion(large) / motion(usual) < 1.2  # as many pixels a frame
     pictures = {path.name for path in tmp_path.iterdir()}
-    assert pictures == {"beyond.png", "beyond_three_digits.png", "beyond_30_frames.png", "beyond_96x96_pixels.png"}
+    cases = ("three_digits", "20_frames", "30_frames", "96x96_pixels")
+    assert pictures == {"beyond.png", *(f"beyond_{case}.png" for case in cases)}
     lines = beyond.table(results).splitlines()
     assert f"{np.mean(results['three digits']['black']):.1f}" in lines[3] and lines[3].startswith("three digits")

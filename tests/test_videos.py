@@ -1,5 +1,7 @@
 """A folder of videos: frames, colours and order as written, a whole run on them, and files that are none."""
 
+import os
+import sys
 from types import SimpleNamespace
 
 import cv2
@@ -77,6 +79,13 @@ def test_a_frame_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(cv2, "VideoCapture", lambda *arguments: video)
     (tmp_path / "a.avi").touch()
     with pytest.raises(DataError, match=r"a\.avi cannot be read as a video \(Failed to allocate \d+ bytes\)"):
+        videos.read_folder(tmp_path, 10, SIZE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such a name")
+def test_a_name_that_is_no_text(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.avi")).touch()
+    with pytest.raises(DataError, match=r"udcff\.avi' is a name that OpenCV cannot open; rename"):
         videos.read_folder(tmp_path, 10, SIZE)
 
 
