@@ -17,7 +17,7 @@ SAME = ("data", "split", "sequences", "first_sequence", "frames_in", "frames_out
 def read(folder):
     """metrics.json of a folder, and what its training cost."""
     run = json.loads((folder / "metrics.json").read_text())
-    run["forecast"] = np.load(folder / "forecast.npy", allow_pickle=False)
+    run["forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     run["history"] = []
     if (folder / "log.csv").exists():  # weights that were only evaluated have none
         logs = (list(csv.DictReader((folder / name).read_text().splitlines())) for name in ("log.csv", "timing.csv"))
@@ -40,22 +40,27 @@ def compare(out, latest, first_sequence):
 
     first_sequence: of the test split, (T, C, H, W) uint8. Nothing is written where there is only one folder.
     """
-    runs, others = {}, []
+    runs, rows, curves, others = {}, {}, {}, []
+    shape = latest["frames_out"], *first_sequence.shape[1:]
     for folder in sorted(path.parent for path in out.glob("*/metrics.json")):
         try:
             run = read(folder)
+            score = run["scores"][run["model"]]
+            row, curve = [*cost(run), *cells(score, "–")], np.array(score["mse_per_frame"]["per_frame"], float)
             same = all(run[key] == latest[key] for key in SAME)
-        except (OSError, ValueError, KeyError):  # half there, or of another version of this script
+            same = same and (run["forecast"].shape, curve.shape) == (shape, shape[:1])
+        except Exception:  # half there, of another version of this script, or damaged, which may raise anything
             same = False
         if same:
-            runs[folder.name] = run
+            runs[folder.name], rows[folder.name], curves[folder.name] = run, row, curve
         else:
             others.append(folder.name)
     if len(runs) < 2:
         return
     title = what(latest)
-    scores = {name: run["scores"][run["model"]] for name, run in runs.items()}
-    scores |= {who: score for who, score in latest["scores"].items() if who in figures.LABELS}
+    for who in figures.LABELS:
+        score = latest["scores"][who]
+        rows[who], curves[who] = [*"––––", *cells(score, "–")], score["mse_per_frame"]["per_frame"]
     lines = [
         f"# {title}",
         "",
@@ -66,17 +71,14 @@ def compare(out, latest, first_sequence):
         f"| | {' | '.join((*COST, *metrics.HEADINGS))} |",
         "|---|" + "---:|" * (len(COST) + len(metrics.METRICS)),
     ]
-    for name, score in scores.items():
-        row = [*(cost(runs[name]) if name in runs else "––––"), *cells(score, "–")]
-        lines.append(f"| {figures.LABELS.get(name, name)} | {' | '.join(row)} |")
+    lines += [f"| {figures.LABELS.get(name, name)} | {' | '.join(row)} |" for name, row in rows.items()]
     if others:
         lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]
     publish(out / "compare.md", "\n".join([*lines, ""]).encode())
 
-    curves = {name: score["mse_per_frame"]["per_frame"] for name, score in scores.items()}
     figures.compare(out / "compare.png", {name: run["history"] for name, run in runs.items()}, curves, title)
     cut = latest["frames_in"]
     past, truth = first_sequence[:cut] / 255, first_sequence[cut:][: latest["frames_out"]] / 255
-    rows = {"input": (1, past), "truth": (cut + 1, truth)}
-    rows |= {name: (cut + 1, run["forecast"] / 255) for name, run in runs.items()}
-    figures.grid(out / "compare_strip.png", rows, f"the first sequence of the {title}")
+    strips = {"input": (1, past), "truth": (cut + 1, truth)}
+    strips |= {name: (cut + 1, run["forecast"]) for name, run in runs.items()}
+    figures.grid(out / "compare_strip.png", strips, f"the first sequence of the {title}")

@@ -1,6 +1,7 @@
 """Models side by side and beyond their training: what is compared with what, and that the cases are what they say."""
 
 import json
+import shutil
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from conftest import here, moving_squares
 from PIL import Image
 
 import beyond
+import compare
 import metrics
 
 
@@ -45,6 +47,49 @@ def test_every_model_that_has_results_is_compared(array, tmp_path):
     assert (
         "Left out, as they do not fit together with these: broken, stranger." in (tmp_path / "compare.md").read_text()
     )
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def edited(change):
+    """metrics.json after change(its dict)."""
+
+    def damage(folder):
+        results = json.loads((folder / "metrics.json").read_text())
+        change(results)
+        (folder / "metrics.json").write_text(json.dumps(results))
+
+    return damage
+
+
+DAMAGE = {
+    "list": text("metrics.json", "[]"),
+    "null": text("metrics.json", "null"),
+    "nested": text("metrics.json", "[" * 100_000),
+    "no scores": edited(lambda results: results.pop("scores")),
+    "scores of another": edited(lambda results: results["scores"].pop("my_model")),
+    "score of text": edited(lambda results: results["scores"]["my_model"]["mse_per_frame"].update(mean="low")),
+    "shorter curve": edited(lambda results: results["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
+    "parameters of text": edited(lambda results: results.update(parameters="many")),
+    "empty forecast": text("forecast.npy", ""),
+    "other forecast": lambda folder: np.save(folder / "forecast.npy", np.zeros((4, 1, 8, 8), np.uint8)),
+    "forecast of text": lambda folder: np.save(folder / "forecast.npy", np.full((4, 1, 16, 16), "x")),
+    "empty log": text("log.csv", "step\n1\n"),
+}
+
+
+def test_damaged_neighbours_are_left_out(reference, tmp_path):
+    folder, _ = reference
+    for name in ("one", "two", *DAMAGE):
+        shutil.copytree(folder, tmp_path / name)
+    for name, damage in DAMAGE.items():
+        damage(tmp_path / name)
+    latest = json.loads((folder / "metrics.json").read_text())
+    compare.compare(tmp_path, latest, np.zeros((20, 1, 16, 16), np.uint8))
+    assert set(rows(tmp_path / "compare.md")) == {"one", "two", "black frame", "last frame copied", "optical flow"}
+    assert (tmp_path / "compare.md").read_text().endswith(f"these: {', '.join(sorted(DAMAGE))}.\n")
 
 
 def test_cases_beyond_training_are_what_they_say(tmp_path):
