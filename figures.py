@@ -29,6 +29,7 @@ DPI = 150
 plt.rcParams.update({
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "legend.frameon": False, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a $ in the name of a file is a dollar
 })  # fmt: skip
 
 

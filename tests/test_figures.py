@@ -95,6 +95,12 @@ def test_two_channels_show_their_mean():
     assert figures.to_grey(frames).shape == (T_IN, SIZE, SIZE) and (figures.to_grey(frames) == 128).all()
 
 
+def test_a_name_is_no_formula(tmp_path):
+    name = "cost$1_$2.npy"
+    figures.compare(tmp_path / "a.png", {name: HISTORY}, {name: [1, 2]}, name)
+    figures.grid(tmp_path / "b.png", {name: (1, flat(0, 2))}, name)
+
+
 HISTORY = [{"sequences": 1000, "train_loss": 0.5, "val_loss": 0.4, "minutes": 0.5, "val_mse_per_frame": 90.0}]
 DRAW = {
     "loss": lambda path: figures.loss(path, HISTORY, {"black": 175.0}, "title"),
