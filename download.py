@@ -18,11 +18,14 @@ first 2,000 test digits have not. This remakes them where MNIST's own two files 
 """
 
 import argparse
+import errno
 import gzip
 import hashlib
+import os
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -91,10 +94,10 @@ def stand_in(folder="raw"):
     Test digits are in its last tenth only, the test split. If the file is there, it is left as it is.
     """
     path = Path(folder) / "moving_mnist_standin.npy"
-    train, test = (digit_sheet(SHEETS / f"digits_{name}.png") for name in ("train", "test"))
     with alone_in(path.parent):
         if path.exists():
             return path
+        train, test = (digit_sheet(SHEETS / f"digits_{name}.png") for name in ("train", "test"))
         array, tenth = np.empty((20, SEQUENCES, 64, 64), np.uint8), SEQUENCES // 10
         for k in tqdm(range(10), "generating", disable=None):
             sequences = generate(test if k == 9 else train, tenth, seed=(150204681, k))  # (B, T, 1, H, W)
@@ -126,7 +129,7 @@ def fetch(file, folder):
                 for part in parts.values():
                     part.unlink(missing_ok=True)
                 return path
-            except (OSError, HTTPException, DownloadError) as error:
+            except (OSError, HTTPException, ValueError, DownloadError) as error:  # ValueError: a redirect to no URL
                 failures.append(f"{source} ({error.reason if type(error) is URLError else error})")
                 if isinstance(error, DownloadError) and local is not by_hand:
                     local.unlink()  # other bytes: nothing to continue
@@ -137,13 +140,18 @@ def fetch(file, folder):
 
 
 def alone_in(folder):
-    """For `with`: one process at a time works in the folder. The others wait, then find the work done."""
+    """For `with`: one process at a time works in the folder. The others wait, then find the work done.
+
+    Where the file system has no locks, none is held: what two transfers mix, the checksum refuses.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for attempt in count():
             try:
                 return checkpoint.lock(folder)
-            except checkpoint.CheckpointError:
+            except checkpoint.CheckpointError as error:
+                if error.__cause__.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    return nullcontext()
                 if attempt == 0:
                     print(f"waiting for another process that fetches into {folder}", file=sys.stderr)
                 time.sleep(0.5)
@@ -152,7 +160,7 @@ def alone_in(folder):
 
 
 def length(path):
-    return path.stat().st_size if path.exists() else 0
+    return path.stat().st_size if os.path.exists(path) else 0  # Path.exists raises in a closed folder
 
 
 def download(url, part, size):
@@ -222,8 +230,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("folder", nargs="?", default="raw", help="where to leave the array (default: raw)")
     try:
-        print(f"{moving_mnist_array(parser.parse_args().folder)} is whole")
-    except DownloadError as error:
+        path = moving_mnist_array(parser.parse_args().folder)
+        found = hashlib.md5(np.memmap(path, np.uint8, "r"), usedforsecurity=False).hexdigest()
+        if found != ARRAY.md5:  # put there by hand: a start looks at the length only
+            raise DownloadError(f"{path} has other content: md5 {found}, not {ARRAY.md5}; remove it and start again")
+        print(f"{path} is whole")
+    except (DownloadError, OSError) as error:
         sys.exit(str(error))  # on stderr, with status 1
     except KeyboardInterrupt:
         print("stopped; run it again to go on", file=sys.stderr)

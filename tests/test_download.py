@@ -1,5 +1,6 @@
 """download.py against a faulty server on 127.0.0.1, interrupted, killed and run twice at once."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -88,6 +89,15 @@ def offer(content, ranges=True, cuts=(), hold=False, kind="application/octet-str
 def status(code):
     def answer(handler, _):
         handler.send_response(code)
+        handler.end_headers()
+
+    return answer
+
+
+def redirect(url):
+    def answer(handler, _):
+        handler.send_response(302)
+        handler.send_header("Location", url)
         handler.end_headers()
 
     return answer
@@ -271,6 +281,8 @@ FAULTS = {
     "404": ("/a.npy", status(404), "404"),
     "html": ("/a.npy", offer(b"<html>log in</html>", kind="text/html; charset=utf-8"), "web page"),
     "html as bytes": ("/a.npy", offer(b"<html>log in</html>", promise=0), "md5"),
+    "redirect to no URL": ("/a.npy", redirect("http://[::1"), "IPv6"),
+    "redirect to no host": ("/a.npy", redirect(f"http://{'x' * 64}.org/"), "label"),
     "silent": ("/a.npy", silence, "timed out"),
     "stalled": ("/a.npy", offer(NPY, cuts=[9_999, 9_999], hold=True), "timed out"),
     "wrong bytes": ("/a.npy", offer(WRONG), "md5"),
@@ -371,6 +383,13 @@ def test_wrong_gz_put_there_by_hand_is_named_and_kept(server, folder):
     assert_fetched(folder)
 
 
+def test_main_does_not_trust_the_length(server, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["download.py", str(folder)])
+    (folder / "seq.npy").write_bytes(WRONG)
+    with pytest.raises(SystemExit, match=rf"seq\.npy has other content: md5 .*, not {download.ARRAY.md5}; remove it"):
+        download.main()
+
+
 # killed, stopped, twice at once
 
 
@@ -401,6 +420,18 @@ def test_two_at_once(server, folder, capsys):
     out, err = other.communicate(timeout=15)
     assert (other.returncode, out, err) == (0, f"{folder / 'seq.npy'} is whole\n", "")
     assert server.asked == [("/a.npy", None)]
+
+
+def test_without_locks_it_goes_on(server, folder, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits for nobody"))
+    server.answers["/a.npy"] = offer(NPY)
+    assert_fetched(folder)
 
 
 def test_main(server, folder, monkeypatch, capsys):
@@ -537,6 +568,17 @@ def test_stand_in_is_made_once_and_the_same_everywhere(small_stand_in, tmp_path)
     assert path.read_bytes() == download.stand_in(tmp_path / "two").read_bytes()
     before = path.stat()
     assert download.stand_in(tmp_path / "one").stat() == before
+
+
+def test_stand_in_waits_for_another_process(small_stand_in, folder, monkeypatch):
+    other = download.alone_in(folder)
+
+    def end(_):
+        (folder / "moving_mnist_standin.npy").write_bytes(b"the other's")
+        other.close()
+
+    monkeypatch.setattr(time, "sleep", end)
+    assert download.stand_in(folder).read_bytes() == b"the other's"
 
 
 def test_stand_in_on_a_full_disk(small_stand_in, folder, monkeypatch):
