@@ -25,12 +25,15 @@ def read_folder(folder, n_frames, size, stride=1, colour=False):
 
     Raises DataError: no video there, one that cannot be read or is too short, or more than memory should hold.
     """
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in VIDEOS)
+    try:  # files only: a pipe would be waited for
+        paths = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in VIDEOS and p.is_file())
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}") from error
     if not paths:
         raise DataError(f"{folder} holds no video; expected files that end in {', '.join(sorted(VIDEOS))}")
     sequences, taken = [], 0
     for path in paths:
-        if not str(path).isprintable():  # OpenCV dies of a name that is not UTF-8
+        if os.fsencode(path) != str(path).encode(errors="ignore"):  # OpenCV dies of a name that is not UTF-8
             raise DataError(f"{str(path)!a} is a name that OpenCV cannot open; rename the file")
         frames = []
         for frame in decode(path, stride):

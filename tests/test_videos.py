@@ -82,11 +82,23 @@ def test_a_frame_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
         videos.read_folder(tmp_path, 10, SIZE)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_no_video(reader, tmp_path):
+    os.mkfifo(tmp_path / "a.avi")
+    assert "holds no video" in reader("videos", tmp_path)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such a name")
 def test_a_name_that_is_no_text(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.avi")).touch()
     with pytest.raises(DataError, match=r"udcff\.avi' is a name that OpenCV cannot open; rename"):
         videos.read_folder(tmp_path, 10, SIZE)
+
+
+def test_a_name_with_a_narrow_space(tmp_path):
+    write(tmp_path / "a.avi", 10)
+    (tmp_path / "a.avi").rename(tmp_path / "Screen Recording 3.41\u202fPM.avi")  # as macOS calls them
+    assert videos.read_folder(tmp_path, 10, SIZE).shape[1] == 1
 
 
 def test_too_much_for_the_memory_is_refused(tmp_path, monkeypatch):
