@@ -121,14 +121,16 @@ def load_data(knobs):
     """(training, validation, test, name of the data for every output)."""
     if knobs.data not in ("array", "fresh"):
         path, name = Path(knobs.data), Path(knobs.data).name
-        if path.is_dir():
+        if not name.isprintable():  # or no UTF-8, and log.csv could not hold it
+            raise DataError(f"{name!a} is a name with characters that cannot be printed; rename it")
+        if os.path.isdir(path):  # Path.is_dir raises in a closed folder, and so does exists
             span = knobs.frames_in + knobs.frames_out
             path = videos.read_folder(path, span, knobs.video_size, knobs.video_stride, knobs.video_colour)
-    elif (path := Path("raw/mnist_test_seq.npy")).exists():
+    elif os.path.exists(path := Path("raw/mnist_test_seq.npy")):
         name = "Moving MNIST array"
     else:
         path, name = Path("raw/moving_mnist_standin.npy"), "stand-in array"
-        if path.exists() and not Path("raw/mnist_test_seq.npy.gz").exists():
+        if os.path.exists(path) and not os.path.exists("raw/mnist_test_seq.npy.gz"):
             say("raw/mnist_test_seq.npy is not there: using the stand-in (python download.py fetches the real one)")
         else:
             try:

@@ -3,6 +3,7 @@
 Sequences are uint8 (B, T, C, H, W) at every boundary: B batch, T frames, C channels, H height, W width.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ def open_array(path):
     file that is longer or shorter than its header says. Nothing pickled is ever loaded.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path} is not there" if not path.exists() else f"{path} is not a file")
+    if os.path.exists(path) and not path.is_file():
+        raise DataError(f"{path} is not a file")
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
@@ -76,16 +77,20 @@ class MovingMNIST(Sequences):
 
     def __init__(self, source, split, sequences=0):
         array = source if isinstance(source, np.ndarray) else open_array(source)
+        name = "this data" if array is source else source
         n = array.shape[1]
         first, last = (n * percent // 100 for percent in SPLITS[split])
         if sequences:
             last = min(last, first + sequences)
         if first == last:
-            name = "this data" if array is source else source
             raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 12")
         self.split = split
-        # in memory: a file that shrinks under a map kills the process
-        super().__init__(np.array(array[:, first:last], order="C"))
+        part = array[:, first:last]
+        try:  # in memory: a file that shrinks under a map kills the process
+            super().__init__(np.array(part, order="C"))
+        except MemoryError as error:
+            raise DataError(f"the {split} split of {name} takes {part.nbytes / 2**30:.1f} GiB, more than the memory "
+                            "has; lower train_sequences, or save a smaller array") from error  # fmt: skip
 
 
 class FreshMovingMNIST:

@@ -15,7 +15,7 @@ import re
 import signal
 import socket
 import zipfile
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ class Malice:
 
 
 ARRAYS = {
-    "is not there": lambda path: None,
+    "No such file": lambda path: None,
     "holds no video": lambda path: path.mkdir(),
     "is not a .npy array": lambda path: path.write_text("<html>404</html>"),
     r"is not a \.npy array": flipped_header,
@@ -138,6 +138,40 @@ def test_an_array_that_cannot_be_used(sentence, tmp_path):
     with pytest.raises(DataError, match=sentence):
         here(path, tmp_path / "out", epochs=1)
     assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def bound_by_permissions():
+    """Root is not: as nobody."""
+    me = os.geteuid()
+    os.seteuid(me or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(me)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs the permissions of a POSIX system")
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("closed", "cannot read closed: Permission denied"),
+        ("closed/own.npy", "cannot read closed/own.npy: Permission denied"),
+        ("list_only", "cannot read list_only: Permission denied|list_only holds no video"),
+        ("array", "cannot write in raw: Permission denied"),
+        (f"{'x' * 300}.npy", "cannot read x*.npy: File name too long"),
+        ("\udcff.npy", r"udcff\.npy' is a name with characters that cannot be printed; rename"),
+    ],
+)
+def test_data_that_may_not_be_read(data, sentence, tmp_path, monkeypatch):
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for name, mode in ("closed", 0), ("raw", 0), ("list_only", 0o744):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.avi").touch()
+        (tmp_path / name).chmod(mode)
+    with bound_by_permissions(), pytest.raises((DataError, download.DownloadError), match=sentence):
+        main.load_data(main.Knobs(data=data))
 
 
 # Checkpoints and the results folder
@@ -496,7 +530,7 @@ def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "status", "sentence"),
     [
-        ({"data": "nowhere.npy"}, 1, "main.py: nowhere.npy is not there"),
+        ({"data": "nowhere.npy"}, 1, "main.py: cannot read nowhere.npy: No such file"),
         ({"augment": "perhaps"}, 2, "perhaps"),
         ({"hidden": 10**6}, 1, "out of memory at batch_size 5"),
     ],

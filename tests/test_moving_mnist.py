@@ -296,6 +296,17 @@ def test_sequences_are_in_memory(tmp_path):
     np.testing.assert_array_equal(train[np.arange(16)][:, :, 0], array[:, :16].swapaxes(0, 1))
 
 
+def test_more_than_memory_holds_is_refused(tmp_path, monkeypatch):
+    save(tmp_path / "a.npy", 2, 20, 4, 4)
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "array", full)
+    with pytest.raises(DataError, match=r"the train split of .*a\.npy takes 0\.0 GiB.*; lower train_sequences"):
+        MovingMNIST(tmp_path / "a.npy", "train")
+
+
 # Refusals: what was found, and what is wanted instead --------------------------------------------------
 
 
@@ -333,7 +344,7 @@ def test_arrays_that_are_fine(tmp_path):
 
 
 def test_no_file_and_a_folder(tmp_path):
-    refused(tmp_path / "a.npy", "is not there")
+    refused(tmp_path / "a.npy", "cannot read", "No such file")
     (tmp_path / "b.npy").mkdir()
     refused(tmp_path / "b.npy", "is not a file")
 
