@@ -19,7 +19,11 @@ def choose_device(wanted, precision):
     kind = found if wanted == "auto" else wanted
     if kind not in ("cpu", found):
         raise DeviceError(f"device is {kind!r}, but this torch finds only {found}; set device to auto or {found}")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda" and local >= (gpus := torch.cuda.device_count()):
+        raise DeviceError(f"process {local + 1} of this machine finds {gpus} GPUs; start at most one process a GPU: "
+                          f"--nproc_per_node={gpus}")  # fmt: skip
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
         capability = torch.cuda.get_device_capability()

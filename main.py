@@ -8,15 +8,21 @@ Everything lands in results/<model>/, comparisons in results/. Frames are (B, T,
 height, width.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds: no traceback
+
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import platform
-import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -585,13 +591,29 @@ def scores_of(folder):
 
 
 def stop(signum, frame):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the second time, at once
+    if RANK == 0:
+        goes_on = shlex.join(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
+        os.write(2, f"\nstopped; this goes on: {goes_on}\n".encode())  # a print may be at work; no second can begin
     raise SystemExit(128 + signum)
+
+
+def stop_for_sure(ignored):
+    """In a __del__ or a weakref's callback Python would print the SystemExit and go on."""
+    if not isinstance(ignored.exc_value, SystemExit):
+        return sys.__unraisablehook__(ignored)
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(ignored.exc_value.code)
 
 
 if __name__ == "__main__":
     knobs = parse(Knobs, sys.argv[1:], __doc__.splitlines()[0])
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    sys.unraisablehook = stop_for_sure
     try:
         main(knobs)
         if WORLD > 1:
@@ -601,15 +623,15 @@ if __name__ == "__main__":
     except (DataError, DeviceError, download.DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         sys.exit(f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
+        if any(words in str(error) for words in ("closed by peer", "reset by peer", "Broken pipe")):
+            sys.exit(f"main.py, rank {RANK}: another process ended; its message says why")
         words = "out of memory", "can't allocate memory", "not enough memory"
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
         sys.exit(f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
                  "The last checkpoint is intact")  # fmt: skip
-    except SystemExit as status:
-        if RANK == 0 and status.code in (130, 143):
-            print(
-                f"\nstopped; this goes on: {'python' if WORLD == 1 else 'torchrun …'} {' '.join(sys.argv)}",
-                file=sys.stderr,
-            )
-        raise
+    except OSError as error:  # of print, as files have a sentence of their own
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        print(f"main.py: cannot print: {error.strerror}. The last checkpoint is intact", file=sys.stderr, flush=True)
+        os._exit(1)  # at its end Python would print again

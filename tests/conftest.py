@@ -70,18 +70,18 @@ def here(data, out, **changes):
     return Path(knobs.out) / knobs.model
 
 
-def start(*arguments, launcher=(), **environment):
+def start(*arguments, launcher=(), stdout=subprocess.PIPE, **environment):
     """Run in a process of its own; stdout and stderr are text."""
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *arguments]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen(command, env=ENVIRONMENT | environment, **streams)
 
 
 def finish(process, status=0, timeout=120):
     """(stdout, stderr) once it has ended, with this status and without a traceback."""
     out, err = process.communicate(timeout=timeout)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in out + err, err
+    assert process.returncode == status, f"{out}{err}"
+    assert "Traceback" not in f"{out}{err}", err
     return out, err
 
 

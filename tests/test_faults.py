@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import signal
 import socket
 import zipfile
@@ -29,6 +30,7 @@ import checkpoint
 import download
 import main
 from knobs import parse
+from machine import DeviceError, choose_device
 from moving_mnist import DataError
 
 # Knobs
@@ -81,6 +83,14 @@ def test_a_knob_that_means_nothing(flag, value, sentence, capsys):
 def test_a_knob_that_does_not_fit(changes, sentence, array, tmp_path):
     with pytest.raises(DataError, match=sentence):
         here(array, tmp_path, epochs=1, **changes)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(DeviceError, match=r"process 3 of this machine finds 2 GPUs; .*--nproc_per_node=2"):
+        choose_device("auto", "auto")
 
 
 # Data
@@ -562,29 +572,79 @@ def test_memory_that_runs_out_in_the_third_step(short, reference, array, tmp_pat
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_how_to_go_on(number, status, reference, array, tmp_path, capsys):
-    process = start(*flags(array, tmp_path))
-    wait((tmp_path / "my_model" / "last.pt").exists, process)
+    out = tmp_path / "a folder"
+    process = start(*flags(array, out))
+    wait((out / "my_model" / "last.pt").exists, process)
     process.send_signal(number)
     _, err = finish(process, status)
-    (line,) = (line for line in err.splitlines() if line.startswith("stopped"))
-    assert "main.py --data" in line  # how to go on
-    here(array, tmp_path)
+    (command,) = re.findall("^stopped; this goes on: (.*)$", err, re.M)
+    assert shlex.split(command) == process.args
+    here(array, out)
     assert f"going on at step {STEPS}" in capsys.readouterr().out
-    assert (tmp_path / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()
+    assert (out / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()
 
 
-def test_one_of_two_processes_dies(array, tmp_path):
+@pytest.mark.parametrize("where", ["watch = weakref.ref(thing, end)", "Thing.__del__ = end"])
+def test_a_signal_where_python_ignores_exceptions(where, array, tmp_path):
+    """In the third step, as an object goes."""
+    short = f"""
+import os, signal, torch, weakref
+class Thing: pass
+left, step = iter([0, 0, 1]), torch.optim.AdamW.step
+def end(_): os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(1000)]
+def steps(*arguments):
+    if next(left):
+        thing = Thing()
+        {where}
+        del thing
+    return step(*arguments)
+torch.optim.AdamW.step = steps
+"""
+    process = start(*flags(array, tmp_path), launcher=(str(ROOT / "tests" / "after.py"), short))
+    _, err = finish(process, 143)
+    assert "stopped; this goes on: " in err
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    (tmp_path / "tqdm.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    finish(start("--help", PYTHONPATH=str(tmp_path)), -signal.SIGINT)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_cannot_be_printed(array, tmp_path):
+    with open("/dev/full", "w") as full:
+        _, err = finish(start(*flags(array, tmp_path), stdout=full), 1)
+    assert "main.py: cannot print: No space left on device" in err
+    process = start(*flags(array, tmp_path))
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 1 and "main.py: cannot print: Broken pipe" in err and "Traceback" not in err
+
+
+def two(command):
+    """Two processes of one run, without torchrun, which would stop the one where the other fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = flags(array, tmp_path, epochs=500)
-    both = [start(*command, RANK=str(k), LOCAL_RANK=str(k), **world) for k in (0, 1)]
+    return [start(*command, RANK=str(k), LOCAL_RANK=str(k), **world) for k in (0, 1)]
+
+
+def test_a_refusal_of_two_processes(array, tmp_path):
+    (tmp_path / "my_model").mkdir()
+    (tmp_path / "my_model" / "last.pt").write_text("damaged")
+    errors = [finish(process, 1)[1] for process in two(flags(array, tmp_path))]
+    assert "main.py, rank 0: " in errors[0] and "last.pt is damaged" in errors[0]
+    assert "main.py, rank 1: another process ended; its message says why" in errors[1]
+
+
+def test_one_of_two_processes_dies(array, tmp_path):
+    both = two(flags(array, tmp_path, epochs=500))
     try:
         last = tmp_path / "my_model" / "last.pt"
         wait(last.exists, both[0])
         both[1].kill()
-        both[0].communicate(timeout=10)  # without torchrun, which would stop it too
+        both[0].communicate(timeout=10)
         assert both[0].returncode > 0
         assert checkpoint.load(last)["step"] >= STEPS
         checkpoint.lock(last.parent).close()  # the next run may have it
