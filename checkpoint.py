@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class CheckpointError(Exception):
 @contextmanager
 def replacing(path):
     """A file to write that gets the name `path`, whole and safe on the disk, only if the block ends well."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs that end at once write one compare.md
     try:
         with open(temporary, "wb") as out:
             yield out
@@ -48,27 +49,32 @@ def save(path, state):
     publish(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
 
 
-def load(path):
-    """The dict that was saved, on the CPU; no pickled code runs. Raises CheckpointError."""
+def load(path, advice="set weights to another checkpoint"):
+    """The dict that was saved, on the CPU; no pickled code runs. Raises CheckpointError, with advice at its end."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {advice}") from error
     # torch.load accepts most files with a flipped bit; the checksum, none
     content, checksum = content[:-66] + b"\0\0", content[-64:]
     try:
-        if hashlib.sha256(content).hexdigest().encode() == checksum:
+        whole = hashlib.sha256(content).hexdigest().encode() == checksum
+        # torch.save packs without compressing; what would inflate is a bomb
+        if whole and sum(f.file_size for f in zipfile.ZipFile(io.BytesIO(content)).infolist()) <= len(content):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             kinds = {"knobs": dict, "step": int, "model": dict}
             if all(isinstance(state[part], kind) for part, kind in kinds.items()):
                 return state
     except Exception as error:  # whoever made the file chose what its reading meets
-        raise CheckpointError(f"{path} holds what no checkpoint holds; it was not loaded") from error
-    raise CheckpointError(f"{path} is damaged or no checkpoint of this script; without it, a run starts over")
+        raise CheckpointError(f"{path} holds what no checkpoint holds and was not loaded; {advice}") from error
+    raise CheckpointError(f"{path} is damaged or no checkpoint of this script; {advice}")
 
 
 def lock(folder):
-    """Hold the results folder for this process, until it ends however it ends; a second run is refused."""
+    """Hold the results folder for this process, until it ends however it ends; a second run is refused.
+
+    What killed runs left half written goes.
+    """
     file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 (stays open as long as the run)
     try:
         if os.name == "nt":
@@ -79,10 +85,14 @@ def lock(folder):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        for stray in Path(folder).glob("*.[0-9]*.tmp"):
+            stray.unlink()
+    except (BlockingIOError, PermissionError) as error:
         raise CheckpointError(
             f"{folder} is in use by another run; wait for it, or set out to another folder"
         ) from error
+    except OSError:
+        pass  # a file system without locks: nothing can tell
     return file
 
 
@@ -99,11 +109,13 @@ def resume(path, knobs, may_differ):
     """The state to go on from, or None where there is none. Refuses one of other knobs, and names them."""
     if not path.exists():
         return None
-    state = load(path)
+    state = load(path, "without it, a run starts over")
     then = state["knobs"]
     both = then.keys() & knobs.keys()
-    changed = [k for k in {**knobs, **then} if k not in may_differ and (k not in both or then[k] != knobs[k])]
-    if changed == ["epochs"] and "epochs" in both and knobs["epochs"] > then["epochs"] and not knobs["max_minutes"]:
+    same = lambda k: k in both and repr(then[k]) == repr(knobs[k])  # a tensor's == would be no answer
+    changed = [k for k in {**knobs, **then} if k not in may_differ and not same(k)]
+    longer = type(then.get("epochs")) is int and knobs["epochs"] > then["epochs"] and not knobs["max_minutes"]
+    if changed == ["epochs"] and longer:
         print(f"going on to {knobs['epochs']} epochs: the learning rate follows the longer schedule from here on, "
               "so this is not the run it would have been from the start")  # fmt: skip
         return {**state, "steps": 0}
@@ -118,7 +130,8 @@ def resume(path, knobs, may_differ):
 
 def code():
     """A fingerprint of each source file, by which a run that goes on knows that one was edited meanwhile."""
-    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".c"))
+    beside = sorted(path for path in Path(__file__).parent.iterdir() if path.is_file())
+    sources = (path for path in beside if path.suffix in (".py", ".c"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sources}
 
 

@@ -549,7 +549,8 @@ def main(knobs):
             describe(setup, run["step"] == 0, facts)
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
         train(setup, run, model, optimisers)
-        given = from_rank_0(checkpoint.load(folder / "best.pt") if RANK == 0 else None)
+        advice = f"without it and {folder / 'last.pt'}, a run starts over"
+        given = from_rank_0(checkpoint.load(folder / "best.pt", advice) if RANK == 0 else None)
         load_weights(model, given["model"], folder / "best.pt")
     conclude(setup, model, given["step"], test_split)
 

@@ -267,7 +267,7 @@ def test_whole_part_needs_no_server(server, folder):
 
 
 def test_stray_temporary_is_harmless(server, folder):
-    (folder / "seq.npy.tmp").write_bytes(b"x" * 2 * len(NPY))
+    (folder / "seq.npy.12345.tmp").write_bytes(b"x" * 2 * len(NPY))
     server.answers["/a.npy"] = offer(NPY)
     assert_fetched(folder)
 

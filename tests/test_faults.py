@@ -274,6 +274,36 @@ def test_a_file_of_torch_that_is_no_checkpoint(state, tmp_path):
         checkpoint.load(tmp_path / "x.pt")
 
 
+def test_a_checkpoint_that_would_inflate(tmp_path):
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(
+            io.BytesIO(content({"knobs": {}, "step": 1, "model": {"weight": torch.zeros(10**6)}}))
+        ) as plain,
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    (tmp_path / "x.pt").write_bytes(sign(buffer.getvalue()))
+    with pytest.raises(checkpoint.CheckpointError, match=r"x\.pt is damaged or no checkpoint .*; set weights to"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: path.write_text("")], ids=["lost", "damaged"])
+def test_best_weights_of_an_ended_run_are_lost(damage, small, tmp_path):
+    """What the message says helps."""
+    knobs, last = copy(small, tmp_path)
+    best = last.with_name("best.pt")
+    best.write_text("")
+    damage(best)
+    with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt.*; without it and .*last\.pt, a run starts over"):
+        here(**knobs)
+    best.unlink(missing_ok=True)
+    last.unlink()
+    here(**knobs)
+    assert best.exists() and last.exists()
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """(where a malicious checkpoint would make a file; the files in the zip archives of a good and of that one)."""
@@ -460,6 +490,34 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(how, small, tmp_path, m
         assert checkpoint.load(last)["step"] == 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no flock")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EWOULDBLOCK])
+def test_a_file_system_without_locks_is_no_other_run(number, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    used = pytest.raises(checkpoint.CheckpointError, match="in use by another run")
+    with used if number == errno.EWOULDBLOCK else nullcontext():
+        checkpoint.claim(tmp_path)
+
+
+def test_two_runs_write_one_file_at_once(tmp_path, monkeypatch):
+    with checkpoint.replacing(tmp_path / "compare.md") as out:
+        out.write(b"first")
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            checkpoint.publish(tmp_path / "compare.md", b"second")
+    assert (tmp_path / "compare.md").read_bytes() == b"first"
+
+
+def test_an_editor_s_lock_beside_the_code(tmp_path, monkeypatch):
+    (tmp_path / "main.py").write_text("")
+    (tmp_path / ".#main.py").symlink_to("user@host.123")  # of Emacs, for a file with changes that are not saved
+    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    assert [*checkpoint.code()] == ["main.py"]
+
+
 def test_an_output_that_is_a_file(array, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(checkpoint.CheckpointError, match=r"cannot write to .*out"):
@@ -484,9 +542,10 @@ def test_a_full_disk_leaves_the_old_file(call, tmp_path, monkeypatch):
 
 def test_a_stray_half_written_file_does_no_harm(small, tmp_path):
     knobs, last = copy(small, tmp_path)
-    last.with_name("last.pt.tmp").write_bytes(b"half")
+    stray = last.with_name("last.pt.12345.tmp")
+    stray.write_bytes(b"half")
     here(**knobs | {"epochs": 2})
-    assert checkpoint.load(last)["step"] == 4
+    assert checkpoint.load(last)["step"] == 4 and not stray.exists()
 
 
 # Numbers
