@@ -128,6 +128,15 @@ def resume(path, knobs, may_differ):
     return state
 
 
+def like(value, example):
+    """Whether it has the types of the example, and no number below 0: in lists as the first, in dicts by key."""
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(key in value and like(value[key], example[key]) for key in example)
+    if isinstance(example, list):
+        return isinstance(value, list) and all(like(part, example[0]) for part in value)
+    return type(value) is type(example) and not (type(value) is int and value < 0)
+
+
 def code():
     """A fingerprint of each source file, by which a run that goes on knows that one was edited meanwhile."""
     beside = sorted(path for path in Path(__file__).parent.iterdir() if path.is_file())

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -69,35 +70,35 @@ class Knobs:
 
     data: str = knob("array", "array (the official npy), fresh (new sequences all the time), or your own: a .npy of "
                               "shape (T, N, H, W) or (T, N, H, W, C), or a folder of videos", group="data")  # fmt: skip
-    train_sequences: int = knob(0, "use only so many training sequences; 0 = all", 0, tried="8 to 10000")
+    train_sequences: int = knob(0, "use only so many training sequences; 0 = all", 0, 10**7, tried="8 to 10000")
     frames_in: int = knob(10, "frames the model sees", 2, tried="2 to 10")
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1, tried="2 to 40")
     video_size: int = knob(64, "pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
-    video_stride: int = knob(1, "take every so many-th frame of a video", 1, tried="1, 2")
+    video_stride: int = knob(1, "take every so many-th frame of a video", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "red, green and blue of a video; else its grey")
     augment: bool = knob(False, "flip, transpose and reverse training sequences: for runs of tens of epochs")
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
     hidden: tuple[int, ...] = knob((64, 64, 64), "hidden channels of each layer, bottom to top; the paper's: "
-                                   "128,64,64", 1, tried="1 to 3 layers of 4 to 128")  # fmt: skip
-    kernel_size: int = knob(3, "input-to-state kernel, odd; the paper's: 5", 1, tried="1 to 5")
-    state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same", 0, tried="3, 5")
-    patch: int = knob(4, "pixels a side of a patch, one position of the states", 1, tried="2 to 8")
+                                   "128,64,64", 1, 10**6, tried="1 to 3 layers of 4 to 128")  # fmt: skip
+    kernel_size: int = knob(3, "input-to-state kernel, odd; the paper's: 5", 1, 255, tried="1 to 5")
+    state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same", 0, 255, tried="3, 5")
+    patch: int = knob(4, "pixels a side of a patch, one position of the states", 1, 4096, tried="2 to 8")
     peephole: bool = knob(True, "let the gates see the cell state")
     head: int = knob(
-        128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0, tried="0 to 256"
+        128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0, 10**6, tried="0 to 256"
     )
     feedback: bool = knob(
         True, "forecast with the encoder, fed with its own last frame; false: a second stack, as the paper"
     )
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
-    epochs: int = knob(3, "passes over the training sequences", 1, group="optimisation", tried="1 to 5")
+    epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 60")
     batch_size: int = knob(4, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
-                                1e-9, tried="0.02 to 0.05")  # fmt: skip
+                                1e-9, 1e37, tried="0.02 to 0.05")  # fmt: skip
     warmup: float = knob(
         0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero", 0, 1
     )
@@ -105,7 +106,7 @@ class Knobs:
                             0, 1, tried="0.1 to 0.4")  # fmt: skip
     grow_until: float = knob(0.8, "part of training after which all are; between the two, ever more. 0 = always all",
                              0, 1, tried="0.25 to 0.9")  # fmt: skip
-    clip: float = knob(1.0, "largest gradient norm", 1e-9)
+    clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
     eval_only: bool = knob(False, "evaluate the best weights and draw, train nothing")
@@ -121,6 +122,12 @@ FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most 
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
 NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "patch", "peephole", "head", "feedback"
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
+DRAWN = "train_loss", "val_loss", "val_mse_per_frame"
+# what a checkpoint holds beside the weights and the optimisers, by example: checkpoint.like
+RUN = {"knobs": {}, "code": {}, "step": 0, "steps": 0, "steps_per_epoch": 0, "best": 0.0,
+       "history": [{"sequences": 0, **dict.fromkeys((*DRAWN, "val_mse_black", "val_mse_copy_last"), 0.0)}],
+       "timing": [{"minutes": 0.0}], "baselines": {"black": [0.0], "copy_last": [0.0]},
+       "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
 
 
 def load_data(knobs):
@@ -302,18 +309,22 @@ def note(setup, run, scores, rate, speed, model):
         run["best"] = row["val_mse_per_frame"]
         best = {"knobs": run["knobs"], "step": run["step"], "val_mse_per_frame": run["best"]}
         checkpoint.save(folder / "best.pt", {**best, "model": model.state_dict()})
-    write_csv(folder / "log.csv", history)
-    write_csv(folder / "timing.csv", run["timing"])
-    draw_loss(setup, history)
+    log(setup, run)
     curves = {knobs.model: mse.tolist(), **run["baselines"]}
     figures.per_frame(folder / "per_frame.png", {f"validation split of the {setup.data}": curves})
     show(setup, f"{setup.data}, after {seen:,} training sequences")
 
 
+def log(setup, run):
+    write_csv(setup.folder / "log.csv", run["history"])
+    write_csv(setup.folder / "timing.csv", run["timing"])
+    draw_loss(setup, run["history"])
+
+
 def draw_loss(setup, history):
     """history: the rows of log.csv."""
     baselines = {who: float(history[-1][f"val_mse_{who}"]) for who in ("black", "copy_last")}
-    rows = [{key: value if key == "data" else float(value) for key, value in row.items()} for row in history]
+    rows = [{key: float(row[key]) for key in ("sequences", *DRAWN)} for row in history]
     figures.loss(setup.folder / "loss.png", rows, baselines, f"{setup.knobs.model}, {setup.data}")
 
 
@@ -325,7 +336,7 @@ def show(setup, title):
 def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except Exception as error:  # whoever made the file chose what its reading meets
         raise checkpoint.CheckpointError(
             f"{path} holds other weights than the model has: the data has other channels, or my_model.py or "
             "convlstm.py has changed since. Undo the change, or set out to another folder"
@@ -334,7 +345,7 @@ def load_weights(model, weights, path):
 
 def write_csv(path, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0].keys(), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     checkpoint.publish(path, text.getvalue().encode())
@@ -434,12 +445,13 @@ def starting_weights(knobs, path):
     return dataclasses.replace(knobs, **network), given
 
 
-def score_as_trained(knobs, given, path):
+def score_as_trained(knobs, data, given, path):
     """A training's own results are of its own data: refuse others in their place."""
-    then, now = given["knobs"], dataclasses.asdict(knobs)
-    differs = lambda k: not f"{then[k]} (".startswith(f"{now[k]} (")  # in brackets: what begin_or_go_on adds
-    other = [f"{k} was {then[k]} and is now {now[k]}" for k in ("data", "frames_in", "frames_out") if differs(k)]
-    if other:
+    then = given["knobs"]
+    now = {"data": f"{knobs.data} ({data})", "frames_in": knobs.frames_in, "frames_out": knobs.frames_out}
+    # begin_or_go_on has added the number of sequences to train on, which no score depends on
+    same = lambda k: f"{then.get(k)}, ".startswith(f"{now[k]}".removesuffix(")") + ", ")
+    if other := [f"{k} was {then.get(k)} and is now {now[k]}" for k in now if not same(k)]:
         raise checkpoint.CheckpointError(
             f"{path} has scores of its training's data, which these would replace: {'; '.join(other)}. "
             f"--weights {path} scores it into a folder of its own"
@@ -475,16 +487,21 @@ def begin_or_go_on(setup, model, optimisers):
     described = {**dataclasses.asdict(knobs), "data": what}
     state = from_rank_0(checkpoint.resume(path, described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
-    run = {"knobs": described, "code": checkpoint.code(), "step": 0, "steps": steps, "steps_per_epoch": steps_per_epoch,
-           "best": math.inf, "history": [], "timing": [], "baselines": {},
-           "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
+    run = {**RUN, "knobs": described, "code": checkpoint.code(), "steps": steps, "steps_per_epoch": steps_per_epoch,
+           "best": math.inf, "history": [], "timing": [], "baselines": {}}  # fmt: skip
     if state:
         load_weights(model, state.pop("model"), path)
         try:
             for optimiser, saved in zip(optimisers, state.pop("optimisers"), strict=True):
                 optimiser.load_state_dict(saved)
-            run = {part: state[part] for part in run} | {"knobs": described, "steps": state["steps"] or steps}
-        except (KeyError, ValueError) as error:
+                if isinstance(optimiser, (Muon, torch.optim.AdamW)):  # others may keep what they like
+                    for weight, moments in optimiser.state.items():
+                        [moment.expand_as(weight) for moment in moments.values()]  # raises for another weight's
+            if odd := [part for part in run if not checkpoint.like(state[part], RUN[part])]:
+                raise ValueError(f"{', '.join(odd)} cannot be")
+            now = {"knobs": described, "steps": state["steps"] or steps, "steps_per_epoch": steps_per_epoch}
+            run = {part: state[part] for part in run} | now
+        except Exception as error:  # whoever made the file chose what its reading meets
             raise checkpoint.CheckpointError(
                 f"{path} is no checkpoint of this version of main.py ({error}); set out to another folder"
             ) from error
@@ -503,15 +520,18 @@ def main(knobs):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
     weights = path if knobs.weights or knobs.eval_only else None
+    last = Path(knobs.out) / knobs.model / "last.pt"
+    if knobs.weights and not knobs.eval_only and last.exists() and not path.exists():
+        weights = last  # the run goes on without what it began with
     knobs, given = starting_weights(knobs, weights)
     # evaluated weights have a folder of their own, so that they replace no training's results
     name = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
     folder = Path(knobs.out) / (f"weights_{name}" if knobs.eval_only and knobs.weights else knobs.model)
     if RANK == 0:
         _held = checkpoint.claim(folder)
-    if knobs.eval_only and not knobs.weights:
-        score_as_trained(knobs, given, weights)
     training, validation, test_split, data = load_data(knobs)
+    if knobs.eval_only and not knobs.weights:
+        score_as_trained(knobs, data, given, weights)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
@@ -548,6 +568,8 @@ def main(knobs):
             facts |= {"threads": threads, "processes": WORLD, "parameters": parameters}
             describe(setup, run["step"] == 0, facts)
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
+            if run["history"] and run["timing"]:
+                log(setup, run)  # the files may be lost
         train(setup, run, model, optimisers)
         advice = f"without it and {folder / 'last.pt'}, a run starts over"
         given = from_rank_0(checkpoint.load(folder / "best.pt", advice) if RANK == 0 else None)
@@ -568,8 +590,9 @@ def conclude(setup, model, step, test_split):
     if knobs.data in ("array", "fresh"):
         results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device, knobs.patch)
     if RANK == 0:
-        if knobs.eval_only and (folder / "log.csv").exists():
-            draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text().splitlines())))
+        if knobs.eval_only:
+            with suppress(OSError, LookupError, TypeError, ValueError, csv.Error):  # no log, or a damaged one
+                draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text().splitlines())))
         show(setup, f"{data}, best weights")
         draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, {test_split.split} split")
         write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])

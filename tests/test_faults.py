@@ -42,11 +42,20 @@ from moving_mnist import DataError
         ("--epoch", "2", "unrecognized arguments"),  # no abbreviations: a typing error is not a knob
         ("--epochs", "two", "invalid int value: 'two'"),
         ("--epochs", "1.5", "invalid int value"),
-        ("--epochs", "-1", "epochs is -1; it must be at least"),
+        ("--epochs", "-1", "epochs is -1; it must be from 1 to"),
         ("--batch_size", "0", "batch_size is 0; it must be at least 1"),
         ("--augment", "perhaps", "'perhaps'"),
         ("--hidden", "8,x", "8,x"),
-        ("--hidden", "8,0", "hidden is (8, 0); it must be at least 1"),
+        ("--hidden", "8,0", "hidden is (8, 0); it must be from 1 to"),
+        ("--hidden", f"8,{10**19}", "it must be from 1 to 1000000"),  # beyond: torch's and numpy's own tracebacks
+        ("--kernel_size", "1000000001", "it must be from 1 to 255"),
+        ("--state_kernel_size", str(10**19 + 1), "it must be from 0 to 255"),
+        ("--head", str(10**19), "it must be from 0 to"),
+        ("--patch", str(10**19), "it must be from 1 to"),
+        ("--epochs", str(10**30), "it must be from 1 to"),
+        ("--train_sequences", str(10**30), "it must be from 0 to"),
+        ("--learning_rate", "1e308", "it must be from 1e-09 to 1e+37"),
+        ("--clip", "1e308", "it must be from 1e-09 to 1e+37"),
         ("--learning_rate", "nan", "learning_rate is nan"),
         ("--learning_rate", "-1", "learning_rate is -1.0"),
         ("--max_minutes", "nan", "max_minutes is nan"),
@@ -357,6 +366,67 @@ def test_a_checkpoint_of_another_version_of_the_script(sentence, small, tmp_path
     checkpoint.save(last, state)
     with pytest.raises(checkpoint.CheckpointError, match=re.escape(sentence)):
         here(**knobs)
+
+
+ROW = {name: 0.0 for name in (*main.DRAWN, "val_mse_black", "val_mse_copy_last")} | {"sequences": 5}
+ODD = {
+    "optimisers": [3, [3, 3], None],
+    "history": [5, [5], [{"a": 1}], [ROW, ROW | {"val_loss": "a"}], [ROW | {"sequences": -1}]],
+    "timing": [3, [{}]],
+    "baselines": [{}, 3, {"black": [1.0], "copy_last": "a"}],
+    "best": [None, "a"],
+    "step": [-1, True],
+    "steps": ["x", -1, 1.5],
+    "steps_per_epoch": [None],
+    "loss_sum": ["a"],
+    "loss_count": [-1],
+    "seconds": [None],
+    "code": [3],
+    "model": [{1: torch.ones(2)}, {"a": torch.ones(2)}],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [(part, value) for part, values in ODD.items() for value in values], ids=str
+)
+def test_a_checkpoint_of_what_cannot_be(part, value, small, begun):
+    state = checkpoint.load(small[1] / "last.pt") | {part: value}
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt (is no checkpoint of this v|holds other weights)"):
+        begun(state)
+
+
+def test_a_checkpoint_with_the_moments_of_other_weights(small, begun):
+    for k, name in enumerate(("momentum_buffer", "exp_avg")):
+        state = checkpoint.load(small[1] / "last.pt")
+        state["optimisers"][k]["state"][0][name] = torch.zeros(7, 5, 3)
+        with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is no checkpoint of this version"):
+            begun(state)
+
+
+@pytest.mark.parametrize("knobs", [{"hidden": (10**30,)}, {"epochs": "x"}, {"epochs": torch.ones(3)}, {3: 4}], ids=str)
+def test_a_checkpoint_of_knobs_that_cannot_be(knobs, small, begun):
+    state = checkpoint.load(small[1] / "last.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt belongs to other knobs"):
+        begun(state | {"knobs": state["knobs"] | knobs})
+
+
+@pytest.fixture
+def begun(small, tmp_path, monkeypatch):
+    """main.begin_or_go_on, of the small run, where last.pt has this state."""
+    knobs, folder = small
+    asked = parse(main.Knobs, flags(**knobs))
+    training = main.MovingMNIST(knobs["data"], "train", 10)
+    model = main.build(asked, 1)
+    setup = main.Setup(asked, tmp_path, "squares.npy", training, training, torch.device("cpu"), None, None)
+
+    def begin(state):
+        (tmp_path / "last.pt").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "load", lambda *arguments: state)
+            return main.begin_or_go_on(setup, model, main.make_optimisers(model))
+
+    assert begin(checkpoint.load(folder / "last.pt"))["step"] == 2
+    return begin
 
 
 @pytest.mark.parametrize(

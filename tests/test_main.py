@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -347,6 +348,38 @@ def test_few_minutes_and_many_sequences_still_end(tmp_path):
     assert results(folder)["scores"]["my_model"]
 
 
+def test_lost_files_of_a_run_that_has_ended_come_back(array, tmp_path):
+    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".png", ".json")}
+    for name in files:
+        (folder / name).unlink()
+    here(array, tmp_path, epochs=1, train_sequences=10)
+    assert {name: (folder / name).read_bytes() for name in files} == files
+
+
+def test_weights_that_are_gone_are_no_loss_to_a_run_that_began_with_them(array, tmp_path, capsys):
+    knobs = {"weights": tmp_path / "small.pt", "epochs": 1, "train_sequences": 10}
+    given = here(array, tmp_path, epochs=1, train_sequences=10, hidden="6,4") / "best.pt"
+    given.rename(knobs["weights"])
+    folder = here(array, tmp_path / "tuned", **knobs)
+    knobs["weights"].unlink()
+    here(array, tmp_path / "tuned", **knobs)
+    assert "this run has ended" in capsys.readouterr().out
+    here(array, tmp_path / "tuned", **knobs | {"epochs": 2})
+    assert checkpoint.load(folder / "last.pt")["step"] == 4
+    with pytest.raises(checkpoint.CheckpointError, match=r"cannot read .*small\.pt: No such file"):
+        here(array, tmp_path / "new", **knobs)
+
+
+@pytest.mark.parametrize("damage", ["", "step,val_loss\n1", "step\n\0", b"\xff\xfe"], ids=repr)
+def test_evaluation_alone_with_a_damaged_log(damage, array, tmp_path):
+    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    (folder / "log.csv").write_bytes(damage.encode() if isinstance(damage, str) else damage)
+    (folder / "metrics.json").unlink()
+    here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True)
+    assert (folder / "metrics.json").exists()
+
+
 def test_evaluation_alone_trains_nothing(array, tmp_path):
     folder = here(array, tmp_path, epochs=1, train_sequences=10)
     weights, scores = (folder / "best.pt").read_bytes(), results(folder)
@@ -367,6 +400,16 @@ def test_scores_of_a_training_are_not_replaced_by_others(array, tmp_path):
     here(array, tmp_path, **other, weights=folder / "best.pt")
     assert (folder / "metrics.json").read_bytes() == scores
     assert results(tmp_path / "weights_my_model")["frames_out"] == 3
+
+
+@pytest.mark.parametrize("then", ["array (stand-in array, 10 sequences of 20×1×16×16)", None])
+def test_scores_of_a_training_on_other_data_are_not_replaced(then, array, tmp_path):
+    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    state = checkpoint.load(folder / "best.pt")
+    state["knobs"].pop("data")
+    checkpoint.save(folder / "best.pt", {**state, "knobs": {**state["knobs"], **({"data": then} if then else {})}})
+    with pytest.raises(checkpoint.CheckpointError, match=rf"data was {re.escape(str(then))} and is now .* \(squares"):
+        here(array, tmp_path, eval_only=True)
 
 
 def test_code_edited_during_a_run_is_named(array, tmp_path, monkeypatch, capsys):
