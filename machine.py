@@ -1,6 +1,9 @@
 """Where this runs: the device and its precision, and this process among the others that torchrun started."""
 
 import os
+import shlex
+import signal
+import sys
 from contextlib import nullcontext
 
 import torch
@@ -65,3 +68,28 @@ def from_rank_0(value):
 def say(*words):
     if RANK == 0:
         print(*words, flush=True)
+
+
+def stop(signum, frame):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the second time, at once
+    if RANK == 0:
+        goes_on = shlex.join(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
+        os.write(2, f"\nstopped; this goes on: {goes_on}\n".encode())  # a print may be at work; no second can begin
+    raise SystemExit(128 + signum)
+
+
+def stop_for_sure(ignored):
+    """In a __del__ or a weakref's callback Python would print the SystemExit and go on."""
+    if not isinstance(ignored.exc_value, SystemExit):
+        return sys.__unraisablehook__(ignored)
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(ignored.exc_value.code)
+
+
+def stop_on_signals():
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    sys.unraisablehook = stop_for_sure

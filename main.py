@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -59,7 +58,17 @@ from evaluate import (
 )
 from fast_convlstm import compiled
 from knobs import knob, parse, wrong
-from machine import RANK, WORLD, DeviceError, choose_device, from_rank_0, idle_gpu, say, sum_over_processes
+from machine import (
+    RANK,
+    WORLD,
+    DeviceError,
+    choose_device,
+    from_rank_0,
+    idle_gpu,
+    say,
+    stop_on_signals,
+    sum_over_processes,
+)
 from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment
 from my_model import EncoderForecaster, twin_agrees
 
@@ -614,30 +623,9 @@ def scores_of(folder):
         return None
 
 
-def stop(signum, frame):
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # the second time, at once
-    if RANK == 0:
-        goes_on = shlex.join(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
-        os.write(2, f"\nstopped; this goes on: {goes_on}\n".encode())  # a print may be at work; no second can begin
-    raise SystemExit(128 + signum)
-
-
-def stop_for_sure(ignored):
-    """In a __del__ or a weakref's callback Python would print the SystemExit and go on."""
-    if not isinstance(ignored.exc_value, SystemExit):
-        return sys.__unraisablehook__(ignored)
-    try:
-        sys.stdout.flush()
-    finally:
-        os._exit(ignored.exc_value.code)
-
-
 if __name__ == "__main__":
     knobs = parse(Knobs, sys.argv[1:], __doc__.splitlines()[0])
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    sys.unraisablehook = stop_for_sure
+    stop_on_signals()
     try:
         main(knobs)
         if WORLD > 1:

@@ -830,6 +830,10 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
         assert (*map(len, splits), name) == (32, 4, 4, "stand-in array")
         assert "(819,200,080 bytes) cannot be had from" in said[0] and "refused" in said[0]
         assert said[1].startswith("going on with a stand-in array")
+        with monkeypatch.context() as patch:  # the next run asks nobody
+            patch.setattr(download, "urlopen", lambda *arguments, **options: pytest.fail("the network was asked"))
+            assert main.load_data(main.Knobs())[-1] == "stand-in array"
+        assert "using the stand-in" in capsys.readouterr().out
         *splits, name = main.load_data(main.Knobs(data="fresh", train_sequences=20))
         assert (len(splits[0]), name) == (20, "stand-in array, trained on fresh sequences of 10,000 digits")
         assert "going on with the 10,000 training digits" in capsys.readouterr().out
