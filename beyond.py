@@ -32,10 +32,10 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
         if case == triple:
             results[double] = {who: values[: 2 * frames_out] for who, values in curves.items()}
             if RANK == 0:
-                draw(folder, double, forecast, dataset, frames_in, 2 * frames_out, device)
+                draw(folder, name, double, forecast, dataset, frames_in, 2 * frames_out, device)
         results[case] = curves
         if changes and RANK == 0:
-            draw(folder, case, forecast, dataset, frames_in, n, device)
+            draw(folder, name, case, forecast, dataset, frames_in, n, device)
     if RANK == 0:
         figures.per_frame(folder / "beyond.png", {case: results[case] for case in cases})
     return results
@@ -46,7 +46,7 @@ def curve(forecast, dataset, frames_in, n, device):
 
 
 @torch.inference_mode()
-def draw(folder, case, forecast, dataset, frames_in, n, device):
+def draw(folder, name, case, forecast, dataset, frames_in, n, device):
     """beyond_<case>.png of the first sequence: as good or bad as it happens to be."""
     past, truth = cut(dataset[:1], frames_in, n)
     rows = {"input": (1, past[0]), "truth": (frames_in + 1, truth[0])}
@@ -54,7 +54,7 @@ def draw(folder, case, forecast, dataset, frames_in, n, device):
         if who != "black":
             rows[figures.LABELS.get(who, who)] = frames_in + 1, function(past.to(device), n)[0][0].cpu()
     file = f"beyond_{case.replace(' ', '_').replace('×', 'x')}.png"
-    figures.grid(folder / file, rows, f"{case}, never trained on")
+    figures.grid(folder / file, rows, f"{name}: {case}, never trained on, generated from MNIST's test digits")
 
 
 def table(results):

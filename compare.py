@@ -42,7 +42,8 @@ def compare(out, latest, first_sequence):
     """
     runs, rows, curves, others = {}, {}, {}, []
     shape = latest["frames_out"], *first_sequence.shape[1:]
-    for folder in sorted(path.parent for path in out.glob("*/metrics.json")):
+    first = lambda folder: (folder.name != "my_model", folder.name)  # the same colour as in its own pictures
+    for folder in sorted((path.parent for path in out.glob("*/metrics.json")), key=first):
         try:
             run = read(folder)
             score = run["scores"][run["model"]]
@@ -76,7 +77,10 @@ def compare(out, latest, first_sequence):
         lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]
     publish(out / "compare.md", "\n".join([*lines, ""]).encode())
 
-    figures.compare(out / "compare.png", {name: run["history"] for name, run in runs.items()}, curves, title)
+    validation = f"validation split of the {latest['data']}"
+    figures.compare(
+        out / "compare.png", {name: run["history"] for name, run in runs.items()}, curves, validation, title
+    )
     cut = latest["frames_in"]
     past, truth = first_sequence[:cut] / 255, first_sequence[cut:][: latest["frames_out"]] / 255
     strips = {"input": (1, past), "truth": (cut + 1, truth)}

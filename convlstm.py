@@ -82,11 +82,11 @@ class ConvLSTM(nn.Module):
         self.cell_list = nn.ModuleList(ConvLSTMCell(n_in, n, k, bias) for n_in, n, k in sizes)
 
     def forward(
-        self, x: torch.Tensor, hidden_state: list[State] | None = None
+        self, input_tensor: torch.Tensor, hidden_state: list[State] | None = None
     ) -> tuple[list[torch.Tensor], list[State]]:
-        """x (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (layer_output_list, last_state_list).
+        """input_tensor (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (layer_output_list, last_state_list).
 
-        Each output has x's layout, each state is (h, c). With return_all_layers the lists have one entry a
+        Each output has its layout, each state is (h, c). With return_all_layers the lists have one entry a
         layer, else the last layer's alone. `hidden_state` has one (h, c) a layer; None means zeros.
         """
         if hidden_state is None:
@@ -96,7 +96,7 @@ class ConvLSTM(nn.Module):
                 f"hidden_state has {len(hidden_state)} states for {len(self.cell_list)} layers; "
                 "return_all_layers=True returns the state of every layer"
             )
-        layer_outputs, last_states = [], []
+        x, layer_outputs, last_states = input_tensor, [], []
         for cell, state in zip(self.cell_list, hidden_state, strict=True):
             outputs = []
             for frame in x.unbind(self.time_dim):

@@ -110,7 +110,7 @@ def table(results):
 def draw(folder, forecast, dataset, frames_in, frames_out, device, title):
     """predict_1.png … predict_4.png and predict.gif, of the same four sequences every time."""
     index = np.linspace(0, len(dataset) - 1, 4).astype(int)
-    named = {str(k): (i, f"sequence {k} of 4") for k, i in enumerate(index, 1)}
+    named = {str(k): (i, f"sequence {i + 1} of {len(dataset):,}") for k, i in enumerate(index, 1)}
     past, truth, prediction = draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
     figures.animation(folder / "predict.gif", past[0], truth[0], prediction[0], title)
 

@@ -50,13 +50,14 @@ def loss(path, history, baselines, title):
     ):
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
+    left.set(xlim=(0, None), ylim=(0, None))
     left.legend()
     errors = [row["val_mse_per_frame"] for row in history]
     right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"], label="validation")
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
-    right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
-    right.set_title(f"last {errors[-1]:.1f}, best {min(errors):.1f}")
+    right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)")
+    right.set(xlim=(0, None), ylim=(0, None), title=f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
     right.legend(loc="lower left")
     write(figure, path)
 
@@ -73,8 +74,11 @@ def per_frame(path, panels):
     write(figure, path)
 
 
-def compare(path, histories, curves, title):
-    """histories: model → rows with minutes, sequences, val_loss; curves: model or baseline → MSE of each frame."""
+def compare(path, histories, curves, validation, test):
+    """histories: model → rows with minutes, sequences, val_loss; curves: model or baseline → MSE of each frame.
+
+    validation, test: what the histories and the curves are of, in words.
+    """
     figure, (by_time, by_sequences, by_frame) = plt.subplots(1, 3, figsize=(12, 4))
     for (name, history), colour in zip(histories.items(), MODEL_COLOURS, strict=False):
         losses = [row["val_loss"] for row in history]
@@ -84,11 +88,13 @@ def compare(path, histories, curves, title):
         ):
             axes.plot(x, losses, "o-", ms=4, color=colour, label=name)
     for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences seen (thousands)"):
-        axes.set(xlabel=xlabel, ylabel="cross-entropy (nats per pixel)", yscale="log", title="validation split")
+        axes.set(xlabel=xlabel, ylabel="cross-entropy (nats per pixel)", yscale="log", title=validation)
+        axes.set(xlim=(0, None))
+        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     draw_curves(by_frame, curves)
-    by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None), title=title.replace(", ", ",\n"))
+    by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None), title=test.replace(", ", ",\n"))
     figure.legend(*by_frame.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     write(figure, path)
 
@@ -177,7 +183,9 @@ def animation(path, past, truth, forecast, title, scale=4):
 
     def bar(text, width, colours):
         image = np.full((22, width, *colours), 40, np.uint8)
-        return cv2.putText(image, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255,) * 3, 1, cv2.LINE_AA)
+        (wide, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)
+        size = 0.45 * min(1, (width - 8) / wide)  # so that it fits
+        return cv2.putText(image, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, size, (255,) * 3, 1, cv2.LINE_AA)
 
     images = []
     for t, pair in enumerate(zip(to_grey(left), to_grey(right), strict=True), 1):

@@ -131,10 +131,10 @@ FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most 
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
 NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "patch", "peephole", "head", "feedback"
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
-DRAWN = "train_loss", "val_loss", "val_mse_per_frame"
+DRAWN = "train_loss", "val_loss", "val_mse_per_frame", *(f"val_mse_{who}" for who in BASELINES)  # of a row of log.csv
 # what a checkpoint holds beside the weights and the optimisers, by example: checkpoint.like
 RUN = {"knobs": {}, "code": {}, "step": 0, "steps": 0, "steps_per_epoch": 0, "best": 0.0,
-       "history": [{"sequences": 0, **dict.fromkeys((*DRAWN, "val_mse_black", "val_mse_copy_last"), 0.0)}],
+       "history": [{"sequences": 0, **dict.fromkeys(DRAWN, 0.0)}],
        "timing": [{"minutes": 0.0}], "baselines": {"black": [0.0], "copy_last": [0.0]},
        "loss_sum": 0.0, "loss_count": 0, "seconds": 0.0}  # fmt: skip
 
@@ -321,7 +321,7 @@ def note(setup, run, scores, rate, speed, model):
     log(setup, run)
     curves = {knobs.model: mse.tolist(), **run["baselines"]}
     figures.per_frame(folder / "per_frame.png", {f"validation split of the {setup.data}": curves})
-    show(setup, f"{setup.data}, after {seen:,} training sequences")
+    show(setup, f"after {seen:,} training sequences")
 
 
 def log(setup, run):
@@ -332,13 +332,13 @@ def log(setup, run):
 
 def draw_loss(setup, history):
     """history: the rows of log.csv."""
-    baselines = {who: float(history[-1][f"val_mse_{who}"]) for who in ("black", "copy_last")}
+    baselines = {who: float(history[-1][f"val_mse_{who}"]) for who in BASELINES}
     rows = [{key: float(row[key]) for key in ("sequences", *DRAWN)} for row in history]
     figures.loss(setup.folder / "loss.png", rows, baselines, f"{setup.knobs.model}, {setup.data}")
 
 
-def show(setup, title):
-    knobs = setup.knobs
+def show(setup, when):
+    knobs, title = setup.knobs, f"{setup.data}, validation split, {when}"
     draw(setup.folder, setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, setup.device, title)
 
 
@@ -428,6 +428,8 @@ def train(setup, run, model, optimisers):
             speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
             try:
+                if "optical_flow" not in run["baselines"]:  # not at the start: it takes seconds
+                    run["baselines"]["optical_flow"] = baseline(setup, "optical_flow")
                 scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
             except ValueError as error:  # the loss was finite, the weights after it are not
                 raise diverged(f"{error} after step {run['step']}", rate, last_loss, setup.folder) from error
@@ -465,6 +467,15 @@ def score_as_trained(knobs, data, given, path):
             f"{path} has scores of its training's data, which these would replace: {'; '.join(other)}. "
             f"--weights {path} scores it into a folder of its own"
         )
+
+
+def follow(knobs, training):
+    """The knobs; of sequences too short for the default frames_in and frames_out, each gets half of them."""
+    n, default = training[np.arange(1)].shape[1], (Knobs.frames_in, Knobs.frames_out)
+    if (knobs.frames_in, knobs.frames_out) != default or n >= sum(default) or n < 3:
+        return knobs
+    say(f"frames    the data has {n} a sequence: frames_in {n - n // 2}, frames_out {n // 2}")
+    return dataclasses.replace(knobs, frames_in=n - n // 2, frames_out=n // 2)
 
 
 def fit(knobs, training, data):
@@ -517,10 +528,14 @@ def begin_or_go_on(setup, model, optimisers):
         if edited := [name for name, mark in checkpoint.code().items() if run["code"].get(name) != mark]:
             say(f"edited    since this run began: {', '.join(edited)}; a new --out runs the edited code from the start")
         return run
-    for who in ("black", "copy_last"):
-        curve = evaluate(BASELINES[who], setup.validation, *setup.span, ["mse_per_frame"], setup.device)
-        run["baselines"][who] = curve["mse_per_frame"].tolist()
+    run["baselines"] = {who: baseline(setup, who) for who in ("black", "copy_last")}
     return run
+
+
+def baseline(setup, who):
+    """Its mse_per_frame on the validation split."""
+    scores = evaluate(BASELINES[who], setup.validation, *setup.span, ["mse_per_frame"], setup.device)
+    return scores["mse_per_frame"].tolist()
 
 
 def main(knobs):
@@ -539,6 +554,7 @@ def main(knobs):
     if RANK == 0:
         _held = checkpoint.claim(folder)
     training, validation, test_split, data = load_data(knobs)
+    knobs = follow(knobs, training)
     if knobs.eval_only and not knobs.weights:
         score_as_trained(knobs, data, given, weights)
     if from_rank_0(data) != data:
@@ -569,7 +585,7 @@ def main(knobs):
         if ended and (scores := from_rank_0(scores_of(folder) if RANK == 0 else None)):
             say(f"this run has ended; nothing was changed\n\n{scores}")
             return
-        levels = (f"{figures.LABELS[who]} {np.mean(curve):.1f}" for who, curve in run["baselines"].items())
+        levels = (f"{figures.LABELS[who]} {np.mean(run['baselines'][who]):.1f}" for who in ("black", "copy_last"))
         say(f"baselines {', '.join(levels)} (validation; squared error of a frame, summed over its pixels)")
         say(f"output    {folder}{os.sep}" + (f", going on at step {run['step']:,}" if run["step"] else ""))
         if RANK == 0:
@@ -602,7 +618,7 @@ def conclude(setup, model, step, test_split):
         if knobs.eval_only:
             with suppress(OSError, LookupError, TypeError, ValueError, csv.Error):  # no log, or a damaged one
                 draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text().splitlines())))
-        show(setup, f"{data}, best weights")
+        show(setup, "best weights")
         draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, {test_split.split} split")
         write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])
         compare(Path(knobs.out), results, first[0].numpy())

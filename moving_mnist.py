@@ -75,9 +75,9 @@ class MovingMNIST(Sequences):
     (8,100, 900 and 1,000 of the official array, as in Earthformer's protocol), or "all".
     """
 
-    def __init__(self, source, split, sequences=0):
-        array = source if isinstance(source, np.ndarray) else open_array(source)
-        name = "this data" if array is source else source
+    def __init__(self, path, split, sequences=0):
+        array = path if isinstance(path, np.ndarray) else open_array(path)
+        name = "this data" if array is path else path
         n = array.shape[1]
         first, last = (n * percent // 100 for percent in SPLITS[split])
         if sequences:

@@ -97,7 +97,7 @@ def test_two_channels_show_their_mean():
 
 def test_a_name_is_no_formula(tmp_path):
     name = "cost$1_$2.npy"
-    figures.compare(tmp_path / "a.png", {name: HISTORY}, {name: [1, 2]}, name)
+    figures.compare(tmp_path / "a.png", {name: HISTORY}, {name: [1, 2]}, name, name)
     figures.grid(tmp_path / "b.png", {name: (1, flat(0, 2))}, name)
 
 
@@ -105,10 +105,59 @@ HISTORY = [{"sequences": 1000, "train_loss": 0.5, "val_loss": 0.4, "minutes": 0.
 DRAW = {
     "loss": lambda path: figures.loss(path, HISTORY, {"black": 175.0}, "title"),
     "per_frame": lambda path: figures.per_frame(path, {"title": {"my_model": [1, 2], "copy_last": [2, 3]}}),
-    "compare": lambda path: figures.compare(path, {"a": HISTORY}, {"a": [1, 2], "black": [2, 3]}, "title"),
+    "compare": lambda path: figures.compare(path, {"a": HISTORY}, {"a": [1, 2], "black": [2, 3]}, "of a", "of b"),
     "prediction": lambda path: figures.prediction(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
     "animation": lambda path: figures.animation(path, flat(0, 3), flat(0, 2), flat(0, 2), "title"),
 }
+
+
+def drawn(monkeypatch, function, *arguments):
+    """The figure that would have been written."""
+    kept = []
+    monkeypatch.setattr(figures, "write", lambda figure, path: kept.append(figure))
+    function("", *arguments)
+    return kept[0]
+
+
+def lines(axes):
+    """label → (x, y) of each curve."""
+    return {line.get_label(): [list(map(float, xy)) for xy in line.get_data()] for line in axes.lines}
+
+
+LONGER = [*HISTORY, {"sequences": 3000, "train_loss": 0.3, "val_loss": 0.2, "minutes": 2, "val_mse_per_frame": 60.0}]
+
+
+def test_losses_are_those_of_the_history(monkeypatch):
+    left, right = drawn(monkeypatch, figures.loss, LONGER, {"black": 175.0, "optical_flow": 180.0}, "title").axes
+    assert lines(left) == {"train, on its frames": [[1, 3], [0.5, 0.3]], "validation": [[1, 3], [0.4, 0.2]]}
+    of_all = lines(right)
+    assert of_all.pop("validation") == [[1, 3], [90, 60]]
+    assert {label: set(y) for label, (_, y) in of_all.items()} == {
+        "black frame: 175": {175},
+        "optical flow: 180": {180},
+    }
+    assert left.get_title() == "title" and right.get_title() == "validation MSE: last 60.0, best 60.0"
+    assert "thousands" in left.get_xlabel() and "nats per pixel" in left.get_ylabel() and "MSE" in right.get_ylabel()
+    assert left.get_ylim()[0] == right.get_ylim()[0] == left.get_xlim()[0] == 0
+
+
+def test_curves_of_forecasts_are_those_given(monkeypatch):
+    (axes,) = drawn(monkeypatch, figures.per_frame, {"of b": {"my_model": [1, 2], "copy_last": [2, 5]}}).axes
+    assert lines(axes) == {"my_model": [[1, 2], [1, 2]], "last frame copied": [[1, 2], [2, 5]]}
+    assert axes.get_title() == "of b" and axes.get_xlabel() == "forecast frame" and axes.get_ylim()[0] == 0
+
+
+def test_models_are_compared_over_time_sequences_and_frames(monkeypatch):
+    histories, curves = {"a": LONGER, "b": HISTORY}, {"a": [1, 2], "b": [3, 4], "black": [2, 3]}
+    figure = drawn(monkeypatch, figures.compare, histories, curves, "of a", "of b, c")
+    by_time, by_sequences, by_frame = figure.axes
+    assert lines(by_time) == {"a": [[0.5, 2], [0.4, 0.2]], "b": [[0.5], [0.4]]}
+    assert lines(by_sequences) == {"a": [[1, 3], [0.4, 0.2]], "b": [[1], [0.4]]}
+    assert lines(by_frame) == {"a": [[1, 2], [1, 2]], "b": [[1, 2], [3, 4]], "black frame": [[1, 2], [2, 3]]}
+    assert [axes.get_title() for axes in figure.axes] == ["of a", "of a", "of b,\nc"]
+    assert "minutes" in by_time.get_xlabel() and "thousands" in by_sequences.get_xlabel()
+    colours = [[line.get_color() for line in axes.lines[:2]] for axes in figure.axes]
+    assert colours[0] == colours[1] == colours[2]  # a model's is the same in each panel
 
 
 @pytest.mark.parametrize("name", DRAW)

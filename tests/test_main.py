@@ -32,6 +32,7 @@ from conftest import wait_until as wait
 from PIL import Image
 
 import checkpoint
+import evaluate
 import main
 import metrics
 import my_model
@@ -136,8 +137,11 @@ def test_baselines_stand_beside_every_epoch(reference, array):
     lines = [line for line in reference[1].splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2
     assert all(f"(black {black:.1f}, last frame copied {copied:.1f})" in line for line in lines)
+    frames = torch.from_numpy(past[:, :, None]).float()
+    flow = mse(metrics.optical_flow(frames, FRAMES_OUT)[:, :, 0].numpy(), truth)
     for row in log(reference[0]):
-        assert (row["val_mse_black"], row["val_mse_copy_last"]) == pytest.approx((black, copied))
+        found = [row[f"val_mse_{who}"] for who in ("black", "copy_last", "optical_flow")]
+        assert found == pytest.approx([black, copied, flow])
 
 
 def test_a_finished_run_stays_as_it_is(reference, array):
@@ -170,6 +174,27 @@ def test_killed_after_an_epoch(reference, array, tmp_path):
     printed, _ = finish(start(*flags(array, tmp_path)))
     assert f"going on at step {STEPS}" in printed
     same(tmp_path / "my_model", reference[0])
+
+
+@pytest.mark.parametrize("model", ["convlstm", "seq2seq"])
+def test_a_reference_goes_on_as_exactly(model, array, tmp_path):
+    """Stopped in the middle, as by a crash: from the file of its last checkpoint."""
+    few = {"model": model, "train_sequences": 20}
+    alone = here(array, tmp_path / "alone", **few)
+
+    class Crash(Exception):
+        pass
+
+    def crash(path, state, save=checkpoint.save):
+        save(path, state)
+        if path.name == "last.pt":
+            raise Crash
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(checkpoint, "save", crash)
+        here(array, tmp_path, **few)
+    assert 0 < checkpoint.load(tmp_path / model / "last.pt")["step"] < checkpoint.load(alone / "last.pt")["step"]
+    same(here(array, tmp_path, **few), alone)
 
 
 def kill(kills, data, command):
@@ -280,6 +305,21 @@ def test_processes_share_the_batch(reference, array, tmp_path):
         assert score["mean"] == pytest.approx(results(reference[0])["scores"]["my_model"][name]["mean"], rel=1e-3)
 
 
+def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
+    """Of sequences of one grey level each, which a black forecast misses by that level."""
+    levels = torch.tensor([90, 200, 10, 160, 40], dtype=torch.uint8)
+    dataset, pictures = levels[:, None, None, None, None].expand(5, 3, 1, 16, 16), {}
+    forecast = lambda past, n: (metrics.black(past, n), torch.zeros(len(past), n, *past.shape[2:]))
+    _, order = evaluate.test("a", forecast, dataset, 2, 1, torch.device("cpu"))
+    keep = lambda path, past, truth, prediction, title: pictures.update({path.stem: (int(truth.max() * 255), title)})
+    monkeypatch.setattr(evaluate.figures, "prediction", keep)
+    evaluate.draw_ranked(tmp_path, forecast, dataset, order, 2, 1, torch.device("cpu"), "of a")
+    expected = {"best": 10, "median": 90, "worst": 200}
+    for name, level in expected.items():
+        mse = 256 * (level / 255) ** 2
+        assert pictures[f"predict_{name}"] == (level, f"of a: the {name} of 5 sequences, MSE {mse:.0f}")
+
+
 @pytest.mark.parametrize("model", ["convlstm", "seq2seq"])
 def test_every_model_takes_the_same_road(model, array, tmp_path):
     folder = here(array, tmp_path, model=model, epochs=1, train_sequences=10)
@@ -342,6 +382,18 @@ def test_minutes_instead_of_epochs(tmp_path):
     assert 0 <= log(folder)[-1]["learning_rate"] < 0.03 * 0.01  # of the default
 
 
+@pytest.mark.parametrize(("frames", "halves"), [(16, (8, 8)), (7, (4, 3))])
+def test_shorter_sequences_are_halved(frames, halves, tmp_path, capsys):
+    np.save(tmp_path / "short.npy", moving_squares(57)[:frames])
+    words = ["--data", tmp_path / "short.npy", "--out", tmp_path, "--hidden", "4", "--head", "4", "--epochs", "1"]
+    main.main(parse(main.Knobs, list(map(str, words))))
+    found = results(tmp_path / "my_model")
+    assert (found["frames_in"], found["frames_out"]) == halves
+    assert f"has {frames} a sequence: frames_in {halves[0]}, frames_out {halves[1]}" in capsys.readouterr().out
+    with pytest.raises(main.DataError, match=f"has {frames} frames a sequence, too few for frames_in 12"):
+        main.main(parse(main.Knobs, [*map(str, words), "--frames_in", "12", "--frames_out", "9"]))
+
+
 def test_few_minutes_and_many_sequences_still_end(tmp_path):
     np.save(tmp_path / "long.npy", moving_squares(200))
     folder = here(tmp_path / "long.npy", tmp_path, max_minutes=1e-6)
@@ -383,12 +435,14 @@ def test_evaluation_alone_with_a_damaged_log(damage, array, tmp_path):
 def test_evaluation_alone_trains_nothing(array, tmp_path):
     folder = here(array, tmp_path, epochs=1, train_sequences=10)
     weights, scores = (folder / "best.pt").read_bytes(), results(folder)
-    pictures = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    look = lambda: {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".png", ".gif")}
+    pictures = look()
+    assert "predict.gif" in pictures
     for name in ("metrics.json", *pictures):
         (folder / name).unlink()
     here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True)
     assert (folder / "best.pt").read_bytes() == weights and results(folder) == scores
-    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == pictures  # each drawn again
+    assert look() == pictures  # each drawn again
 
 
 def test_scores_of_a_training_are_not_replaced_by_others(array, tmp_path):

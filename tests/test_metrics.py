@@ -38,6 +38,7 @@ def test_errors_by_hand(pixels):
     close(metrics.mse_per_frame(prediction, truth), [0.1875, 0.75])
     close(metrics.mae_per_frame(prediction, truth), [0.5, 1.0])
     close(metrics.psnr(prediction, truth), [11.556650, 4.515450], 1e-6)
+    close(metrics.mse_per_sequence(prediction, truth), [(0.3125 + 1) / 2, (0.0625 + 0.5) / 2])
 
 
 def test_psnr_without_error_is_infinite():
