@@ -1,4 +1,4 @@
-"""Where the data comes from: fetched, verified and unzipped, or made from the digits committed in raw/.
+"""Where the data comes from: fetched, verified and unzipped, made from the digits committed in raw/, or your own.
 
     python download.py    leaves raw/mnist_test_seq.npy (819,200,080 bytes), or says why not
 
@@ -38,7 +38,9 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoint
-from moving_mnist import generate
+import videos
+from machine import say
+from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, generate
 
 
 class File(NamedTuple):
@@ -68,6 +70,44 @@ CHUNK = 1 << 18  # bytes
 
 class DownloadError(Exception):
     """Data that cannot be had, in one sentence."""
+
+
+def load_data(knobs):
+    """(training, validation, test, name of the data for every output)."""
+    if knobs.data not in ("array", "fresh"):
+        path, name = Path(knobs.data), Path(knobs.data).name
+        if not name.isprintable():  # or no UTF-8, and log.csv could not hold it
+            raise DataError(f"{name!a} is a name with characters that cannot be printed; rename it")
+        if os.path.isdir(path):  # Path.is_dir raises in a closed folder, and so does exists
+            span = knobs.frames_in + knobs.frames_out
+            path = videos.read_folder(path, span, knobs.video_size, knobs.video_stride, knobs.video_colour)
+    elif os.path.exists(path := Path("raw/mnist_test_seq.npy")):
+        name = "Moving MNIST array"
+    else:
+        path, name = Path("raw/moving_mnist_standin.npy"), "stand-in array"
+        if os.path.exists(path) and not os.path.exists("raw/mnist_test_seq.npy.gz"):
+            say("raw/mnist_test_seq.npy is not there: using the stand-in (python download.py fetches the real one)")
+        else:
+            try:
+                path, name = moving_mnist_array(), "Moving MNIST array"
+            except DownloadError as error:
+                say(f"{error}\ngoing on with a stand-in array: the same law, the digits of raw/digits_*.png")
+                stand_in()
+    if knobs.data != "fresh":
+        training = MovingMNIST(path, "train", knobs.train_sequences)
+        return training, MovingMNIST(path, "validation"), MovingMNIST(path, "test"), name
+    try:
+        digits = mnist_digits()
+    except DownloadError as error:
+        say(f"{error}\ngoing on with the 10,000 training digits of raw/digits_train.png")
+        digits = digit_sheet(SHEETS / "digits_train.png")
+    held_out = len(digits) // 12  # for validation: digits that no training sequence shows
+    training = FreshMovingMNIST(digits[held_out:], knobs.train_sequences or 10_000, knobs.seed)
+    validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
+    # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
+    test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
+    trained = "" if knobs.eval_only else f", trained on fresh sequences of {len(digits):,} digits"
+    return training, validation, test_split, name + trained
 
 
 def moving_mnist_array(folder="raw"):

@@ -49,6 +49,15 @@ def idle_gpu(device):
     return device.type == "cpu" and torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version")
 
 
+def join(device):
+    """The other processes, where there are any. Raises DeviceError."""
+    names = "RANK", "MASTER_ADDR", "MASTER_PORT"
+    if WORLD > 1 and (missing := [name for name in names if name not in os.environ]):
+        raise DeviceError(f"WORLD_SIZE is {WORLD}, but {', '.join(missing)} are not set; start it with torchrun")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
 def sum_over_processes(value, device):
     if WORLD == 1:
         return value

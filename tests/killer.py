@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
+import beyond
 import checkpoint
 import main
 import metrics
@@ -87,7 +88,7 @@ if __name__ == "__main__":
     kills, data, *arguments = sys.argv[1:]
     if data == "fresh":
         main.load_data = small_fresh_data
-        main.beyond.beyond, main.beyond.table = lambda *args: {}, str  # it does not depend on the data
+        beyond.beyond, beyond.table = lambda *args: {}, str  # it does not depend on the data
     knobs, rng, at_work = parse(main.Knobs, arguments), random.Random(0), 0
     main.compiled(knobs.precision == "bf16")  # once, for all children
     if kills.isdigit():

@@ -28,10 +28,11 @@ from hypothesis import strategies as st
 
 import checkpoint
 import download
+import journal
 import main
 from knobs import parse
 from machine import DeviceError, choose_device
-from moving_mnist import DataError
+from moving_mnist import DataError, MovingMNIST
 
 # Knobs
 
@@ -368,7 +369,7 @@ def test_a_checkpoint_of_another_version_of_the_script(sentence, small, tmp_path
         here(**knobs)
 
 
-ROW = {name: 0.0 for name in (*main.DRAWN, "val_mse_black", "val_mse_copy_last")} | {"sequences": 5}
+ROW = dict.fromkeys(journal.DRAWN, 0.0) | {"sequences": 5}
 ODD = {
     "optimisers": [3, [3, 3], None],
     "history": [5, [5], [{"a": 1}], [ROW, ROW | {"val_loss": "a"}], [ROW | {"sequences": -1}]],
@@ -403,6 +404,22 @@ def test_a_checkpoint_with_the_moments_of_other_weights(small, begun):
             begun(state)
 
 
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda muon, adam: adam["param_groups"][0].update(betas=(0.5, "x")), "its optimiser has other options"),
+        (lambda muon, adam: muon["param_groups"][0].pop("momentum"), ""),
+        (lambda muon, adam: muon["state"][0].pop("momentum_buffer"), "its optimiser has other moments"),
+        (lambda muon, adam: adam["state"][0].pop("step"), "its optimiser has other moments"),
+    ],
+)
+def test_a_checkpoint_of_an_optimiser_that_was_edited(edit, sentence, small, begun):
+    state = checkpoint.load(small[1] / "last.pt")
+    edit(*state["optimisers"])
+    with pytest.raises(checkpoint.CheckpointError, match=rf"last\.pt is no checkpoint of this version.*{sentence}"):
+        begun(state)
+
+
 @pytest.mark.parametrize("knobs", [{"hidden": (10**30,)}, {"epochs": "x"}, {"epochs": torch.ones(3)}, {3: 4}], ids=str)
 def test_a_checkpoint_of_knobs_that_cannot_be(knobs, small, begun):
     state = checkpoint.load(small[1] / "last.pt")
@@ -412,18 +429,18 @@ def test_a_checkpoint_of_knobs_that_cannot_be(knobs, small, begun):
 
 @pytest.fixture
 def begun(small, tmp_path, monkeypatch):
-    """main.begin_or_go_on, of the small run, where last.pt has this state."""
+    """journal.begin_or_go_on, of the small run, where last.pt has this state."""
     knobs, folder = small
     asked = parse(main.Knobs, flags(**knobs))
-    training = main.MovingMNIST(knobs["data"], "train", 10)
+    training = MovingMNIST(knobs["data"], "train", 10)
     model = main.build(asked, 1)
-    setup = main.Setup(asked, tmp_path, "squares.npy", training, training, torch.device("cpu"), None, None)
+    setup = journal.Setup(asked, tmp_path, "squares.npy", training, training, torch.device("cpu"), None, None)
 
     def begin(state):
         (tmp_path / "last.pt").touch()
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "load", lambda *arguments: state)
-            return main.begin_or_go_on(setup, model, main.make_optimisers(model))
+            return journal.begin_or_go_on(setup, model, main.make_optimisers(model))
 
     assert begin(checkpoint.load(folder / "last.pt"))["step"] == 2
     return begin
@@ -468,7 +485,7 @@ def test_scores_of_an_earlier_end_are_not_shown_for_a_later_one(small, tmp_path,
         raise InterruptedError
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(main, "test", killed)  # after the last checkpoint, before the scores
+        patch.setattr(journal, "test", killed)  # after the last checkpoint, before the scores
         here(**more)
     here(**more)
     assert "this run has ended" not in capsys.readouterr().out
@@ -734,6 +751,19 @@ torch.optim.AdamW.step = steps
     assert "stopped; this goes on: " in err
 
 
+def test_a_lost_process_is_a_sentence(array, tmp_path):
+    """NCCL's error, as no NCCL is here; gloo's is raised for real where two processes are killed."""
+    lost = "raise torch.distributed.DistBackendError('NCCL error: remote process exited\\nmore')"
+    launcher = (str(ROOT / "tests" / "after.py"), f"import torch\ndef step(self): {lost}\ntorch.optim.Muon.step = step")
+    _, err = finish(start(*flags(array, tmp_path), launcher=launcher), 1)
+    assert err.strip().endswith("another process ended (NCCL error: remote process exited); its message says why")
+
+
+def test_a_process_that_does_not_know_its_rank(array, tmp_path):
+    _, err = finish(start(*flags(array, tmp_path), WORLD_SIZE="2"), 1)
+    assert "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT are not set; start it with torchrun" in err
+
+
 def test_ctrl_c_during_the_imports(tmp_path):
     (tmp_path / "tqdm.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     finish(start("--help", PYTHONPATH=str(tmp_path)), -signal.SIGINT)
@@ -764,7 +794,7 @@ def test_a_refusal_of_two_processes(array, tmp_path):
     (tmp_path / "my_model" / "last.pt").write_text("damaged")
     errors = [finish(process, 1)[1] for process in two(flags(array, tmp_path))]
     assert "main.py, rank 0: " in errors[0] and "last.pt is damaged" in errors[0]
-    assert "main.py, rank 1: another process ended; its message says why" in errors[1]
+    assert "main.py, rank 1: another process ended (" in errors[1] and "its message says why" in errors[1]
 
 
 def test_one_of_two_processes_dies(array, tmp_path):
