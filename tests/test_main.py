@@ -493,25 +493,6 @@ def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
     assert 0 < group["lr"] < 0.01
 
 
-def test_training_windows_begin_at_any_frame(tmp_path, monkeypatch):
-    """Of frames whose grey level tells their number."""
-    np.save(
-        tmp_path / "clock.npy", np.broadcast_to(np.arange(20, dtype=np.uint8)[:, None, None, None], (20, 57, 16, 16))
-    )
-    seen, cut = [], main.cut
-
-    def spy(frames, frames_in, n_future, device="cpu"):
-        seen.append((int(frames[0, 0].max()), n_future))
-        return cut(frames, frames_in, n_future, device)
-
-    monkeypatch.setattr(main, "cut", spy)
-    here(tmp_path / "clock.npy", tmp_path, epochs=3)
-    first = {n: {start for start, n_future in seen if n_future == n} for n in (1, FRAMES_OUT)}
-    assert len(seen) == 1 + 3 * STEPS and all(first.values())  # one is the dry run
-    for n, starts in first.items():
-        assert len(starts) > 2 and starts <= set(range(20 - FRAMES_IN - n + 1))
-
-
 def test_schedules():
     knobs = main.Knobs(learning_rate=0.02, warmup=0.1, grow_from=0.2, grow_until=0.7, frames_out=11)
     rates = [main.learning_rate(knobs, p) for p in (0, 0.05, 0.1, 0.55, 1)]
