@@ -43,7 +43,7 @@ CONTENDERS = {
 
 def here():
     """Of the contenders, those of a precision that this machine multiplies."""
-    bf16 = "bf16" in choose_device("cpu", "auto")[2]
+    bf16 = choose_device("cpu", "auto")[2].startswith("bf16")
     return [name for name in CONTENDERS if bf16 or "bf16" not in name]
 
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def load(path, advice="set weights to another checkpoint"):
 def lock(folder):
     """Hold the results folder for this process, until it ends however it ends; a second run is refused.
 
-    What killed runs left half written goes.
+    Files that killed runs left half written are removed. Where the file system has no locks, none is held.
     """
     file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 (stays open as long as the run)
     try:
@@ -85,14 +85,16 @@ def lock(folder):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for stray in Path(folder).glob("*.[0-9]*.tmp"):
-            stray.unlink()
     except (BlockingIOError, PermissionError) as error:
         raise CheckpointError(
             f"{folder} is in use by another run; wait for it, or set out to another folder"
         ) from error
     except OSError:
-        pass  # a file system without locks: nothing can tell
+        pass  # a file system without locks
+    else:
+        for stray in Path(folder).glob("*.[0-9]*.tmp"):
+            with suppress(OSError):
+                stray.unlink()
     return file
 
 
@@ -129,7 +131,7 @@ def resume(path, knobs, may_differ):
 
 
 def like(value, example):
-    """Whether it has the types of the example, and no number below 0: in lists as the first, in dicts by key."""
+    """Whether it has the types of the example, and no count below 0: in lists as the first, in dicts by key."""
     if isinstance(example, dict):
         return isinstance(value, dict) and all(key in value and like(value[key], example[key]) for key in example)
     if isinstance(example, list):

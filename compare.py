@@ -16,11 +16,12 @@ SAME = ("data", "split", "sequences", "first_sequence", "frames_in", "frames_out
 
 def read(folder):
     """metrics.json of a folder, and what its training cost."""
-    run = json.loads((folder / "metrics.json").read_text())
+    run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     run["history"] = []
     if (folder / "log.csv").exists():  # weights that were only evaluated have none
-        logs = (list(csv.DictReader((folder / name).read_text().splitlines())) for name in ("log.csv", "timing.csv"))
+        texts = ((folder / name).read_text("utf-8") for name in ("log.csv", "timing.csv"))
+        logs = (csv.DictReader(text.splitlines()) for text in texts)
         for row, time in zip(*logs, strict=True):
             keys = {"sequences": row["sequences"], "minutes": time["minutes"], "val_loss": row["val_loss"]}
             run["history"].append({key: float(value) for key, value in keys.items()})
@@ -77,10 +78,8 @@ def compare(out, latest, first_sequence):
         lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]
     publish(out / "compare.md", "\n".join([*lines, ""]).encode())
 
-    validation = f"validation split of the {latest['data']}"
-    figures.compare(
-        out / "compare.png", {name: run["history"] for name, run in runs.items()}, curves, validation, title
-    )
+    histories = {name: run["history"] for name, run in runs.items()}
+    figures.compare(out / "compare.png", histories, curves, latest["validation"], title)
     cut = latest["frames_in"]
     past, truth = first_sequence[:cut] / 255, first_sequence[cut:][: latest["frames_out"]] / 255
     strips = {"input": (1, past), "truth": (cut + 1, truth)}

@@ -18,14 +18,12 @@ first 2,000 test digits have not. This remakes them where MNIST's own two files 
 """
 
 import argparse
-import errno
 import gzip
 import hashlib
 import os
 import sys
 import time
 import zlib
-from contextlib import nullcontext
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -75,7 +73,8 @@ class DownloadError(Exception):
 def load_data(knobs):
     """(training, validation, test, name of the data for every output)."""
     if knobs.data not in ("array", "fresh"):
-        path, name = Path(knobs.data), Path(knobs.data).name
+        path = Path(knobs.data)
+        name = path.name or path.resolve().name
         if not name.isprintable():  # or no UTF-8, and log.csv could not hold it
             raise DataError(f"{name!a} is a name with characters that cannot be printed; rename it")
         if os.path.isdir(path):  # Path.is_dir raises in a closed folder, and so does exists
@@ -106,7 +105,7 @@ def load_data(knobs):
     validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
     # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
     test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
-    trained = "" if knobs.eval_only else f", trained on fresh sequences of {len(digits):,} digits"
+    trained = "" if knobs.eval_only and knobs.weights else f", trained on fresh sequences of {len(digits):,} digits"
     return training, validation, test_split, name + trained
 
 
@@ -180,18 +179,13 @@ def fetch(file, folder):
 
 
 def alone_in(folder):
-    """For `with`: one process at a time works in the folder. The others wait, then find the work done.
-
-    Where the file system has no locks, none is held: what two transfers mix, the checksum refuses.
-    """
+    """For `with`: one process at a time works in the folder. The others wait, then find the work done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for attempt in count():
             try:
                 return checkpoint.lock(folder)
-            except checkpoint.CheckpointError as error:
-                if error.__cause__.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    return nullcontext()
+            except checkpoint.CheckpointError:
                 if attempt == 0:
                     print(f"waiting for another process that fetches into {folder}", file=sys.stderr)
                 time.sleep(0.5)

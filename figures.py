@@ -40,6 +40,12 @@ def write(figure, path):
     publish(path, buffer.getvalue())
 
 
+def fit(text, width):
+    """Shrink the text until it is no wider, in pixels of its figure."""
+    found = text.get_window_extent(text.figure.canvas.get_renderer()).width
+    text.set_fontsize(text.get_fontsize() * min(1, width / found))
+
+
 def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -59,6 +65,7 @@ def loss(path, history, baselines, title):
     right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)")
     right.set(xlim=(0, None), ylim=(0, None), title=f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
     right.legend(loc="lower left")
+    fit(left.title, 0.45 * figure.bbox.width)
     write(figure, path)
 
 
@@ -69,6 +76,7 @@ def per_frame(path, panels):
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         draw_curves(axes, curves)
         axes.set_title(title)
+        fit(axes.title, 0.9 * figure.bbox.width / n)
     row[0].set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     write(figure, path)
@@ -95,6 +103,8 @@ def compare(path, histories, curves, validation, test):
         axes.yaxis.set_minor_formatter("")
     draw_curves(by_frame, curves)
     by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None), title=test.replace(", ", ",\n"))
+    for axes in figure.axes:
+        fit(axes.title, 0.28 * figure.bbox.width)
     figure.legend(*by_frame.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     write(figure, path)
 
@@ -173,7 +183,7 @@ def grid(path, rows, title, most=10):
             picture[top + 26 :, left:][: height * scale, : width * scale] = enlarged
             axes.text(left + width * scale / 2, top + 22, first + t, ha="center", va="bottom", fontsize=8)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
-    axes.text(picture.shape[1] / 2, 14, title, ha="center", va="top", fontsize=10)
+    fit(axes.text(picture.shape[1] / 2, 14, title, ha="center", va="top", fontsize=10), 0.97 * figure.bbox.width)
     write(figure, path)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
@@ -56,17 +57,28 @@ class Setup(NamedTuple):
     def span(self):
         return self.knobs.frames_in, self.knobs.frames_out
 
+    @property
+    def validated(self):
+        """What the validation split is of, for pictures."""
+        fresh = self.knobs.data == "fresh"
+        return "fresh sequences of held-out digits" if fresh else f"validation split of the {self.data}"
 
-def starting_weights(knobs, path):
-    """(knobs with those of the network that the file of weights is of, the file's content); (knobs, None) without."""
-    if not path:
-        return knobs, None
+
+def starting_weights(knobs):
+    """(knobs with those of the network that the file of weights is of, the file's content and path), or Nones."""
+    if not knobs.weights and not knobs.eval_only:
+        return knobs, None, None
+    path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
+    if not knobs.eval_only and not os.path.exists(path):
+        for last in Path(knobs.out).glob("*/last.pt"):  # a run that goes on without the file it began with
+            with suppress(checkpoint.CheckpointError):
+                path = last if str(checkpoint.load(last)["knobs"].get("weights")) == knobs.weights else path
     given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
     network = {name: value for name, value in given["knobs"].items() if name in NETWORK}
     for f in dataclasses.fields(knobs):
         if f.name in network and (problem := wrong(f, network[f.name])):
             raise checkpoint.CheckpointError(f"{path} is of no network of this script: {problem}")
-    return dataclasses.replace(knobs, **network), given
+    return dataclasses.replace(knobs, **network), given, path
 
 
 def load_weights(model, weights, path):
@@ -75,17 +87,23 @@ def load_weights(model, weights, path):
     except Exception as error:  # whoever made the file chose what its reading meets
         raise checkpoint.CheckpointError(
             f"{path} holds other weights than the model has: the data has other channels, or my_model.py or "
-            "convlstm.py has changed since. Undo the change, or set out to another folder"
+            "convlstm.py has changed since; undo the change, or set out or weights to others"
         ) from error
 
 
-def score_as_trained(knobs, data, given, path):
+def described(knobs, training, data):
+    """The data, by all that tells it from another."""
+    shape = "×".join(str(n) for n in training[np.arange(1)].shape[1:])
+    return f"{knobs.data} ({data}, {len(training):,} sequences of {shape})"
+
+
+def score_as_trained(knobs, training, data, given, path):
     """A training's own results are of its own data: refuse others in their place."""
     then = given["knobs"]
-    now = {"data": f"{knobs.data} ({data})", "frames_in": knobs.frames_in, "frames_out": knobs.frames_out}
-    # begin_or_go_on has added the number of sequences to train on, which no score depends on
-    same = lambda k: f"{then.get(k)}, ".startswith(f"{now[k]}".removesuffix(")") + ", ")
-    if other := [f"{k} was {then.get(k)} and is now {now[k]}" for k in now if not same(k)]:
+    now = {name: getattr(knobs, name) for name in ("frames_in", "frames_out", "video_stride")}
+    now["data"] = described(knobs, training, data)
+    what = lambda value: re.sub(r"[\d,]+ sequences of ", "", str(value))  # no score depends on how many
+    if other := [f"{k} was {then.get(k)} and is now {now[k]}" for k in now if what(then.get(k)) != what(now[k])]:
         raise checkpoint.CheckpointError(
             f"{path} has scores of its training's data, which these would replace: {'; '.join(other)}. "
             f"--weights {path} scores it into a folder of its own"
@@ -95,12 +113,10 @@ def score_as_trained(knobs, data, given, path):
 def begin_or_go_on(setup, model, optimisers):
     """run, as it begins or as the last checkpoint has it, and model and optimisers with it."""
     knobs, path, steps_per_epoch = setup.knobs, setup.folder / "last.pt", len(setup.training) // setup.knobs.batch_size
-    shape = "×".join(str(n) for n in setup.training[np.arange(1)].shape[1:])
-    what = f"{knobs.data} ({setup.data}, {len(setup.training):,} sequences of {shape})"
-    described = {**dataclasses.asdict(knobs), "data": what}
-    state = from_rank_0(checkpoint.resume(path, described, NOT_THE_EXPERIMENT) if RANK == 0 else None)
+    asked = {**dataclasses.asdict(knobs), "data": described(knobs, setup.training, setup.data)}
+    state = from_rank_0(checkpoint.resume(path, asked, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
-    run = {**RUN, "knobs": described, "code": checkpoint.code(), "steps": steps, "steps_per_epoch": steps_per_epoch,
+    run = {**RUN, "knobs": asked, "code": checkpoint.code(), "steps": steps, "steps_per_epoch": steps_per_epoch,
            "best": math.inf, "history": [], "timing": [], "baselines": {}}  # fmt: skip
     if state:
         load_weights(model, state.pop("model"), path)
@@ -109,7 +125,7 @@ def begin_or_go_on(setup, model, optimisers):
                 load_optimiser(optimiser, saved)
             if odd := [part for part in run if not checkpoint.like(state[part], RUN[part])]:
                 raise ValueError(f"{', '.join(odd)} cannot be")
-            now = {"knobs": described, "steps": state["steps"] or steps, "steps_per_epoch": steps_per_epoch}
+            now = {"knobs": asked, "steps": state["steps"] or steps, "steps_per_epoch": steps_per_epoch}
             run = {part: state[part] for part in run} | now
         except Exception as error:  # whoever made the file chose what its reading meets
             raise checkpoint.CheckpointError(
@@ -134,7 +150,7 @@ def load_optimiser(optimiser, saved):
         raise ValueError("its optimiser has other options")
     kinds = [names for kind, names in MOMENTS.items() if isinstance(optimiser, kind)]  # others keep what they like
     for weight, moments in optimiser.state.items() if kinds else ():
-        if moments.keys() != kinds[0]:
+        if not moments.keys() >= kinds[0]:  # and amsgrad's
             raise ValueError("its optimiser has other moments")
         [moment.expand_as(weight) for moment in moments.values()]  # raises for another weight's
 
@@ -193,7 +209,7 @@ def note(setup, run, scores, rate, speed, model):
         checkpoint.save(folder / "best.pt", {**best, "model": model.state_dict()})
     log(setup, run)
     curves = {knobs.model: mse.tolist(), **run["baselines"]}
-    figures.per_frame(folder / "per_frame.png", {f"validation split of the {setup.data}": curves})
+    figures.per_frame(folder / "per_frame.png", {setup.validated: curves})
     show(setup, f"after {seen:,} training sequences")
 
 
@@ -219,8 +235,7 @@ def write_csv(path, rows):
 
 
 def show(setup, when):
-    knobs, title = setup.knobs, f"{setup.data}, validation split, {when}"
-    draw(setup.folder, setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, setup.device, title)
+    draw(setup.folder, setup.forecast, setup.validation, *setup.span, setup.device, f"{setup.validated}, {when}")
 
 
 def conclude(setup, model, step, test_split):
@@ -230,7 +245,7 @@ def conclude(setup, model, step, test_split):
     first = test_split[np.arange(1)]
     results = {"data": data, "split": test_split.split, "sequences": len(test_split),
                "first_sequence": hashlib.sha256(first.numpy()).hexdigest()[:16],
-               "frames_in": knobs.frames_in, "frames_out": knobs.frames_out,
+               "frames_in": knobs.frames_in, "frames_out": knobs.frames_out, "validation": setup.validated,
                "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
                "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip
     if knobs.data in ("array", "fresh"):

@@ -4,12 +4,13 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.distributed as dist
 
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # both are set by torchrun
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
 
 
 class DeviceError(Exception):
@@ -50,12 +51,15 @@ def idle_gpu(device):
 
 
 def join(device):
-    """The other processes, where there are any. Raises DeviceError."""
+    """Connect to the other processes, if there are any. Raises DeviceError."""
     names = "RANK", "MASTER_ADDR", "MASTER_PORT"
     if WORLD > 1 and (missing := [name for name in names if name not in os.environ]):
         raise DeviceError(f"WORLD_SIZE is {WORLD}, but {', '.join(missing)} are not set; start it with torchrun")
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if WORLD > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except dist.DistError as error:
+        raise DeviceError(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
 
 
 def sum_over_processes(value, device):
@@ -84,7 +88,9 @@ def stop(signum, frame):
         signal.signal(number, signal.SIG_DFL)  # the second time, at once
     if RANK == 0:
         goes_on = shlex.join(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
-        os.write(2, f"\nstopped; this goes on: {goes_on}\n".encode())  # a print may be at work; no second can begin
+        with suppress(OSError):  # a closed pipe
+            # not print, which may be at work already and cannot be entered twice
+            os.write(2, f"\nstopped; this goes on: {goes_on}\n".encode())
     raise SystemExit(128 + signum)
 
 

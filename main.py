@@ -201,9 +201,11 @@ def announce_pace(run, seconds_a_step, knobs, bar):
 
 
 def diverged(what, rate, last_loss, folder):
+    last, advice = folder / "last.pt", "start over with a lower --learning_rate"
+    if last.exists():
+        advice = f"--weights {last}, another --out and a lower --learning_rate start from the last checkpoint"
     return FloatingPointError(
-        f"{what}, at learning rate {rate:.4g} (last finite loss: {last_loss}). Nothing of it was saved; --weights "
-        f"{folder / 'last.pt'}, another --out and a lower --learning_rate start from the last checkpoint"
+        f"{what}, at learning rate {rate:.4g} (last finite loss: {last_loss}). Nothing of it was saved; {advice}"
     )
 
 
@@ -270,7 +272,7 @@ def train(setup, run, model, optimisers):
             try:
                 if "optical_flow" not in run["baselines"]:  # not at the start: it takes seconds
                     run["baselines"]["optical_flow"] = baseline(setup, "optical_flow")
-                scores = evaluate(setup.forecast, setup.validation, knobs.frames_in, knobs.frames_out, names, device)
+                scores = evaluate(setup.forecast, setup.validation, *setup.span, names, device)
             except ValueError as error:  # the loss was finite, the weights after it are not
                 raise diverged(f"{error} after step {run['step']}", rate, last_loss, setup.folder) from error
             if RANK == 0:
@@ -317,21 +319,17 @@ def fit(knobs, training, data):
 def main(knobs):
     device, autocast, precision = choose_device(knobs.device, knobs.precision)
     join(device)
-    path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
-    weights = path if knobs.weights or knobs.eval_only else None
-    last = Path(knobs.out) / knobs.model / "last.pt"
-    if knobs.weights and not knobs.eval_only and last.exists() and not path.exists():
-        weights = last  # the run goes on without what it began with
-    knobs, given = starting_weights(knobs, weights)
-    # evaluated weights have a folder of their own, so that they replace no training's results
-    name = path.resolve().parent.name if path.stem in ("best", "last") else path.stem
-    folder = Path(knobs.out) / (f"weights_{name}" if knobs.eval_only and knobs.weights else knobs.model)
+    knobs, given, weights = starting_weights(knobs)
+    folder = Path(knobs.out) / knobs.model
+    if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
+        name = weights.resolve().parent.name if weights.stem in ("best", "last") else weights.stem
+        folder = Path(knobs.out) / f"weights_{name}"
     if RANK == 0:
         _held = checkpoint.claim(folder)
     training, validation, test_split, data = load_data(knobs)
     knobs = follow(knobs, training)
     if knobs.eval_only and not knobs.weights:
-        score_as_trained(knobs, data, given, weights)
+        score_as_trained(knobs, training, data, given, weights)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
@@ -348,7 +346,7 @@ def main(knobs):
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
-    if device.type == "cpu" and knobs.model == "my_model" and not compiled("bf16" in precision):
+    if device.type == "cpu" and knobs.model == "my_model" and not compiled(precision.startswith("bf16")):
         say("          gates not compiled, and several times as slow (Linux on x86 with gcc or clang compiles them)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
@@ -397,9 +395,10 @@ if __name__ == "__main__":
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
         sys.exit(f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
-                 "The last checkpoint is intact")  # fmt: skip
+                 "The last checkpoint, if there is one, is intact")  # fmt: skip
     except OSError as error:  # of print, as files have a sentence of their own
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        print(f"main.py: cannot print: {error.strerror}. The last checkpoint is intact", file=sys.stderr, flush=True)
+        words = f"main.py: cannot print: {error.strerror}. The last checkpoint, if there is one, is intact"
+        print(words, file=sys.stderr, flush=True)
         os._exit(1)  # at its end Python would print again

@@ -120,15 +120,19 @@ class ConvLSTM(nn.Module):
 def twin_agrees():
     """Whether the fast layer computes what the cell above says: no longer, once the cell has been edited."""
     with torch.random.fork_rng(devices=[]):
-        layer, x = ConvLSTM(4, 4, 3, 3).double(), torch.rand(1, 3, 4, 5, 5).double()
-        for parameter in layer.parameters():
-            parameter.uniform_(-1, 1)
-        try:
-            twin, _ = layer(x, None, 3)
-            layer.fast = False
-            return torch.allclose(layer(x, None, 3)[0], twin)
-        except (AttributeError, RuntimeError, TypeError, ValueError):  # the edited cell has other parts
-            return False
+        x, state = torch.rand(1, 3, 4, 5, 5).double(), torch.rand(2, 1, 4, 5, 5).double().unbind()
+        for in_channels, peephole in ((4, True), (4, False), (0, True)):
+            layer = ConvLSTM(in_channels, 4, 3, 3, peephole).double()
+            for parameter in layer.parameters():
+                parameter.uniform_(-1, 1)
+            try:
+                twin, _ = layer(x if in_channels else None, state, 3)
+                layer.fast = False
+                if not torch.allclose(layer(x if in_channels else None, state, 3)[0], twin):
+                    return False
+            except (AttributeError, RuntimeError, TypeError, ValueError):  # the edited cell has other parts
+                return False
+    return True
 
 
 def unroll(layers, x, states, n_frames):

@@ -30,7 +30,7 @@ from moving_mnist import FreshMovingMNIST, MovingMNIST
 
 
 def small_fresh_data(knobs):
-    """As main.load_data for data="fresh", with few digits and sequences."""
+    """As download.load_data for data="fresh", with few digits and sequences."""
     digits = np.zeros((6, 28, 28), np.uint8)
     for k, digit in enumerate(digits):
         digit[4 : 24 - k, 4 + 2 * k : 24] = 255 - 20 * k

@@ -59,7 +59,7 @@ def test_the_table_has_every_contender(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "peak_memory", lambda name, batch, **work: 2**20)
     monkeypatch.setattr(bench, "step_of", lambda *args, **work: lambda: None)
     monkeypatch.setattr(bench, "bare_convolutions", lambda *args, **work: lambda: None)
-    monkeypatch.setattr(bench, "choose_device", lambda *args: (None, None, "bf16"))
+    monkeypatch.setattr(bench, "choose_device", lambda *args: (None, None, "bf16 (AMX-BF16)"))
     monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
     monkeypatch.chdir(tmp_path)
     bench.main()
@@ -68,6 +68,11 @@ def test_the_table_has_every_contender(monkeypatch, tmp_path, capsys):
         names = {row["name"] for row in rows if (row["work"], row["batch"]) == (work, batch)}
         assert set(bench.CONTENDERS) <= names
     assert "reference, fp32" in capsys.readouterr().out
+
+
+def test_bf16_is_left_out_where_it_would_be_emulated(monkeypatch):
+    monkeypatch.setattr(bench.torch.cpu, "get_capabilities", dict, raising=False)
+    assert bench.here() == ["reference, fp32", "my_model, fp32"]
 
 
 def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):

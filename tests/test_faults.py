@@ -4,6 +4,7 @@ What needs no process of its own is asked of the functions; the last part ends r
 """
 
 import ast
+import dataclasses
 import errno
 import hashlib
 import io
@@ -672,7 +673,7 @@ def test_training_stops_before_a_step_that_would_spoil_the_weights(what, array, 
 
 def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
     few = {"epochs": 1, "warmup": 0, "learning_rate": 1e37}
-    with pytest.raises(FloatingPointError, match=r"NaN or infinite .*after step 1, at learning rate .*--weights"):
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite .*after step 1, at learning rate .*start over with"):
         here(array, tmp_path, train_sequences=5, **few)  # the loss of the only step is finite, and nothing after it
     monkeypatch.setattr(main.Muon, "step", lambda self: self.kernels[0].data.fill_(math.inf))
     with pytest.raises(FloatingPointError, match=r"weights are not finite, and .*last\.pt was left as it is"):
@@ -762,6 +763,20 @@ def test_a_lost_process_is_a_sentence(array, tmp_path):
 def test_a_process_that_does_not_know_its_rank(array, tmp_path):
     _, err = finish(start(*flags(array, tmp_path), WORLD_SIZE="2"), 1)
     assert "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT are not set; start it with torchrun" in err
+
+
+def test_a_rank_left_over_from_elsewhere_is_nobodys(array, tmp_path):
+    printed, _ = finish(start(*flags(array, tmp_path, epochs=1, train_sequences=5), RANK="1"))
+    assert "1 process," in printed and (tmp_path / "my_model" / "metrics.json").exists()
+
+
+def test_processes_that_do_not_find_each_other(array, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        world = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        _, err = finish(start(*flags(array, tmp_path), **world), 1)
+    assert "main.py, rank 0: the processes did not find each other: " in err
 
 
 def test_ctrl_c_during_the_imports(tmp_path):
@@ -866,4 +881,7 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
         assert "using the stand-in" in capsys.readouterr().out
         *splits, name = main.load_data(main.Knobs(data="fresh", train_sequences=20))
         assert (len(splits[0]), name) == (20, "stand-in array, trained on fresh sequences of 10,000 digits")
+        scored = main.Knobs(data="fresh", eval_only=True)  # under the same name; another's weights are not so trained
+        assert main.load_data(scored)[-1] == name
+        assert main.load_data(dataclasses.replace(scored, weights="a.pt"))[-1] == "stand-in array"
         assert "going on with the 10,000 training digits" in capsys.readouterr().out

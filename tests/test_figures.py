@@ -160,6 +160,15 @@ def test_models_are_compared_over_time_sequences_and_frames(monkeypatch):
     assert colours[0] == colours[1] == colours[2]  # a model's is the same in each panel
 
 
+def test_a_long_title_fits(monkeypatch):
+    title = "a name that is long, trained on fresh sequences: " * 3
+    grid = drawn(monkeypatch, figures.grid, {"truth": (1, flat(0, 5))}, title)
+    panels = drawn(monkeypatch, figures.per_frame, {title: {"a": [1, 2]}, "b": {"a": [1, 2]}})
+    for figure, text, width in ((grid, grid.axes[0].texts[-1], 1), (panels, panels.axes[0].title, 1 / 2)):
+        assert text.get_text() == title
+        assert text.get_window_extent(figure.canvas.get_renderer()).width < width * figure.bbox.width
+
+
 @pytest.mark.parametrize("name", DRAW)
 def test_a_picture_is_written_whole_or_not_at_all(name, tmp_path, monkeypatch):
     path = tmp_path / ("a.gif" if name == "animation" else "a.png")

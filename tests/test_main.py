@@ -419,8 +419,9 @@ def test_weights_that_are_gone_are_no_loss_to_a_run_that_began_with_them(array, 
     assert "this run has ended" in capsys.readouterr().out
     here(array, tmp_path / "tuned", **knobs | {"epochs": 2})
     assert checkpoint.load(folder / "last.pt")["step"] == 4
-    with pytest.raises(checkpoint.CheckpointError, match=r"cannot read .*small\.pt: No such file"):
-        here(array, tmp_path / "new", **knobs)
+    for others in ({"out": tmp_path / "new"}, {"out": tmp_path / "tuned", "weights": tmp_path / "typo.pt"}):
+        with pytest.raises(checkpoint.CheckpointError, match=r"cannot read .*\.pt: No such file"):
+            here(**{"data": array, "out": None} | knobs | others)
 
 
 @pytest.mark.parametrize("damage", ["", "step,val_loss\n1", "step\n\0", b"\xff\xfe"], ids=repr)
@@ -451,6 +452,8 @@ def test_scores_of_a_training_are_not_replaced_by_others(array, tmp_path):
     other = {"frames_out": 3, "eval_only": True}
     with pytest.raises(checkpoint.CheckpointError, match=r"frames_out was 4 and is now 3.*--weights .*best\.pt scores"):
         here(array, tmp_path, **other)
+    with pytest.raises(checkpoint.CheckpointError, match=r"video_stride was 1 and is now 2"):
+        here(array, tmp_path, video_stride=2, eval_only=True)
     here(array, tmp_path, **other, weights=folder / "best.pt")
     assert (folder / "metrics.json").read_bytes() == scores
     assert results(tmp_path / "weights_my_model")["frames_out"] == 3
@@ -467,7 +470,8 @@ def test_scores_of_a_training_on_other_data_are_not_replaced(then, array, tmp_pa
 
 
 def test_code_edited_during_a_run_is_named(array, tmp_path, monkeypatch, capsys):
-    here(array, tmp_path, epochs=1, train_sequences=10)
+    for _ in range(2):
+        here(array, tmp_path, epochs=1, train_sequences=10)
     assert "edited  " not in capsys.readouterr().out
     code = checkpoint.code() | {"metrics.py": "other"}
     monkeypatch.setattr(checkpoint, "code", lambda: code)
@@ -481,13 +485,16 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
     assert fast() == {True} and not capsys.readouterr().out
     forward = my_model.ConvLSTMCell.forward
     edited = lambda self, x, state: [2 * s for s in forward(self, x, state)]
-    monkeypatch.setattr(my_model.ConvLSTMCell, "forward", edited)
-    assert fast() == {False} and "ConvLSTMCell has been edited" in capsys.readouterr().out
+    only_without = lambda self, x, state: edited(self, x, state) if self.peephole is None else forward(self, x, state)
+    for change in (edited, only_without):
+        monkeypatch.setattr(my_model.ConvLSTMCell, "forward", change)
+        assert fast() == {False} and "ConvLSTMCell has been edited" in capsys.readouterr().out
 
 
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "make_optimisers", lambda model: [torch.optim.AdamW(model.parameters())])
-    folder = here(array, tmp_path, epochs=2, train_sequences=10, learning_rate=0.01)
+    monkeypatch.setattr(main, "make_optimisers", lambda model: [torch.optim.AdamW(model.parameters(), amsgrad=True)])
+    for epochs in (1, 2):
+        folder = here(array, tmp_path, epochs=epochs, train_sequences=10, learning_rate=0.01)
     assert (folder / "metrics.json").exists()
     (group,) = torch.load(folder / "last.pt")["optimisers"][0]["param_groups"]
     assert 0 < group["lr"] < 0.01
