@@ -105,8 +105,9 @@ def load_data(knobs):
     validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
     # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
     test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
-    trained = "" if knobs.eval_only and knobs.weights else f", trained on fresh sequences of {len(digits):,} digits"
-    return training, validation, test_split, name + trained
+    if not (knobs.eval_only and knobs.weights):
+        name += f", trained on fresh sequences of {len(training.digits):,} digits"
+    return training, validation, test_split, name
 
 
 def moving_mnist_array(folder="raw"):

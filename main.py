@@ -68,30 +68,30 @@ from my_model import EncoderForecaster, twin_agrees
 class Knobs:
     """The experiment. Edit a default here, or set it for one run by a flag: python main.py --epochs 20"""
 
-    data: str = knob("array", "array (the official npy), fresh (new sequences all the time), or your own: a .npy of "
-                              "shape (T, N, H, W) or (T, N, H, W, C), or a folder of videos", group="data")  # fmt: skip
-    train_sequences: int = knob(0, "use only so many training sequences; 0 = all", 0, 10**7, tried="8 to 10000")
+    data: str = knob("array", "array (the official npy, or a stand-in where it cannot be had), fresh (new sequences "
+                              "all the time), or your own: a .npy of shape (T, N, H, W) or (T, N, H, W, C), or a "
+                              "folder of videos", group="data")  # fmt: skip
+    train_sequences: int = knob(0, "use only so many training sequences; 0 = all (fresh: so many an epoch; 0 = 10,000)",
+                                0, 10**7, tried="8 to 10000")  # fmt: skip
     frames_in: int = knob(10, "frames the model sees", 2, tried="2 to 10")
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1, tried="2 to 40")
-    video_size: int = knob(64, "pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
-    video_stride: int = knob(1, "take every so many-th frame of a video", 1, 10**6, tried="1, 2")
-    video_colour: bool = knob(False, "red, green and blue of a video; else its grey")
+    video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
+    video_stride: int = knob(1, "of a folder: take every so many-th frame", 1, 10**6, tried="1, 2")
+    video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
     augment: bool = knob(False, "flip, transpose and reverse training sequences: for runs of tens of epochs")
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
-    hidden: tuple[int, ...] = knob((64, 64, 64), "hidden channels of each layer, bottom to top; the paper's: "
-                                   "128,64,64", 1, 10**6, tried="1 to 3 layers of 4 to 128")  # fmt: skip
-    kernel_size: int = knob(3, "input-to-state kernel, odd; the paper's: 5", 1, 255, tried="1 to 5")
-    state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same", 0, 255, tried="3, 5")
-    patch: int = knob(4, "pixels a side of a patch, one position of the states", 1, 4096, tried="2 to 8")
-    peephole: bool = knob(True, "let the gates see the cell state")
-    head: int = knob(
-        128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0, 10**6, tried="0 to 256"
-    )
-    feedback: bool = knob(
-        True, "forecast with the encoder, fed with its own last frame; false: a second stack, as the paper"
-    )
+    hidden: tuple[int, ...] = knob((64, 64, 64), "hidden channels of each layer, bottom to top (not seq2seq); the "
+                                   "paper's: 128,64,64", 1, 10**6, tried="1 to 3 layers of 4 to 128")  # fmt: skip
+    kernel_size: int = knob(3, "input-to-state kernel, odd (not seq2seq); the paper's: 5", 1, 255, tried="1 to 5")
+    state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same (my_model only)", 0, 255, tried="3, 5")
+    patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
+    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next three)")
+    head: int = knob(128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0, 10**6,
+                     tried="0 to 256")  # fmt: skip
+    feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
+                                "the paper")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
     epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
@@ -99,21 +99,21 @@ class Knobs:
     batch_size: int = knob(4, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
                                 1e-9, 1e37, tried="0.02 to 0.05")  # fmt: skip
-    warmup: float = knob(
-        0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero", 0, 1
-    )
-    grow_from: float = knob(0.3, "part of training after which more than one forecast frame is trained on",
+    warmup: float = knob(0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero",
+                         0, 1)  # fmt: skip
+    grow_from: float = knob(0.3, "part of training after which the horizon grows from one forecast frame",
                             0, 1, tried="0.1 to 0.4")  # fmt: skip
-    grow_until: float = knob(0.8, "part of training after which all are; between the two, ever more. 0 = always all",
+    grow_until: float = knob(0.8, "part of training after which all forecast frames are trained on. 0 = always all",
                              0, 1, tried="0.25 to 0.9")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
-    eval_only: bool = knob(False, "evaluate the best weights and draw, train nothing")
+    eval_only: bool = knob(False, "train nothing: score and draw best.pt, or --weights in a folder of their own")
     weights: str = knob("", "start from these weights: a best.pt; they bring the knobs of their network along")
     save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0, 1e6)
 
-    seed: int = knob(0, "of weights, order and augmentation", 0, 2**63 - 1, group="system", tried="0 to 2")
+    seed: int = knob(0, "of weights, order, augmentation and fresh sequences", 0, 2**63 - 1, group="system",
+                     tried="0 to 2")  # fmt: skip
     device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
 

@@ -122,15 +122,15 @@ def twin_agrees():
     with torch.random.fork_rng(devices=[]):
         x, state = torch.rand(1, 3, 4, 5, 5).double(), torch.rand(2, 1, 4, 5, 5).double().unbind()
         for in_channels, peephole in ((4, True), (4, False), (0, True)):
-            layer = ConvLSTM(in_channels, 4, 3, 3, peephole).double()
-            for parameter in layer.parameters():
-                parameter.uniform_(-1, 1)
             try:
+                layer = ConvLSTM(in_channels, 4, 3, 3, peephole).double()
+                for parameter in layer.parameters():
+                    parameter.uniform_(-1, 1)
                 twin, _ = layer(x if in_channels else None, state, 3)
                 layer.fast = False
                 if not torch.allclose(layer(x if in_channels else None, state, 3)[0], twin):
                     return False
-            except (AttributeError, RuntimeError, TypeError, ValueError):  # the edited cell has other parts
+            except Exception:  # the edited cell has other parts, which may raise anything
                 return False
     return True
 

@@ -92,7 +92,7 @@ def test_damaged_neighbours_are_left_out(reference, tmp_path):
     assert (tmp_path / "compare.md").read_text().endswith(f"these: {', '.join(sorted(DAMAGE))}.\n")
 
 
-def test_cases_beyond_training_are_what_they_say(tmp_path):
+def test_cases_beyond_training_are_what_they_say(tmp_path, capsys):
     """The forecast that is tested notes what it is shown."""
     seen = []
 
@@ -119,5 +119,8 @@ def test_cases_beyond_training_are_what_they_say(tmp_path):
     pictures = {path.name for path in tmp_path.iterdir()}
     cases = ("three_digits", "20_frames", "30_frames", "96x96_pixels")
     assert pictures == {"beyond.png", *(f"beyond_{case}.png" for case in cases)}
+    of_one_size = lambda past, n: forecast(past, n) if past.shape[-1] == 64 else past[:, :, :, :65].view(1)
+    fewer = beyond.beyond(tmp_path, "my_model", of_one_size, 10, 10, torch.device("cpu"), n_sequences=8)
+    assert list(fewer) == list(results)[:-1] and "beyond    96×96 pixels: not possible (" in capsys.readouterr().out
     lines = beyond.table(results).splitlines()
     assert f"{np.mean(results['three digits']['black']):.1f}" in lines[3] and lines[3].startswith("three digits")

@@ -880,7 +880,7 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
             assert main.load_data(main.Knobs())[-1] == "stand-in array"
         assert "using the stand-in" in capsys.readouterr().out
         *splits, name = main.load_data(main.Knobs(data="fresh", train_sequences=20))
-        assert (len(splits[0]), name) == (20, "stand-in array, trained on fresh sequences of 10,000 digits")
+        assert (len(splits[0]), name) == (20, "stand-in array, trained on fresh sequences of 9,167 digits")
         scored = main.Knobs(data="fresh", eval_only=True)  # under the same name; another's weights are not so trained
         assert main.load_data(scored)[-1] == name
         assert main.load_data(dataclasses.replace(scored, weights="a.pt"))[-1] == "stand-in array"
