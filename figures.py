@@ -42,8 +42,9 @@ def write(figure, path):
 
 def fit(text, width):
     """Shrink the text until it is no wider, in pixels of its figure."""
-    found = text.get_window_extent(text.figure.canvas.get_renderer()).width
-    text.set_fontsize(text.get_fontsize() * min(1, width / found))
+    renderer = text.figure.canvas.get_renderer()
+    while (wide := text.get_window_extent(renderer).width) > width and text.get_fontsize() > 3:
+        text.set_fontsize(text.get_fontsize() * min(0.98, width / wide))  # not quite in proportion
 
 
 def loss(path, history, baselines, title):

@@ -179,7 +179,7 @@ def test_killed_after_an_epoch(reference, array, tmp_path):
 @pytest.mark.parametrize("model", ["convlstm", "seq2seq"])
 def test_a_reference_goes_on_as_exactly(model, array, tmp_path):
     """Stopped in the middle, as by a crash: from the file of its last checkpoint."""
-    few = {"model": model, "train_sequences": 20}
+    few = {"model": model, "train_sequences": 10}
     alone = here(array, tmp_path / "alone", **few)
 
     class Crash(Exception):
