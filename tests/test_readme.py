@@ -62,9 +62,13 @@ def test_the_commands_are_these():
     ("command", "shorter", "leaves"),
     [
         (0, SHORT, "my_model/beyond.png"),
-        (2, "", "weights_long/predict_median.png"),
+        (2, "--frames_in 5 --frames_out 3", "weights_long/predict_median.png"),
         (3, f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001", "convlstm/metrics.json"),
-        (4, f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001", "seq2seq/metrics.json"),
+        (
+            4,
+            f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001 --frames_in 2 --frames_out 2",
+            "seq2seq/metrics.json",
+        ),
     ],
 )
 def test_a_command_does_its_job(command, shorter, leaves, copy):
