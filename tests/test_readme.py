@@ -19,6 +19,7 @@ from moving_mnist import generate
 
 README = (ROOT / "README.md").read_text()
 SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4 --batch_size 4"
+BY_CLOCK = f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001 --frames_in 2 --frames_out 2"
 METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
 
 
@@ -63,12 +64,8 @@ def test_the_commands_are_these():
     [
         (0, SHORT, "my_model/beyond.png"),
         (2, "--frames_in 5 --frames_out 3", "weights_long/predict_median.png"),
-        (3, f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001", "convlstm/metrics.json"),
-        (
-            4,
-            f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001 --frames_in 2 --frames_out 2",
-            "seq2seq/metrics.json",
-        ),
+        (3, BY_CLOCK, "convlstm/metrics.json"),
+        (4, BY_CLOCK, "seq2seq/metrics.json"),
     ],
 )
 def test_a_command_does_its_job(command, shorter, leaves, copy):
