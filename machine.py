@@ -83,6 +83,17 @@ def say(*words):
         print(*words, flush=True)
 
 
+def end(status, message=None):
+    """End this process; the message goes to stderr."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if WORLD == 1:
+        sys.exit(status)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)  # a thread of gloo's may still free a tensor, and where Python is shutting down, that aborts it
+
+
 def stop(signum, frame):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the second time, at once

@@ -53,6 +53,7 @@ from machine import (
     WORLD,
     DeviceError,
     choose_device,
+    end,
     from_rank_0,
     idle_gpu,
     join,
@@ -382,20 +383,19 @@ if __name__ == "__main__":
         main(knobs)
         if WORLD > 1:
             dist.destroy_process_group()
-            sys.stdout.flush()
-            os._exit(0)  # a thread of gloo's may still free a tensor, and where Python is shutting down, that aborts it
+            end(0)
     except (DataError, DeviceError, DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
-        sys.exit(f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
+        end(1, f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
         lost = "closed by peer", "reset by peer", "Broken pipe"  # gloo's words; nccl has an error of its own
         if isinstance(error, dist.DistError) or any(words in str(error) for words in lost):
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            sys.exit(f"main.py, rank {RANK}: another process ended ({why}); its message says why")
+            end(1, f"main.py, rank {RANK}: another process ended ({why}); its message says why")
         words = "out of memory", "can't allocate memory", "not enough memory"
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
-        sys.exit(f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
-                 "The last checkpoint, if there is one, is intact")  # fmt: skip
+        end(1, f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
+               "The last checkpoint, if there is one, is intact")  # fmt: skip
     except OSError as error:  # of print, as files have a sentence of their own
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
