@@ -69,7 +69,7 @@ def starting_weights(knobs):
     if not knobs.weights and not knobs.eval_only:
         return knobs, None, None
     path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
-    if not knobs.eval_only and not os.path.exists(path):
+    if RANK == 0 and not knobs.eval_only and not os.path.exists(path):
         for last in Path(knobs.out).glob("*/last.pt"):  # a run that goes on without the file it began with
             with suppress(checkpoint.CheckpointError):
                 path = last if str(checkpoint.load(last)["knobs"].get("weights")) == knobs.weights else path
@@ -116,7 +116,8 @@ def begin_or_go_on(setup, model, optimisers):
     asked = {**dataclasses.asdict(knobs), "data": described(knobs, setup.training, setup.data)}
     state = from_rank_0(checkpoint.resume(path, asked, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
-    run = {**RUN, "knobs": asked, "code": checkpoint.code(), "steps": steps, "steps_per_epoch": steps_per_epoch,
+    code = checkpoint.code()
+    run = {**RUN, "knobs": asked, "code": code, "steps": steps, "steps_per_epoch": steps_per_epoch,
            "best": math.inf, "history": [], "timing": [], "baselines": {}}  # fmt: skip
     if state:
         load_weights(model, state.pop("model"), path)
@@ -131,7 +132,7 @@ def begin_or_go_on(setup, model, optimisers):
             raise checkpoint.CheckpointError(
                 f"{path} is no checkpoint of this version of main.py ({error}); set out to another folder"
             ) from error
-        if edited := [name for name, mark in checkpoint.code().items() if run["code"].get(name) != mark]:
+        if edited := [name for name, mark in code.items() if run["code"].get(name) != mark]:
             say(f"edited    since this run began: {', '.join(edited)}; a new --out runs the edited code from the start")
         return run
     run["baselines"] = {who: baseline(setup, who) for who in ("black", "copy_last")}
@@ -253,7 +254,7 @@ def conclude(setup, model, step, test_split):
     if RANK == 0:
         if knobs.eval_only:
             with suppress(OSError, LookupError, TypeError, ValueError, csv.Error):  # no log, or a damaged one
-                draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text().splitlines())))
+                draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())))
         show(setup, "best weights")
         draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, {test_split.split} split")
         write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])

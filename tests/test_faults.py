@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STEPS, finish, flags, here, largest_file, mounted, moving_squares, start
+from conftest import ABORTS_AT_SHUTDOWN, ROOT, STEPS, finish, flags, here, largest_file, mounted, moving_squares, start
 from conftest import wait_until as wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -807,9 +807,7 @@ def two(command, **launcher):
 def test_a_refusal_of_two_processes(array, tmp_path):
     (tmp_path / "my_model").mkdir()
     (tmp_path / "my_model" / "last.pt").write_text("damaged")
-    # at Python's shutdown a thread of gloo's may abort the process: here it always would, and nobody may notice
-    after = (str(ROOT / "tests" / "after.py"), "import atexit, os; atexit.register(os.abort)")
-    errors = [finish(process, 1)[1] for process in two(flags(array, tmp_path), launcher=after)]
+    errors = [finish(process, 1)[1] for process in two(flags(array, tmp_path), launcher=ABORTS_AT_SHUTDOWN)]
     assert "main.py, rank 0: " in errors[0] and "last.pt is damaged" in errors[0]
     assert "main.py, rank 1: another process ended (" in errors[1] and "its message says why" in errors[1]
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ABORTS_AT_SHUTDOWN,
     ENVIRONMENT,
     FRAMES_IN,
     FRAMES_OUT,
@@ -288,9 +289,7 @@ def test_two_machines(array, tmp_path):
 
 
 def test_processes_share_the_batch(reference, array, tmp_path):
-    # at Python's shutdown a thread of gloo's may abort the process: here it always would, and nobody may notice
-    after = (str(ROOT / "tests" / "after.py"), "import atexit, os; atexit.register(os.abort)")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *after)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *ABORTS_AT_SHUTDOWN)
     printed, _ = finish(start(*flags(array, tmp_path), launcher=launcher))
     assert printed.count("2 processes") == 1
     folder = tmp_path / "my_model"
