@@ -12,15 +12,14 @@ from machine import RANK, say
 from moving_mnist import Sequences, generate
 
 
-def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_sequences=200):
+def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_sequences=100):
     """Case → the named forecast and each baseline → MSE per frame; beyond.png, and a picture of each case."""
     digits, results = download.digit_sheet(download.SHEETS / "digits_test.png"), {}
     large = max(96, 64 + patch)  # which can be cut into patches where 64 can
     double, triple = f"{2 * frames_out} frames", f"{3 * frames_out} frames"
     cases = {
-        "as in training": {},
-        "three digits": {"n_digits": 3},
         triple: {"n_frames": frames_in + 3 * frames_out},
+        "three digits": {"n_digits": 3},
         # on the larger canvas a digit moves as many pixels a frame as on 64×64
         f"{large}×{large} pixels": {"size": large, "step": 0.1 * (64 - 28) / (large - 28)},
     }
@@ -33,14 +32,12 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
         except (RuntimeError, ValueError) as error:  # an edited network that fixes the size, or too little memory
             say(f"beyond    {case}: not possible ({str(error).splitlines()[0]})")
             continue
-        if case == triple:
-            results[double] = {who: values[: 2 * frames_out] for who, values in curves.items()}
-            if RANK == 0:
-                draw(folder, name, double, forecast, dataset, frames_in, 2 * frames_out, device)
-        results[case] = curves
-        if changes and RANK == 0:
-            draw(folder, name, case, forecast, dataset, frames_in, n, device)
-    if RANK == 0:
+        lengths = {"as in training": frames_out, double: 2 * frames_out} if case == triple else {}
+        for part, frames in {**lengths, case: n}.items():  # the first frames of the long forecasts are the short ones
+            results[part] = {who: values[:frames] for who, values in curves.items()}
+            if RANK == 0 and part != "as in training":
+                draw(folder, name, part, forecast, dataset, frames_in, frames, device)
+    if RANK == 0 and results:
         figures.per_frame(folder / "beyond.png", {case: results[case] for case in cases if case in results})
     return results
 
@@ -63,7 +60,7 @@ def draw(folder, name, case, forecast, dataset, frames_in, n, device):
 
 def table(results):
     """As lines for people."""
-    names = list(next(iter(results.values())))
+    names = list(next(iter(results.values()), ()))
     lines = ["beyond training: MSE per frame, generated sequences of test digits"]
     lines.append(" " * 18 + "".join(f"{figures.LABELS.get(name, name):>20}" for name in names))
     for case, curves in results.items():
