@@ -2,6 +2,8 @@
 
 import csv
 import json
+import time
+from contextlib import suppress
 
 import numpy as np
 
@@ -57,6 +59,10 @@ def compare(out, latest, first_sequence):
             runs[folder.name], rows[folder.name], curves[folder.name] = run, row, curve
         else:
             others.append(folder.name)
+    for stray in out.glob("compare*.tmp"):  # half written by a killed run; one that writes now needs no minute
+        with suppress(OSError):
+            if time.time() - stray.stat().st_mtime > 60:
+                stray.unlink()
     if len(runs) < 2:
         return
     title = what(latest)

@@ -1,6 +1,7 @@
 """Models side by side and beyond their training: what is compared with what, and that the cases are what they say."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -86,8 +87,13 @@ def test_damaged_neighbours_are_left_out(reference, tmp_path):
         shutil.copytree(folder, tmp_path / name)
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
+    stray, young = (tmp_path / f"compare.md.{number}.tmp" for number in (1, 2))
+    for half in stray, young:
+        half.write_bytes(b"half")
+    os.utime(stray, (0, 0))
     latest = json.loads((folder / "metrics.json").read_text())
     compare.compare(tmp_path, latest, np.zeros((20, 1, 16, 16), np.uint8))
+    assert young.exists() and not stray.exists()  # of a run that was killed long ago
     assert set(rows(tmp_path / "compare.md")) == {"one", "two", "black frame", "last frame copied", "optical flow"}
     assert (tmp_path / "compare.md").read_text().endswith(f"these: {', '.join(sorted(DAMAGE))}.\n")
 
