@@ -83,19 +83,19 @@ class Knobs:
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
-    hidden: tuple[int, ...] = knob((64, 64, 64), "hidden channels of each layer, bottom to top (not seq2seq); the "
+    hidden: tuple[int, ...] = knob((64, 64), "hidden channels of each layer, bottom to top (not seq2seq); the "
                                    "paper's: 128,64,64", 1, 10**6, tried="1 to 3 layers of 4 to 128")  # fmt: skip
     kernel_size: int = knob(3, "input-to-state kernel, odd (not seq2seq); the paper's: 5", 1, 255, tried="1 to 5")
     state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same (my_model only)", 0, 255, tried="3, 5")
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
     peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next three)")
-    head: int = knob(128, "channels of a hidden layer before the frames; 0 = none, as in the paper", 0, 10**6,
-                     tried="0 to 256")  # fmt: skip
+    head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
+                                 "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 256")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
                                 "the paper")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
-    epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
+    epochs: int = knob(2, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 60")
     batch_size: int = knob(4, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
@@ -127,7 +127,8 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size or None
-        options = {name: getattr(knobs, name) for name in ("patch", "peephole", "head", "feedback", "dense")}
+        options = {name: getattr(knobs, name) for name in ("patch", "peephole", "feedback", "dense")}
+        options["head"] = tuple(n for n in knobs.head if n)
         fast = twin_agrees()
         if not fast:
             say("cell      ConvLSTMCell has been edited: running it as it stands, slower than fast_convlstm.py")

@@ -123,7 +123,7 @@ def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.9)
     for top, title in ((9.6, "The paper's network: EncoderForecaster()"),
-                       (5.05, "What main.py trains: feedback=True, head=128")):  # fmt: skip
+                       (5.05, "What main.py trains: feedback=True, head=(128, 128)")):  # fmt: skip
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster in ((6.4, True), (1.85, False)):

@@ -106,7 +106,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
         for name, score in scores.items():
             assert score["unit"] == metrics.METRICS[name][1]
             assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
-    model = EncoderForecaster(1, (8,), 3, head=8, feedback=True, fast=False)  # the plain twin
+    model = EncoderForecaster(1, (8,), 3, head=(8,), feedback=True, fast=False)  # the plain twin
     best = torch.load(folder / "best.pt")
     model.load_state_dict(best["model"])
     past, truth = split(array, TEST)
@@ -126,7 +126,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
 
 def test_first_lines_say_what_runs(reference):
     first = reference[1].split("epoch")[0]
-    parameters = sum(p.numel() for p in EncoderForecaster(1, (8,), 3, head=8, feedback=True).parameters())
+    parameters = sum(p.numel() for p in EncoderForecaster(1, (8,), 3, head=(8,), feedback=True).parameters())
     for fact in (f"my_model, {parameters:,} parameters", "device    ", "1 process,", "1 threads", "fp32", "1×16×16",
                  f"torch {torch.__version__}", "squares.npy: 46 training, 5 validation, 6 test"):  # fmt: skip
         assert fact in first

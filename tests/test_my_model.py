@@ -374,10 +374,10 @@ def forecast_by_hand(model, past, n_future):
 OPTIONS = [
     pytest.param({}, id="plain_head"),
     pytest.param({"peephole": False, "hidden": (4,)}, id="one_layer_no_peephole"),
-    pytest.param({"head": 5, "state_kernel_size": 1}, id="deep_head_1x1_state"),
+    pytest.param({"head": (5,), "state_kernel_size": 1}, id="deep_head_1x1_state"),
     pytest.param({"dense": True, "hidden": (2, 4, 3), "kernel_size": 5}, id="dense_three_layers"),
-    pytest.param({"channels": 3, "head": 4, "dense": True, "patch": 4}, id="colour_dense_deep_head"),
-    pytest.param({"feedback": True, "head": 4, "hidden": (3, 4)}, id="feedback"),
+    pytest.param({"channels": 3, "head": (4, 6), "dense": True, "patch": 4}, id="colour_dense_deep_head"),
+    pytest.param({"feedback": True, "head": (4,), "hidden": (3, 4)}, id="feedback"),
     pytest.param({"feedback": True, "dense": True, "channels": 2}, id="feedback_dense"),
 ]
 
@@ -396,7 +396,7 @@ def test_forecast_by_hand(options, fast):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_fast_network_is_its_plain_twin(dtype, feedback):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = EncoderForecaster(hidden=(16, 8), head=8, feedback=feedback, dense=True).to(exact)
+    model = EncoderForecaster(hidden=(16, 8), head=(8,), feedback=feedback, dense=True).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     results = []
     for fast in (False, True):
@@ -459,7 +459,7 @@ def test_every_encoder_layer_matters():
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 def test_dense_frames_look_at_the_past_only(fast, feedback):
     T, n_future = 4, 2
-    model = small(dense=True, head=4, feedback=feedback, fast=fast)
+    model = small(dense=True, head=(4,), feedback=feedback, fast=fast)
     past = torch.rand(1, T, 1, 8, 8, requires_grad=True)
     for t in range(T - 1 + n_future):  # drawn from frames 0 to t
         drawn = model(past, n_future)[:, t]
