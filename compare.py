@@ -24,8 +24,8 @@ def read(folder):
     if (folder / "log.csv").exists():  # weights that were only evaluated have none
         texts = ((folder / name).read_text("utf-8") for name in ("log.csv", "timing.csv"))
         logs = (csv.DictReader(text.splitlines()) for text in texts)
-        for row, time in zip(*logs, strict=True):
-            keys = {"sequences": row["sequences"], "minutes": time["minutes"], "val_loss": row["val_loss"]}
+        for row, timing in zip(*logs, strict=True):
+            keys = {"sequences": row["sequences"], "minutes": timing["minutes"], "val_loss": row["val_loss"]}
             run["history"].append({key: float(value) for key, value in keys.items()})
     return run
 
@@ -59,7 +59,7 @@ def compare(out, latest, first_sequence):
             runs[folder.name], rows[folder.name], curves[folder.name] = run, row, curve
         else:
             others.append(folder.name)
-    for stray in out.glob("compare*.tmp"):  # half written by a killed run; one that writes now needs no minute
+    for stray in out.glob("compare*.[0-9]*.tmp"):  # half written by a killed run; one that writes now needs no minute
         with suppress(OSError):
             if time.time() - stray.stat().st_mtime > 60:
                 stray.unlink()

@@ -39,10 +39,11 @@ def parse(Knobs, arguments, description=None):
 def wrong(field, value):
     """A sentence on what is wrong with the value of a field of Knobs, or None."""
     about, several = field.metadata, isinstance(field.default, tuple)
-    parts = value if several and isinstance(value, tuple) else (value,)
+    parts = value if isinstance(value, tuple) else (value,)
     kind = int if several else type(field.default)
     if (
         not parts
+        or several != isinstance(value, tuple)
         or any(type(part) is not kind for part in parts)
         or (about["choices"] and value not in about["choices"])
     ):

@@ -157,12 +157,13 @@ def render(digits, positions, size=64):
     strips[..., :d] = digits
     run = np.dtype(("V", (d - 1) * size + d))
     strips = np.ndarray((n, n_digits), run, strips, strides=(n_digits * d * size, d * size))
-    frames = np.zeros((n, n_frames, 1, size, size), np.uint8)
+    frames = np.empty((n, n_frames, 1, size, size), np.uint8)
     starts = np.ndarray(frames.size - run.itemsize + 1, run, frames, strides=(1,))
     place = np.arange(n * n_frames).reshape(n, n_frames, 1) * size * size + row * size + column
     as_bytes = lambda runs: runs.view(np.uint8).reshape(*runs.shape, run.itemsize)
     for a in range(0, n, 16):  # few enough to stay in the cache
         b = slice(a, a + 16)
+        frames[b] = 0
         for k in range(n_digits):
             here, strip = place[b, :, k], strips[b, k, None]
             if k > 0:

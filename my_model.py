@@ -7,12 +7,12 @@ All its hidden states together, through one convolution, give the frames.
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
 Changes from the paper, and why (the last three are off by default: the defaults are the paper's network). Gains are
-in validation MSE; records/README.md has how they were measured, but for the head's.
+in validation MSE; records/README.md has how they were measured, but for the head's first layer.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
 - `head`: hidden layers before the 1×1 convolution, the first 3×3. A patch of 4 pixels is wider than a frame's motion,
   and a linear map of the states cannot shift its content by less (one layer: 94.0 to 87.5, in a prototype, at equal
-  time; two: 91.4 to 87.8);
+  time; a second: 91.4 to 87.8, at equal sequences);
 - `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
 - `dense`: early in training, the frame after each input frame is drawn and scored too: more to learn from each.
@@ -153,8 +153,8 @@ class EncoderForecaster(nn.Module):
     head: channels of hidden layers, 3×3 then 1×1, before the 1×1 convolution that draws the patches; the paper: none.
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
     dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
-    Raises ValueError for an even kernel, and for frames that it cannot cut into patches or that leave [0, 1],
-    and for n_future below 1.
+    Raises ValueError for an even kernel, a layer without channels, for frames that it cannot cut into patches or that
+    leave [0, 1], and for n_future below 1.
     """
 
     def __init__(
@@ -171,6 +171,8 @@ class EncoderForecaster(nn.Module):
         fast=True,
     ):
         super().__init__()
+        if 0 in (*hidden, *head):
+            raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
         self.channels, self.patch, self.dense = channels, patch, dense
         pixels = channels * patch * patch
         sizes = kernel_size, state_kernel_size or kernel_size, peephole, fast

@@ -111,30 +111,31 @@ def cell(path):
     plt.close()
 
 
-def stack(axes, x, y, colour, names=("ConvLSTM 1", "ConvLSTM 2", "ConvLSTM 3")):
-    """Three layers, the first at the bottom."""
-    for k, name in enumerate(names):
-        box(axes, x, y + 0.8 * k, name, colour, 1.5, 0.48, 10)
+def stack(axes, x, y, colour, layers):
+    """So many layers, the first at the bottom."""
+    for k in range(layers):
+        box(axes, x, y + 0.8 * k, f"ConvLSTM {k + 1}", colour, 1.5, 0.48, 10)
         if k:
             arrow(axes, (x, y + 0.8 * k - 0.56), (x, y + 0.8 * k - 0.24))
 
 
 def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
-    axes = canvas(13, 9.9)
-    for top, title in ((9.6, "The paper's network: EncoderForecaster()"),
-                       (5.05, "What main.py trains: feedback=True, head=(128, 128)")):  # fmt: skip
+    axes = canvas(13, 9.1)
+    for top, title in ((8.8, "The paper's network: EncoderForecaster()"),
+                       (4.25, "What main.py trains: feedback=True, head=(128, 128)")):  # fmt: skip
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
-    for y, forecaster in ((6.4, True), (1.85, False)):
+    for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
+        head = y + 0.8 * layers + 0.1
         for k, (name, x) in enumerate(columns.items()):
-            stack(axes, x, y, STATE)
+            stack(axes, x, y, STATE, layers)
             box(axes, x, y - 0.85, name, INPUT, 0.9, 0.4)
             arrow(axes, (x, y - 0.65), (x, y - 0.24))
-            for layer in range(3):
+            for layer in range(layers):
                 level = y + 0.8 * layer
                 if k == 0:
-                    arrow(axes, (x + 0.75, level), (3.6 - 0.75, level), label="$h, c$" if layer == 2 else "")
+                    arrow(axes, (x + 0.75, level), (3.6 - 0.75, level), label="$h, c$" if layer == layers - 1 else "")
                 elif k == 1:
                     arrow(axes, (x + 0.75, level), (5.9 - 0.75, level), dashed=True)
         ahead = (
@@ -143,35 +144,35 @@ def encoder_forecaster(path):
             else {"$\\hat{x}_{12}$": 8.2, "$\\hat{x}_{13}$": 10.3}
         )
         for k, (name, x) in enumerate(ahead.items()):
-            stack(axes, x, y, "#f0dede" if forecaster else STATE)
-            for layer in range(3):
+            stack(axes, x, y, "#f0dede" if forecaster else STATE, layers)
+            for layer in range(layers):
                 level = y + 0.8 * layer
                 arrow(axes, ((6.65 if k == 0 else 8.95), level), (x - 0.75, level),
-                      label="state copied" if forecaster and (k, layer) == (0, 2) else "", size=8)  # fmt: skip
+                      label="state copied" if forecaster and (k, layer) == (0, layers - 1) else "", size=8)  # fmt: skip
                 if k == 1:
                     arrow(axes, (x + 0.75, level), (x + 1.5, level), dashed=True)
-            box(axes, x, y + 2.5, f"head   {name}", DRAWN, 1.5, 0.42, 10)
-            arrow(axes, (x, y + 1.84), (x, y + 2.29))
+            box(axes, x, head, f"head   {name}", DRAWN, 1.5, 0.42, 10)
+            arrow(axes, (x, head - 0.66), (x, head - 0.21))
         if forecaster:
             axes.text(9.25, y - 0.5, "no input", ha="center", fontsize=10, color=EDGE)
-            axes.text(11.95, y + 2.5, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
+            axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
         else:
-            box(axes, 5.9, y + 2.5, "head   $\\hat{x}_{11}$", DRAWN, 1.5, 0.42, 10)
-            arrow(axes, (5.9, y + 1.84), (5.9, y + 2.29))
+            box(axes, 5.9, head, "head   $\\hat{x}_{11}$", DRAWN, 1.5, 0.42, 10)
+            arrow(axes, (5.9, head - 0.66), (5.9, head - 0.21))
             red = "#c8553d"
             for x0, x1 in ((5.9, 8.2), (8.2, 10.3)):
                 middle = (x0 + x1) / 2 - 0.1
                 arrow(
                     axes,
-                    (x0 + 0.75, y + 2.5),
-                    (middle, y + 2.5),
+                    (x0 + 0.75, head),
+                    (middle, head),
                     (middle, y - 0.85),
                     (x1, y - 0.85),
                     (x1, y - 0.24),
                     colour=red,
                 )
             axes.text(8.2, y - 1.08, "its own last frame", ha="center", fontsize=10, color=red)
-            axes.text(11.95, y + 2.5, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
+            axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)"

@@ -514,7 +514,16 @@ def test_scores_that_cannot_be_read_are_made_again(how, small, tmp_path, capsys)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("hidden", "abc"), ("hidden", ()), ("hidden", (8, -1)), ("kernel_size", "a"), ("patch", 0), ("model", "lstm")],
+    [
+        ("hidden", "abc"),
+        ("hidden", ()),
+        ("hidden", 8),
+        ("hidden", (8, -1)),
+        ("head", "a"),
+        ("kernel_size", "a"),
+        ("patch", 0),
+        ("model", "lstm"),
+    ],
 )
 def test_weights_of_a_network_that_cannot_be(name, value, small, tmp_path):
     knobs, folder = small

@@ -18,7 +18,7 @@ from figures import LABELS
 from moving_mnist import generate
 
 README = (ROOT / "README.md").read_text()
-SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4 --batch_size 4"
+SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4,4 --batch_size 4"
 BY_CLOCK = f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001 --frames_in 2 --frames_out 2"
 METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
 
