@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import time
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,10 +93,16 @@ def lock(folder):
     except OSError:
         pass  # a file system without locks
     else:
-        for stray in Path(folder).glob("*.[0-9]*.tmp"):
-            with suppress(OSError):
-                stray.unlink()
+        sweep(folder)
     return file
+
+
+def sweep(folder, names="*", seconds=0):
+    """Remove what killed runs left half written of these files, where it is older than so many seconds."""
+    for stray in Path(folder).glob(f"{names}.[0-9]*.tmp"):
+        with suppress(OSError):
+            if not seconds or time.time() - stray.stat().st_mtime > seconds:
+                stray.unlink()
 
 
 def claim(folder):

@@ -2,14 +2,12 @@
 
 import csv
 import json
-import time
-from contextlib import suppress
 
 import numpy as np
 
 import figures
 import metrics
-from checkpoint import publish
+from checkpoint import publish, sweep
 from evaluate import cells, what
 
 COST = ("parameters", "sequences seen", "minutes", "sequences/s")
@@ -59,10 +57,7 @@ def compare(out, latest, first_sequence):
             runs[folder.name], rows[folder.name], curves[folder.name] = run, row, curve
         else:
             others.append(folder.name)
-    for stray in out.glob("compare*.[0-9]*.tmp"):  # half written by a killed run; one that writes now needs no minute
-        with suppress(OSError):
-            if time.time() - stray.stat().st_mtime > 60:
-                stray.unlink()
+    sweep(out, "compare*", 60)  # another run that writes now needs no minute
     if len(runs) < 2:
         return
     title = what(latest)
