@@ -43,8 +43,8 @@ CONTENDERS = {
 
 def here():
     """Of the contenders, those of a precision that this machine multiplies."""
-    bf16 = choose_device("cpu", "auto")[2].startswith("bf16")
-    return [name for name in CONTENDERS if bf16 or "bf16" not in name]
+    native = choose_device("cpu", "auto")[2].startswith("bf16")
+    return [name for name in CONTENDERS if native or "bf16" not in name]
 
 
 def step_of(name, batch, frames=10, size=64, training=True, **network):

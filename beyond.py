@@ -7,7 +7,7 @@ import torch
 
 import download
 import figures
-from evaluate import BASELINES, cut, evaluate
+from evaluate import BASELINES, curve, cut
 from machine import RANK, say
 from moving_mnist import Sequences, generate
 
@@ -40,10 +40,6 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
     if RANK == 0 and results:
         figures.per_frame(folder / "beyond.png", {case: results[case] for case in cases if case in results})
     return results
-
-
-def curve(forecast, dataset, frames_in, n, device):
-    return evaluate(forecast, dataset, frames_in, n, ["mse_per_frame"], device)["mse_per_frame"].tolist()
 
 
 @torch.inference_mode()

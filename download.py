@@ -3,7 +3,8 @@
     python download.py    leaves raw/mnist_test_seq.npy (819,200,080 bytes), or says why not
 
 A transfer fills a .part file, which the next attempt continues, today or tomorrow. The final name appears
-only when the checksum has matched: what bears it is whole, and a start need not hash it again.
+only when the checksum has matched, so a start looks at the length only; the command above also at a file that was
+put there by hand.
 
 raw/digits_train.png and raw/digits_test.png are the first 10,000 training digits and every fifth test digit
 (2,000) of MNIST (Y. LeCun, C. Cortes, CC BY-SA 3.0), 100 a row: both have the mean ink of the whole, which the
@@ -81,7 +82,8 @@ def load_data(knobs):
             span = knobs.frames_in + knobs.frames_out
             path = videos.read_folder(path, span, knobs.video_size, knobs.video_stride, knobs.video_colour)
     elif os.path.exists(path := Path("raw/mnist_test_seq.npy")):
-        name = "Moving MNIST array"
+        official = path.is_file() and path.stat().st_size == ARRAY.size
+        name = "Moving MNIST array" if official else path.name  # someone's own
     else:
         path, name = Path("raw/moving_mnist_standin.npy"), "stand-in array"
         if os.path.exists(path) and not os.path.exists("raw/mnist_test_seq.npy.gz"):
@@ -267,7 +269,7 @@ def main():
     try:
         path = moving_mnist_array(parser.parse_args().folder)
         found = hashlib.md5(np.memmap(path, np.uint8, "r"), usedforsecurity=False).hexdigest()
-        if found != ARRAY.md5:  # put there by hand: a start looks at the length only
+        if found != ARRAY.md5:  # put there by hand
             raise DownloadError(f"{path} has other content: md5 {found}, not {ARRAY.md5}; remove it and start again")
         print(f"{path} is whole")
     except (DownloadError, OSError) as error:

@@ -50,7 +50,8 @@ def evaluate(forecast, dataset, frames_in, frames_out, names, device):
     sizes = {CROSS_ENTROPY: 1, EACH: len(dataset)}
     sums = {name: torch.zeros(sizes.get(name, frames_out)).double() for name in names}
     mine = np.arange(len(dataset))[RANK::WORLD]  # each process has a part, whatever the sizes
-    for index in np.split(mine, range(20, len(mine), 20)) if len(mine) else []:
+    for start in range(0, len(mine), 20):
+        index = mine[start : start + 20]
         past, truth = cut(dataset[index], frames_in, frames_out, device)
         prediction, logits = forecast(past, frames_out)
         for name in names:
@@ -58,6 +59,11 @@ def evaluate(forecast, dataset, frames_in, frames_out, names, device):
             where = index if name == EACH else slice(None)
             sums[name][where] += value.cpu() * (len(dataset) if name == EACH else len(index))
     return {name: sum_over_processes(value, device) / len(dataset) for name, value in sums.items()}
+
+
+def curve(forecast, dataset, frames_in, frames_out, device):
+    """Its MSE of each forecast frame, a list."""
+    return evaluate(forecast, dataset, frames_in, frames_out, ["mse_per_frame"], device)["mse_per_frame"].tolist()
 
 
 def test(name, forecast, dataset, frames_in, frames_out, device):

@@ -8,9 +8,9 @@ What makes it fast:
    has a C compiler), with a rational tanh: exp and tanh from the library cost several times the convolution.
 2. The input-to-state convolution of all frames of a call is one call too: nothing in a layer feeds back to its
    input. (A network that is fed with its own frames makes a call of one frame for each.)
-3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and nothing is copied: kernels
+3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and none is transposed: the gates
    write h and c straight into the sequence, and backward turns the pre-activations into their gradient.
-4. Backward keeps only z, h and c, computes the gates again, and collects the state-to-state weight gradient
+4. Backward keeps only x, z, h and c, computes the gates again, and collects the state-to-state weight gradient
    of a call's frames into one convolution.
 5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too).
 
@@ -67,23 +67,23 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
 
 
 @functools.cache
-def kernels(device_type, dtype):
+def gate_functions(device_type, dtype):
     """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above."""
     supported = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     library = native.build("gates.c", *(["-DBF16"] if dtype == torch.bfloat16 else [])) if supported else None
     if library is None:
         return gates_forward, gates_backward
 
-    def compiled(function, z, *tensors):
+    def call(function, z, *tensors):
         N, C = z.shape[0], z.shape[1] // 4
         function(*native.arguments(N, C, torch.get_num_threads(), z, *tensors))
 
-    return tuple(functools.partial(compiled, f) for f in (library.gates_forward, library.gates_backward))
+    return tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
 
 
 def compiled(bf16):
     """Whether the CPU's gates are compiled here."""
-    return kernels("cpu", torch.bfloat16 if bf16 else torch.float32)[0] is not gates_forward
+    return gate_functions("cpu", torch.bfloat16 if bf16 else torch.float32)[0] is not gates_forward
 
 
 class FastConvLSTM(torch.autograd.Function):
@@ -101,7 +101,7 @@ class FastConvLSTM(torch.autograd.Function):
             z = bias.expand(n_frames, B, H, W, 4 * C).clone(memory_format=torch.contiguous_format)
         else:
             z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
-        gates, _ = kernels(z.device.type, z.dtype)
+        gates, _ = gate_functions(z.device.type, z.dtype)
         state_to_state = convolution(state_weight, pixels)
         for t in range(n_frames):
             zh = state_to_state(hiddens[t])
@@ -117,7 +117,7 @@ class FastConvLSTM(torch.autograd.Function):
         z, cells, hiddens = ctx.sequences
         pixels = z[..., 0].numel()
         del ctx.sequences  # z is about to be overwritten
-        _, gates = kernels(z.device.type, z.dtype)
+        _, gates = gate_functions(z.device.type, z.dtype)
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh = dh.contiguous()
         dh_next = torch.zeros_like(hiddens[0])

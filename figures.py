@@ -1,6 +1,6 @@
 """The pictures. Grey scale fixed to 0–1, the same sequences every time, axes with units.
 
-Every function writes one file, whole or not at all, and raises CheckpointError where it cannot.
+Every function with a path writes that file, whole or not at all, and raises CheckpointError where it cannot.
 """
 
 import io

@@ -26,7 +26,7 @@ import beyond
 import checkpoint
 import figures
 from compare import compare
-from evaluate import BASELINES, CROSS_ENTROPY, cut, draw, draw_ranked, evaluate, table, test, write_results
+from evaluate import BASELINES, CROSS_ENTROPY, curve, cut, draw, draw_ranked, table, test, write_results
 from knobs import wrong
 from machine import RANK, from_rank_0, say
 from moving_mnist import FreshMovingMNIST, MovingMNIST
@@ -157,9 +157,7 @@ def load_optimiser(optimiser, saved):
 
 
 def baseline(setup, who):
-    """Its mse_per_frame on the validation split."""
-    scores = evaluate(BASELINES[who], setup.validation, *setup.span, ["mse_per_frame"], setup.device)
-    return scores["mse_per_frame"].tolist()
+    return curve(BASELINES[who], setup.validation, *setup.span, setup.device)
 
 
 def describe(setup, fresh, facts):
@@ -182,7 +180,7 @@ def describe(setup, fresh, facts):
 
 
 def note(setup, run, scores, rate, speed, model):
-    """Log the evaluation, keep the weights if they are the best so far, and redraw every picture."""
+    """Log the evaluation, keep the weights if they are the best so far, and redraw the pictures of validation."""
     knobs, folder, history = setup.knobs, setup.folder, run["history"]
     mse, baselines = scores["mse_per_frame"], {who: float(np.mean(c)) for who, c in run["baselines"].items()}
     pixels = setup.validation[np.arange(1)][0, : knobs.frames_out].numel()

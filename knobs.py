@@ -12,7 +12,8 @@ def knob(default, text, at_least=None, at_most=None, choices=None, group=None, t
     those that follow.
     """
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower() or "none"
-    text = f"{text} (default: {shown}{'; tried: ' * bool(tried)}{tried or ''})"
+    tried = f"; tried: {tried}" if tried else ""
+    text = f"{text} (default: {shown}{tried})"
     facts = {"text": text, "least": at_least, "most": at_most, "choices": choices, "group": group}
     return dataclasses.field(default=default, metadata=facts)
 

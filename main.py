@@ -4,8 +4,8 @@
     python main.py --epochs 20 --hidden 128,64,64    any knob below is a flag
     torchrun --standalone --nproc_per_node=2 main.py several processes, the same result up to rounding
 
-Everything lands in results/<model>/, comparisons in results/. Frames are (B, T, C, H, W): batch, time, channels,
-height, width.
+Everything lands in results/<model>/ (of --eval_only --weights, results/weights_<name>/), comparisons in results/.
+Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
 import signal
@@ -126,7 +126,7 @@ ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
 def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
-        kernels = knobs.kernel_size, knobs.state_kernel_size or None
+        kernels = knobs.kernel_size, knobs.state_kernel_size
         options = {name: getattr(knobs, name) for name in ("patch", "peephole", "feedback", "dense")}
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()
@@ -135,7 +135,7 @@ def build(knobs, channels):
         return EncoderForecaster(channels, knobs.hidden, *kernels, **options, fast=fast)
     if knobs.model == "convlstm":
         return convlstm.ConvLSTMForecaster(channels, knobs.hidden, knobs.kernel_size, knobs.patch)
-    return convlstm.Seq2SeqForecaster(channels, 64)
+    return convlstm.Seq2SeqForecaster(channels)
 
 
 class Muon(torch.optim.Muon):
@@ -143,10 +143,7 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, kernels, **options):
         self.kernels = list(kernels)
-        matrices = [torch.nn.Parameter(k.detach().flatten(1)) for k in self.kernels]
-        assert all(
-            m.data_ptr() == k.data_ptr() for m, k in zip(matrices, self.kernels, strict=True)
-        )  # views, no copies
+        matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in self.kernels]  # views, no copies
         super().__init__(matrices, **options)
 
     @torch.no_grad()
@@ -190,9 +187,11 @@ def announce_pace(run, seconds_a_step, knobs, bar):
     """After a few steps: settle how many steps max_minutes buys, and say how long the rest will take here."""
     progress = run["step"] / run["steps"] if run["steps"] else 0.0
     seconds = seconds_a_step / cost(knobs, progress)  # an input frame's
-    later = lambda start: (
-        seconds * np.mean([cost(knobs, p) for p in np.linspace(start, 1, 1000)])
-    )  # a step from there on
+
+    def later(start):
+        """Seconds of a step, on average from there on."""
+        return seconds * np.mean([cost(knobs, p) for p in np.linspace(start, 1, 1000)])
+
     if not run["steps"]:
         run["steps"] = bar.total = from_rank_0(max(run["step"], int(knobs.max_minutes * 60 / later(0.0))))
     minutes = (run["steps"] - run["step"]) * later(progress) / 60

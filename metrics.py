@@ -3,7 +3,7 @@
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
 the prediction and y the truth. A curve (T,) has one value per frame position, a mean over the sequences;
 the one number of a table is the mean of its curve. Curves of batches combine by their weighted mean.
-Inputs of any float type are taken exactly: all work is in float64, which neither TF32 nor autocast touches.
+Inputs of any float type are taken exactly: metrics work in float64, which neither TF32 nor autocast touches.
 """
 
 import math
@@ -29,18 +29,16 @@ HEADINGS = tuple(heading for heading, _ in METRICS.values())
 def mse_per_frame(prediction, truth):
     """Σ (x − y)² over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: squared grey level, 0–1.
 
-    What every Moving MNIST table calls MSE: 4,096 times the mean over pixels. A black forecast scores 175.
+    What every Moving MNIST table calls MSE (PredRNN's code clips the forecast to 0–1 first): 4,096 times the mean over
+    pixels. A black forecast scores 175.
     """
     return _mean_over_sequences(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
 
 
 def mse_per_sequence(prediction, truth):
     """The mean of a sequence's own mse_per_frame → (B,): which forecasts are good, and which are bad."""
-    _check("prediction", prediction)
-    _check("truth", truth)
-    _check_same_shape(prediction, truth)
-    x, y = prediction.cpu().double(), truth.cpu().double()  # an Apple GPU has no float64
-    return (x - y).square().sum((2, 3, 4)).mean(1)
+    x, y = _checked(prediction, truth)
+    return (x.double() - y.double()).square().sum((2, 3, 4)).mean(1)
 
 
 def mae_per_frame(prediction, truth):
@@ -142,19 +140,20 @@ def _check(name, frames, is_logits=False):
         raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: without / 255, or sigmoid?")
 
 
-def _check_same_shape(prediction, truth):
+def _checked(prediction, truth, is_logits=False):
+    """Both, where float64 exists."""
+    _check("logits" if is_logits else "prediction", prediction, is_logits)
+    _check("truth", truth)
     if prediction.shape != truth.shape:
         raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")
+    apple = truth.device.type == "mps"  # its GPU has no float64
+    return (prediction.cpu(), truth.cpu()) if apple else (prediction, truth)
 
 
 @torch.no_grad()
 def _mean_over_sequences(value, prediction, truth, is_logits=False):
     """Mean over B of value(x, y), which has B first. A few sequences at a time, to stay in the cache."""
-    _check("logits" if is_logits else "prediction", prediction, is_logits)
-    _check("truth", truth)
-    _check_same_shape(prediction, truth)
-    if truth.device.type == "mps":  # Apple's GPU has no float64
-        prediction, truth = prediction.cpu(), truth.cpu()
+    prediction, truth = _checked(prediction, truth, is_logits)
     step = max(1, 2**17 // truth[0].numel())
     pairs = zip(prediction.split(step), truth.split(step), strict=True)
     return sum(value(x.double(), y.double()).sum(0) for x, y in pairs) / len(truth)

@@ -83,7 +83,7 @@ class MovingMNIST(Sequences):
         if sequences:
             last = min(last, first + sequences)
         if first == last:
-            raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 12")
+            raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 6")
         self.split = split
         part = array[:, first:last]
         try:  # in memory: a file that shrinks under a map kills the process

@@ -153,8 +153,8 @@ class EncoderForecaster(nn.Module):
     head: channels of hidden layers, 3×3 then 1×1, before the 1×1 convolution that draws the patches; the paper: none.
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
     dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
-    Raises ValueError for an even kernel, a layer without channels, for frames that it cannot cut into patches or that
-    leave [0, 1], and for n_future below 1.
+    Raises ValueError for an even kernel, a layer without channels, for frames that it cannot cut into patches or, on
+    the CPU, that leave [0, 1], and for n_future below 1.
     """
 
     def __init__(
@@ -175,9 +175,9 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
         self.channels, self.patch, self.dense = channels, patch, dense
         pixels = channels * patch * patch
-        sizes = kernel_size, state_kernel_size or kernel_size, peephole, fast
+        options = kernel_size, state_kernel_size or kernel_size, peephole, fast
         layers = lambda first: nn.ModuleList(
-            ConvLSTM(n_in, n, *sizes) for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True)
+            ConvLSTM(n_in, n, *options) for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True)
         )
         self.encoder = layers(pixels)
         self.forecaster = None if feedback else layers(0)  # its first layer has no input
@@ -197,10 +197,7 @@ class EncoderForecaster(nn.Module):
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
             if dense:
-                pairs = zip(encoded, hidden_states, strict=True)
-                hidden_states = [
-                    torch.cat((x.transpose(0, 1)[:-1], y.transpose(0, 1))).transpose(0, 1) for x, y in pairs
-                ]
+                hidden_states = [torch.cat((x[:, :-1], y), 1) for x, y in zip(encoded, hidden_states, strict=True)]
             return self.draw(hidden_states)
         frames = [self.draw(encoded if dense else [h[:, -1:] for h in encoded])]
         for _ in range(n_future - 1):

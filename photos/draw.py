@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).parent
 INK, STATE, INPUT, GATE, DRAWN = "#222222", "#d7e8f0", "#f4ead5", "#e3e3ef", "#dfeedd"
@@ -24,7 +25,7 @@ def canvas(width, height):
 def box(axes, x, y, text, colour, width=1.1, height=0.5, size=11, **style):
     """A box around (x, y)."""
     style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": colour, "edgecolor": INK, "lw": 1} | style
-    axes.add_patch(plt.matplotlib.patches.FancyBboxPatch((x - width / 2, y - height / 2), width, height, **style))
+    axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, **style))
     axes.text(x, y, text, ha="center", va="center", fontsize=size)
 
 
@@ -50,9 +51,8 @@ def cell(path):
     """One time step: what is convolved, what is multiplied, and where the peepholes look."""
     axes = canvas(11, 5.6)
     axes.text(0.3, 5.3, "ConvLSTMCell: one time step of one layer", fontsize=14, weight="bold", va="center")
-    axes.text(
-        0.3, 4.97, "All arrows carry (B, Ch, H, W); x carries (B, C, H, W).", fontsize=10, color=EDGE, va="center"
-    )
+    shapes = "Arrows carry (B, Ch, H, W); x has C channels, and what is convolved 4 Ch, until it is cut."
+    axes.text(0.3, 4.97, shapes, fontsize=10, color=EDGE, va="center")
     gates = {
         "f": (3.1, "σ", "forget"),
         "i": (4.7, "σ", "input"),
@@ -138,11 +138,8 @@ def encoder_forecaster(path):
                     arrow(axes, (x + 0.75, level), (3.6 - 0.75, level), label="$h, c$" if layer == layers - 1 else "")
                 elif k == 1:
                     arrow(axes, (x + 0.75, level), (5.9 - 0.75, level), dashed=True)
-        ahead = (
-            {"$\\hat{x}_{11}$": 8.2, "$\\hat{x}_{12}$": 10.3}
-            if forecaster
-            else {"$\\hat{x}_{12}$": 8.2, "$\\hat{x}_{13}$": 10.3}
-        )
+        first = 11 if forecaster else 12
+        ahead = {f"$\\hat{{x}}_{{{first + k}}}$": x for k, x in enumerate((8.2, 10.3))}
         for k, (name, x) in enumerate(ahead.items()):
             stack(axes, x, y, "#f0dede" if forecaster else STATE, layers)
             for layer in range(layers):
@@ -155,7 +152,6 @@ def encoder_forecaster(path):
             arrow(axes, (x, head - 0.66), (x, head - 0.21))
         if forecaster:
             axes.text(9.25, y - 0.5, "no input", ha="center", fontsize=10, color=EDGE)
-            axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
         else:
             box(axes, 5.9, head, "head   $\\hat{x}_{11}$", DRAWN, 1.5, 0.42, 10)
             arrow(axes, (5.9, head - 0.66), (5.9, head - 0.21))
@@ -172,7 +168,7 @@ def encoder_forecaster(path):
                     colour=red,
                 )
             axes.text(8.2, y - 1.08, "its own last frame", ha="center", fontsize=10, color=red)
-            axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
+        axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)"

@@ -283,7 +283,7 @@ def test_sequences_limit_takes_the_first(tmp_path):
 @pytest.mark.parametrize(("n", "split"), [(1, "train"), (5, "validation"), (1, "validation")])
 def test_too_few_sequences_are_refused(tmp_path, n, split):
     save(tmp_path / "a.npy", 2, n, 4, 4)
-    with pytest.raises(DataError, match=rf"a.npy has {n} sequences, too few for a {split} split; .* 12"):
+    with pytest.raises(DataError, match=rf"a.npy has {n} sequences, too few for a {split} split; .* 6"):
         MovingMNIST(tmp_path / "a.npy", split)
 
 

@@ -247,7 +247,7 @@ def test_state_goes_on_where_it_stopped():
 def compiled(request):
     """dtype and its compiled (gates_forward, gates_backward)."""
     skip_without_compiler()
-    forward, backward = fast_convlstm.kernels("cpu", request.param)
+    forward, backward = fast_convlstm.gate_functions("cpu", request.param)
     assert forward is not fast_convlstm.gates_forward, "there is a compiler, but the gates were not built"
     return request.param, forward, backward
 
