@@ -36,7 +36,7 @@ def choose_device(wanted, precision):
         native, why = False, "mps"
     else:
         has = getattr(torch.cpu, "get_capabilities", dict)()  # where this torch tells
-        without = "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"
+        without = "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"
         masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in without
         units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
         native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit"

@@ -15,6 +15,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -596,3 +597,13 @@ def test_stand_in_without_sheets(folder, monkeypatch, tmp_path):
     with pytest.raises(download.DownloadError, match=r"digits_train\.png is missing or damaged"):
         download.stand_in(folder)
     assert names(folder) == []
+
+
+@pytest.mark.parametrize(("size", "name"), [(0, "mnist_test_seq.npy"), (None, "Moving MNIST array")])
+def test_only_an_array_of_its_size_is_called_official(tmp_path, monkeypatch, size, name):
+    (tmp_path / "raw").mkdir()
+    path = tmp_path / "raw" / "mnist_test_seq.npy"
+    np.save(path, np.zeros((20, 12, 4, 4), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "ARRAY", download.ARRAY._replace(size=path.stat().st_size if size is None else size))
+    assert download.load_data(SimpleNamespace(data="array", train_sequences=0))[-1] == name
