@@ -187,8 +187,8 @@ def test_fast_layer_is_its_plain_twin(n_in, hidden, kernel_size, state_kernel_si
 def test_fast_layer_without_compiled_gates(monkeypatch, compiler, dtype):
     found = compiler and shutil.which(compiler)  # `false` is there, and always fails
     monkeypatch.setattr(shutil, "which", lambda name: found)
-    not_yet_built = functools.cache(fast_convlstm.kernels.__wrapped__)
-    monkeypatch.setattr(fast_convlstm, "kernels", not_yet_built)
+    not_yet_built = functools.cache(fast_convlstm.gate_functions.__wrapped__)
+    monkeypatch.setattr(fast_convlstm, "gate_functions", not_yet_built)
     assert not_yet_built("cpu", dtype) == (fast_convlstm.gates_forward, fast_convlstm.gates_backward)
     for n_in in (3, 0):
         assert_fast_is_plain(n_in, 4, 5, 3, (2, 3, 5, 7), dtype, peephole=True)
