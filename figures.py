@@ -57,7 +57,7 @@ def loss(path, history, baselines, title):
     ):
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
-    left.set(xlim=(0, None), ylim=(0, None))
+    left.set(xlim=(0, None), ylim=(0, 1.05 * max(row[key] for row in history for key in ("train_loss", "val_loss"))))
     left.legend()
     errors = [row["val_mse_per_frame"] for row in history]
     right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"], label="validation")

@@ -343,7 +343,8 @@ def main(knobs):
 
     parameters = sum(p.numel() for p in model.parameters())
     threads, processes = torch.get_num_threads(), "1 process" if WORLD == 1 else f"{WORLD} processes"
-    say(f"model     {knobs.model}, {parameters:,} parameters" + (f", from {weights}" if given else ""))
+    origin = f", from {weights}, step {given['step']:,}" if given else ""
+    say(f"model     {knobs.model}, {parameters:,} parameters{origin}")
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
@@ -379,6 +380,7 @@ def main(knobs):
 if __name__ == "__main__":
     knobs = parse(Knobs, sys.argv[1:], __doc__.splitlines()[0])
     stop_on_signals()
+    sys.stdout.reconfigure(line_buffering=True)  # in a file too, a line is there when it is printed
     try:
         main(knobs)
         if WORLD > 1:

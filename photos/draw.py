@@ -150,11 +150,13 @@ def encoder_forecaster(path):
                     arrow(axes, (x + 0.75, level), (x + 1.5, level), dashed=True)
             box(axes, x, head, f"head   {name}", DRAWN, 1.5, 0.42, 10)
             arrow(axes, (x, head - 0.66), (x, head - 0.21))
+            axes.text(x + 0.08, head - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
         if forecaster:
             axes.text(9.25, y - 0.5, "no input", ha="center", fontsize=10, color=EDGE)
         else:
             box(axes, 5.9, head, "head   $\\hat{x}_{11}$", DRAWN, 1.5, 0.42, 10)
             arrow(axes, (5.9, head - 0.66), (5.9, head - 0.21))
+            axes.text(5.98, head - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
             red = "#c8553d"
             for x0, x1 in ((5.9, 8.2), (8.2, 10.3)):
                 middle = (x0 + x1) / 2 - 0.1
