@@ -82,8 +82,7 @@ def load_data(knobs):
             span = knobs.frames_in + knobs.frames_out
             path = videos.read_folder(path, span, knobs.video_size, knobs.video_stride, knobs.video_colour)
     elif os.path.exists(path := Path("raw/mnist_test_seq.npy")):
-        official = path.is_file() and path.stat().st_size == ARRAY.size
-        name = "Moving MNIST array" if official else path.name  # someone's own
+        name = "Moving MNIST array" if length(path) == ARRAY.size else path.name  # someone's own
     else:
         path, name = Path("raw/moving_mnist_standin.npy"), "stand-in array"
         if os.path.exists(path) and not os.path.exists("raw/mnist_test_seq.npy.gz"):

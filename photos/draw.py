@@ -119,6 +119,13 @@ def stack(axes, x, y, colour, layers):
             arrow(axes, (x, y + 0.8 * k - 0.56), (x, y + 0.8 * k - 0.24))
 
 
+def draw_head(axes, x, y, frame):
+    """The head above a stack, and the frame that it draws."""
+    box(axes, x, y, f"head   {frame}", DRAWN, 1.5, 0.42, 10)
+    arrow(axes, (x, y - 0.66), (x, y - 0.21))
+    axes.text(x + 0.08, y - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
+
+
 def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.1)
@@ -148,15 +155,11 @@ def encoder_forecaster(path):
                       label="state copied" if forecaster and (k, layer) == (0, layers - 1) else "", size=8)  # fmt: skip
                 if k == 1:
                     arrow(axes, (x + 0.75, level), (x + 1.5, level), dashed=True)
-            box(axes, x, head, f"head   {name}", DRAWN, 1.5, 0.42, 10)
-            arrow(axes, (x, head - 0.66), (x, head - 0.21))
-            axes.text(x + 0.08, head - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
+            draw_head(axes, x, head, name)
         if forecaster:
             axes.text(9.25, y - 0.5, "no input", ha="center", fontsize=10, color=EDGE)
         else:
-            box(axes, 5.9, head, "head   $\\hat{x}_{11}$", DRAWN, 1.5, 0.42, 10)
-            arrow(axes, (5.9, head - 0.66), (5.9, head - 0.21))
-            axes.text(5.98, head - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
+            draw_head(axes, 5.9, head, "$\\hat{x}_{11}$")
             red = "#c8553d"
             for x0, x1 in ((5.9, 8.2), (8.2, 10.3)):
                 middle = (x0 + x1) / 2 - 0.1
