@@ -87,7 +87,7 @@ def compiled(bf16):
 
 
 class FastConvLSTM(torch.autograd.Function):
-    """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last c."""
+    """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last h and c."""
 
     @staticmethod
     def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole):
@@ -108,24 +108,24 @@ class FastConvLSTM(torch.autograd.Function):
             gates(rows(z[t]), rows(zh), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
         ctx.sequences = z, cells, hiddens
-        return hiddens[1:], c
+        return hiddens[1:], hiddens[-1], c
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dh, dc):
+    def backward(ctx, dh, dh_next, dc):
         x, input_weight, state_weight, peephole = ctx.saved_tensors
         z, cells, hiddens = ctx.sequences
         pixels = z[..., 0].numel()
         del ctx.sequences  # z is about to be overwritten
         _, gates = gate_functions(z.device.type, z.dtype)
         dc = dc.clone(memory_format=torch.contiguous_format)
-        dh = dh.contiguous()
-        dh_next = torch.zeros_like(hiddens[0])
+        dh, dh_next = dh.contiguous(), dh_next.contiguous()
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
         to_dh = convolution(turned(state_weight), pixels)
         for t in reversed(range(len(z))):
             gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
             dh_next = to_dh(z[t])
+        del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
         d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight)
         dx = d_input = None
@@ -147,6 +147,7 @@ def convolution(weight, pixels, bias=None):
     if winograd.serves(weight, pixels):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return functools.partial(winograd.convolve, points=winograd.to_points(weight), k=k, bias=bias)
+    weight = weight.contiguous(memory_format=torch.channels_last)
     return lambda x: F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=k // 2).permute(0, 2, 3, 1).contiguous()
 
 

@@ -2,7 +2,7 @@
    gates_forward and gates_backward in fast_convlstm.py, which say what the arguments are and which the tests
    hold these equal to. n rows (one a pixel) of C channels; z holds i, f, o, g side by side in a row.
 
-   Built at start-up by fast_convlstm.kernels with -DBF16 or without. NaN passes through every line. */
+   Built at start-up by fast_convlstm.gate_functions with -DBF16 or without. NaN passes through every line. */
 #include <stdint.h>
 #include <string.h>
 

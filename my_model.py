@@ -6,8 +6,8 @@ All its hidden states together, through one convolution, give the frames.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
-Changes from the paper, and why (the last three are off by default: the defaults are the paper's network). Gains are
-in validation MSE; records/README.md has how they were measured, but for the head's first layer.
+Changes from the paper, and why. (The last three are off in `EncoderForecaster()`, the paper's network, and on in
+main.py.) Gains are in validation MSE; records/README.md has how they were measured, but for the head's first layer.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
 - `head`: hidden layers before the 1×1 convolution, the first 3×3. A patch of 4 pixels is wider than a frame's motion,
@@ -86,7 +86,7 @@ class ConvLSTM(nn.Module):
         self.fast = fast
 
     def forward(self, x, state, n_frames):
-        """x (B, T, C, H, W) or None, state as the cell's → hidden states (B, T, Ch, H, W) and the last (h, c)."""
+        """x (B, T, C, H, W) or None, state as the cell's → hidden states (B, T, Ch, H, W), last h and c."""
         state = self.cell.zeros(x) if state is None else state
         if self.fast:
             return self.forward_fast(x, state, n_frames)
@@ -101,7 +101,7 @@ class ConvLSTM(nn.Module):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
         c_dtype = torch.promote_types(dtype, torch.float32)
-        cast = lambda weight: weight.to(dtype, memory_format=torch.channels_last)
+        cast = lambda w: w if w.dtype == dtype else w.to(dtype, memory_format=torch.channels_last)
         weights = (
             None if x is None else cast(cell.input_to_state),
             cast(cell.state_to_state),
@@ -112,24 +112,25 @@ class ConvLSTM(nn.Module):
         x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
         with torch.autocast(device, enabled=False):
             args = h.to(dtype), c.to(c_dtype), n_frames, *weights, peephole.to(c_dtype)
-            hs, c = FastConvLSTM.apply(x, *args)
-        hs, c = hs.permute(1, 0, 4, 2, 3), c.permute(0, 3, 1, 2)
-        return hs, (hs[:, -1], c)
+            hs, h, c = FastConvLSTM.apply(x, *args)
+        return hs.permute(1, 0, 4, 2, 3), (h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2))
 
 
-@torch.no_grad()
 def twin_agrees():
     """Whether the fast layer computes what the cell above says: no longer, once the cell has been edited."""
     with torch.random.fork_rng(devices=[]):
-        x, state = torch.rand(1, 3, 4, 5, 5).double(), torch.rand(2, 1, 4, 5, 5).double().unbind()
+        x, state = torch.randn(1, 3, 4, 5, 5).double(), torch.randn(2, 1, 4, 5, 5).double().mul(20).unbind()
         for in_channels, peephole in ((4, True), (4, False), (0, True)):
             try:
                 layer = ConvLSTM(in_channels, 4, 3, 3, peephole).double()
                 for parameter in layer.parameters():
-                    parameter.uniform_(-1, 1)
-                twin, _ = layer(x if in_channels else None, state, 3)
-                layer.fast = False
-                if not torch.allclose(layer(x if in_channels else None, state, 3)[0], twin):
+                    nn.init.uniform_(parameter, -1, 1)
+                found = []
+                for layer.fast in (True, False):
+                    hidden_states, (_, c) = layer(x if in_channels else None, state, 3)
+                    gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), list(layer.parameters()))
+                    found.append((hidden_states, c, *gradients))
+                if not all(torch.allclose(a, b) for a, b in zip(*found, strict=True)):
                     return False
             except Exception:  # the edited cell has other parts, which may raise anything
                 return False
