@@ -19,7 +19,8 @@ class DeviceError(Exception):
 
 def choose_device(wanted, precision):
     """(device, autocast context factory, a few words on the precision and why). "auto": the best there is."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    mps = torch.backends.mps.is_available() and WORLD == 1  # gloo, through which processes talk, has no mps
+    found = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = found if wanted == "auto" else wanted
     if kind not in ("cpu", found):
         raise DeviceError(f"device is {kind!r}, but this torch finds only {found}; set device to auto or {found}")

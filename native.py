@@ -11,19 +11,17 @@ from pathlib import Path
 
 def build(source, *flags):
     """The library that this C file beside me compiles to; None where that fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
-        # link the OpenMP that torch has loaded: a second one beside it would fight for the cores
-        maps = Path("/proc/self/maps").read_text().split()
-        openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
-        fast = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
-        with tempfile.TemporaryDirectory() as folder:
-            run = functools.partial(subprocess.run, check=True, capture_output=True, cwd=folder, timeout=60)
-            run([compiler, *fast, *flags, "-fopenmp", "-fPIC", "-c", Path(__file__).with_name(source), "-o", "a.o"])
-            run([compiler, "-shared", "a.o", openmp, "-o", "a.so"])
-            return ctypes.CDLL(f"{folder}/a.so")
+    for compiler in filter(None, map(shutil.which, ("gcc", "cc", "clang"))):  # clang, if torch has its OpenMP
+        with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
+            # link the OpenMP that torch has loaded: a second one beside it would fight for the cores
+            maps = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+            openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
+            fast = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
+            with tempfile.TemporaryDirectory() as folder:
+                run = functools.partial(subprocess.run, check=True, capture_output=True, cwd=folder, timeout=60)
+                run([compiler, *fast, *flags, "-fopenmp", "-fPIC", "-c", Path(__file__).with_name(source), "-o", "a.o"])
+                run([compiler, "-shared", "a.o", openmp, "-o", "a.so"])
+                return ctypes.CDLL(f"{folder}/a.so")
     return None
 
 
