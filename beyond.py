@@ -29,7 +29,7 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
         forecasts = {name: forecast, **BASELINES}
         try:
             curves = {who: curve(f, dataset, frames_in, n, device) for who, f in forecasts.items()}
-        except (RuntimeError, ValueError) as error:  # an edited network that fixes the size, or too little memory
+        except (RuntimeError, ValueError, ArithmeticError) as error:  # an edited network, or too little memory
             say(f"beyond    {case}: not possible ({str(error).splitlines()[0]})")
             continue
         lengths = {"as in training": frames_out, double: 2 * frames_out} if case == triple else {}

@@ -137,7 +137,8 @@ class EncoderDecoderConvLSTM(nn.Module):
             state_2 = self.decoder_2_convlstm(state_1[0], state_2)
             h = state_2[0]
             outputs.append(h)
-        return torch.sigmoid(self.decoder_CNN(torch.stack(outputs, 2)))
+        drawn = self.decoder_CNN(torch.stack(outputs, 2))
+        return torch.sigmoid(drawn.to(x.dtype))  # under autocast in bf16, which would round a sure pixel to 1
 
 
 class ConvLSTMForecaster(nn.Module):

@@ -50,8 +50,10 @@ def evaluate(forecast, dataset, frames_in, frames_out, names, device):
     sizes = {CROSS_ENTROPY: 1, EACH: len(dataset)}
     sums = {name: torch.zeros(sizes.get(name, frames_out)).double() for name in names}
     mine = np.arange(len(dataset))[RANK::WORLD]  # each process has a part, whatever the sizes
-    for start in range(0, len(mine), 20):
-        index = mine[start : start + 20]
+    pixels = dataset[np.arange(1)][0, 0].numel()
+    at_once = max(1, min(20, 20 * 64 * 64 // pixels))  # large frames need no more memory
+    for start in range(0, len(mine), at_once):
+        index = mine[start : start + at_once]
         past, truth = cut(dataset[index], frames_in, frames_out, device)
         prediction, logits = forecast(past, frames_out)
         for name in names:

@@ -224,6 +224,7 @@ def train(setup, run, model, optimisers):
             order = np.random.default_rng((knobs.seed, epoch, 1)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
         progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10  # until the steps are settled
+        torch.manual_seed(knobs.seed + step)  # for a network with dropout, so that it too goes on exactly
         rate = learning_rate(knobs, progress)
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = group.get("part", 1) * rate
@@ -274,7 +275,7 @@ def train(setup, run, model, optimisers):
                 if "optical_flow" not in run["baselines"]:  # not at the start: it takes seconds
                     run["baselines"]["optical_flow"] = baseline(setup, "optical_flow")
                 scores = evaluate(setup.forecast, setup.validation, *setup.span, names, device)
-            except ValueError as error:  # the loss was finite, the weights after it are not
+            except FloatingPointError as error:  # the loss was finite, the weights after it are not
                 raise diverged(f"{error} after step {run['step']}", rate, last_loss, setup.folder) from error
             if RANK == 0:
                 note(setup, run, scores, rate, speed, model)
@@ -323,7 +324,7 @@ def main(knobs):
     knobs, given, weights = starting_weights(knobs)
     folder = Path(knobs.out) / knobs.model
     if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
-        name = weights.resolve().parent.name if weights.stem in ("best", "last") else weights.stem
+        name = "_".join(weights.resolve().parts[-3:-1]) if weights.stem in ("best", "last") else weights.stem
         folder = Path(knobs.out) / f"weights_{name}"
     if RANK == 0:
         _held = checkpoint.claim(folder)
@@ -349,7 +350,7 @@ def main(knobs):
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     if device.type == "cpu" and knobs.model == "my_model" and not compiled(precision.startswith("bf16")):
-        say("          gates not compiled, and several times as slow (Linux on x86 with gcc or clang compiles them)")
+        say("          gates not compiled, and several times as slow (Linux on x86 with gcc compiles them)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
 

@@ -112,20 +112,21 @@ def optical_flow(past, n_future):
     _, T, C, H, W = past.shape
     if T < 2 or min(H, W) < 12:
         raise ValueError(f"optical flow needs 2 past frames of at least 12 × 12 pixels, not {T} of {H} × {W}")
-    grey = (past[:, -2:].float().mean(2) * 255).round().byte().cpu().numpy()
+    last_two = past[:, -2:].float().cpu()  # where OpenCV computes
+    grey = (last_two.mean(2) * 255).round().byte().numpy()
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flow = torch.stack([torch.from_numpy(dis.calc(last, before, None)) for before, last in grey])
-    flow = flow.movedim(-1, 1).to(past.device)  # (B, 2, H, W): how far away a pixel came from, x and y
-    moving = torch.cat([past[:, -1].float(), flow], 1)  # (B, C + 2, H, W)
-    pixel = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"), -1).to(past.device)
-    size = torch.tensor([W, H], device=past.device)
+    flow = flow.movedim(-1, 1)  # (B, 2, H, W): how far away a pixel came from, x and y
+    moving = torch.cat([last_two[:, -1], flow], 1)  # (B, C + 2, H, W)
+    pixel = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"), -1)
+    size = torch.tensor([W, H])
     frames = []
     for _ in range(n_future):
         origin = pixel + moving[:, C:].movedim(1, -1)
         origin = (2 * origin + 1) / size - 1  # grid_sample's frame spans −1 to 1
         moving = F.grid_sample(moving, origin, padding_mode="border", align_corners=False)
         frames.append(moving[:, :C])
-    return torch.stack(frames, 1).clamp(0, 1).to(past.dtype)  # interpolation may round to 1 + 1e-7
+    return torch.stack(frames, 1).clamp(0, 1).to(past)  # interpolation may round to 1 + 1e-7
 
 
 def _check(name, frames, is_logits=False):
@@ -135,7 +136,7 @@ def _check(name, frames, is_logits=False):
         raise TypeError(f"{name} is {frames.dtype}; give floats in [0, 1] (uint8 frames: .float() / 255)")
     low, high = (v.item() for v in frames.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name} holds NaN or infinite values")
+        raise FloatingPointError(f"{name} holds NaN or infinite values")
     if not is_logits and (low < -1e-6 or high > 1 + 1e-6):
         raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: without / 255, or sigmoid?")
 

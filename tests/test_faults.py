@@ -894,3 +894,6 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
         assert main.load_data(scored)[-1] == name
         assert main.load_data(dataclasses.replace(scored, weights="a.pt"))[-1] == "stand-in array"
         assert "going on with the 10,000 training digits" in capsys.readouterr().out
+        np.save("raw/mnist_test_seq.npy", np.zeros((30, 12, 64, 64), np.uint8))  # someone's own, to be tested on
+        with pytest.raises(DataError, match=r"\(30, 1, 64, 64\), but fresh ones are \(20, 1, 64, 64\)"):
+            main.load_data(main.Knobs(data="fresh"))

@@ -38,6 +38,7 @@ import main
 import metrics
 import my_model
 from knobs import parse
+from moving_mnist import Sequences
 from my_model import EncoderForecaster
 
 PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst")]
@@ -177,9 +178,18 @@ def test_killed_after_an_epoch(reference, array, tmp_path):
     same(tmp_path / "my_model", reference[0])
 
 
-@pytest.mark.parametrize("model", ["convlstm", "seq2seq"])
-def test_a_reference_goes_on_as_exactly(model, array, tmp_path):
-    """Stopped in the middle, as by a crash: from the file of its last checkpoint."""
+@pytest.mark.parametrize("model", ["convlstm", "seq2seq", "my_model"])
+def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
+    """The references, and a network with dropout. Stopped in the middle, as by a crash: from its last checkpoint."""
+    if model == "my_model":
+        build = main.build
+
+        def with_dropout(*arguments):
+            network = build(*arguments)
+            network.head.insert(1, torch.nn.Dropout())
+            return network
+
+        monkeypatch.setattr(main, "build", with_dropout)
     few = {"model": model, "train_sequences": 10}
     alone = here(array, tmp_path / "alone", **few)
 
@@ -196,6 +206,20 @@ def test_a_reference_goes_on_as_exactly(model, array, tmp_path):
         here(array, tmp_path, **few)
     assert 0 < checkpoint.load(tmp_path / model / "last.pt")["step"] < checkpoint.load(alone / "last.pt")["step"]
     same(here(array, tmp_path, **few), alone)
+
+
+def test_large_frames_are_evaluated_a_few_at_a_time():
+    dataset = Sequences(np.random.default_rng(0).integers(256, size=(4, 11, 1, 96, 128), dtype=np.uint8))
+    sizes = []
+
+    def forecast(past, n):
+        sizes.append(len(past))
+        return metrics.copy_last(past, n), None
+
+    found = evaluate.curve(forecast, dataset, 2, 2, "cpu")
+    past, truth = evaluate.cut(dataset[np.arange(11)], 2, 2)
+    assert sizes == [6, 5]
+    assert found == pytest.approx(metrics.mse_per_frame(metrics.copy_last(past, 2), truth).tolist())
 
 
 def kill(kills, data, command):
@@ -342,7 +366,8 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert "weights_small" in (tmp_path / "compare.md").read_text()
     assert f"from {tmp_path / 'small.pt'}" in capsys.readouterr().out
     here(array, tmp_path, weights=trained / "best.pt", eval_only=True)
-    assert (tmp_path / "weights_my_model" / "metrics.json").exists()  # a name that tells it from other best.pt
+    # a name that tells it from other best.pt
+    assert (tmp_path / f"weights_{tmp_path.name}_my_model" / "metrics.json").exists()
     reference = here(array, tmp_path, model="convlstm", epochs=1, train_sequences=10) / "best.pt"
     here(array, tmp_path / "tuned", weights=reference, epochs=1, train_sequences=10)
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == ["convlstm"]
@@ -455,7 +480,7 @@ def test_scores_of_a_training_are_not_replaced_by_others(array, tmp_path):
         here(array, tmp_path, video_stride=2, eval_only=True)
     here(array, tmp_path, **other, weights=folder / "best.pt")
     assert (folder / "metrics.json").read_bytes() == scores
-    assert results(tmp_path / "weights_my_model")["frames_out"] == 3
+    assert results(tmp_path / f"weights_{tmp_path.name}_my_model")["frames_out"] == 3
 
 
 @pytest.mark.parametrize("then", ["array (stand-in array, 10 sequences of 20×1×16×16)", None])
@@ -485,7 +510,9 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
     forward = my_model.ConvLSTMCell.forward
     edited = lambda self, x, state: [2 * s for s in forward(self, x, state)]
     only_without = lambda self, x, state: edited(self, x, state) if self.peephole is None else forward(self, x, state)
-    for change in (edited, only_without):
+    clamped = lambda self, x, state: [s.clamp(-9, 9) for s in forward(self, x, state)]  # beyond what c soon reaches
+    detached = lambda self, x, state: forward(self, x, (state[0], state[1].detach()))  # the same hidden states
+    for change in (edited, only_without, clamped, detached):
         monkeypatch.setattr(my_model.ConvLSTMCell, "forward", change)
         assert fast() == {False} and "ConvLSTMCell has been edited" in capsys.readouterr().out
 
