@@ -186,6 +186,7 @@ def test_speed_is_that_of_the_record():
     step = seconds["my_model, bf16"]
     assert f"{step / seconds['bare convolutions, bf16']:.2f} times as long as its convolutions" in table
     assert f"takes {seconds['reference, fp32'] / step:.1f} times as long" in table
+    assert f"(in bf16 {seconds['reference, bf16'] / step:.1f} times)" in table
     for name in ("bench_avx512.json", "bench_avx2.json"):
         reference, ours = json.loads((ROOT / "records" / name).read_text())["rows"][:2]
         ratio = reference["seconds"] / ours["seconds"]
