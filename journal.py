@@ -160,22 +160,18 @@ def baseline(setup, who):
     return curve(BASELINES[who], setup.validation, *setup.span, setup.device)
 
 
-def describe(setup, fresh, facts):
-    """config.json, and of a fresh run the files that say what is run, as they are."""
+def describe(setup, begins, facts):
+    """config.json, and when a run begins the files that say what is run, as they are."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         facts["commit"] = None  # a copy without its history
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    facts = {
-        **dataclasses.asdict(setup.knobs),
-        **facts,
-        **versions,
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
+    versions["machine"] = f"{platform.system()} {platform.machine()}"
+    facts = {**dataclasses.asdict(setup.knobs), **facts, **versions}
     checkpoint.publish(setup.folder / "config.json", json.dumps(facts, indent=1).encode())
-    for source in ("main.py", "my_model.py", "convlstm.py") if fresh else ():
+    for source in ("main.py", "my_model.py", "convlstm.py") if begins else ():
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
 
 

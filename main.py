@@ -214,13 +214,13 @@ def train(setup, run, model, optimisers):
     """From run["step"] to run["steps"]; run is what a checkpoint holds beside the weights and the optimisers."""
     knobs, device, steps_per_epoch = setup.knobs, setup.device, run["steps_per_epoch"]
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    order, first_step, saved, pace, last_loss = None, run["step"], time.perf_counter(), 0.0, "none since the start"
+    first_step, saved, pace, last_loss = run["step"], time.perf_counter(), 0.0, "none since the start"
     timed_from, seconds_before = run["step"], run["seconds"]
     bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=RANK != 0, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:  # 0: max_minutes has not been turned into steps yet
         step, tick = run["step"], time.perf_counter()
         epoch, k = divmod(step, steps_per_epoch)
-        if k == 0 or order is None:
+        if k == 0 or step == first_step:
             order = np.random.default_rng((knobs.seed, epoch, 1)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
         progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10  # until the steps are settled
