@@ -96,7 +96,7 @@ class Knobs:
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
     epochs: int = knob(2, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
-    max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 60")
+    max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(4, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
                                 1e-9, 1e37, tried="0.02 to 0.05")  # fmt: skip
