@@ -39,7 +39,7 @@ from tqdm import tqdm
 import checkpoint
 import videos
 from machine import say
-from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, generate
+from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, generate, shape_of
 
 
 class File(NamedTuple):
@@ -106,7 +106,7 @@ def load_data(knobs):
     validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
     # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
     test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
-    ours, theirs = (tuple(split[np.arange(1)].shape[1:]) for split in (training, test_split))
+    ours, theirs = map(shape_of, (training, test_split))
     if ours != theirs:
         raise DataError(f"{path} has sequences of shape {theirs}, but fresh ones are {ours}; leave out --data fresh "
                         "to train on it as well, or move it away")  # fmt: skip

@@ -5,6 +5,7 @@ A forecast is a function (past frames, n) → (prediction in [0, 1], logits or N
 
 import io
 import json
+import math
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import figures
 import metrics
 from checkpoint import publish
 from machine import RANK, WORLD, sum_over_processes
+from moving_mnist import shape_of
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
@@ -50,7 +52,7 @@ def evaluate(forecast, dataset, frames_in, frames_out, names, device):
     sizes = {CROSS_ENTROPY: 1, EACH: len(dataset)}
     sums = {name: torch.zeros(sizes.get(name, frames_out)).double() for name in names}
     mine = np.arange(len(dataset))[RANK::WORLD]  # each process has a part, whatever the sizes
-    pixels = dataset[np.arange(1)][0, 0].numel()
+    pixels = math.prod(shape_of(dataset)[1:])  # of a frame, times its channels
     at_once = max(1, min(20, 20 * 64 * 64 // pixels))  # large frames need no more memory
     for start in range(0, len(mine), at_once):
         index = mine[start : start + at_once]

@@ -33,8 +33,8 @@ if sys.platform == "linux":
     # next use: a fifth of a training step. Keep them: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)
-        libc.mallopt(-1, 2**31 - 1)
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):  # glibc before 2.35 takes no more than that
+            libc.mallopt(-1, 2**31 - 1)
 
 
 def gates_forward(z, zh, peephole, c, c_before, h):

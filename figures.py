@@ -139,7 +139,7 @@ def draw_curves(axes, curves):
     models = iter(MODEL_COLOURS)
     for name, curve in curves.items():
         frames = range(1, len(curve) + 1)
-        colour = COLOURS.get(name) or next(models)
+        colour = COLOURS[name] if name in LABELS else next(models)
         axes.plot(frames, curve, "--" if name in LABELS else "o-", ms=4, color=colour, label=LABELS.get(name, name))
     axes.set(xlabel="forecast frame", xticks=list(range(1, len(curve) + 1, -(-len(curve) // 10))))
 
@@ -188,9 +188,10 @@ def grid(path, rows, title, most=10):
     write(figure, path)
 
 
-def animation(path, past, truth, forecast, title, scale=4):
+def animation(path, past, truth, forecast, title):
     """A looping GIF, exact greys: truth on the left; on the right the input, then the forecast in its place."""
     left, right = np.concatenate([past, truth]), np.concatenate([past, forecast])
+    scale = max(1, min(4, 256 // left.shape[-1]))  # of large videos no larger pictures
 
     def bar(text, width, colours):
         image = np.full((22, width, *colours), 40, np.uint8)

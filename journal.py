@@ -29,7 +29,7 @@ from compare import compare
 from evaluate import BASELINES, CROSS_ENTROPY, curve, cut, draw, draw_ranked, table, test, write_results
 from knobs import wrong
 from machine import RANK, from_rank_0, say
-from moving_mnist import FreshMovingMNIST, MovingMNIST
+from moving_mnist import FreshMovingMNIST, MovingMNIST, shape_of
 
 NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "patch", "peephole", "head", "feedback"
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
@@ -91,17 +91,21 @@ def load_weights(model, weights, path):
         ) from error
 
 
-def described(knobs, training, data):
+def described(knobs, training, validation, data):
     """The data, by all that tells it from another."""
-    shape = "×".join(str(n) for n in training[np.arange(1)].shape[1:])
-    return f"{knobs.data} ({data}, {len(training):,} sequences of {shape})"
+    shape, sha = "×".join(str(n) for n in shape_of(training)), sha_of_first(validation)
+    return f"{knobs.data} ({data}, {len(training):,} sequences of {shape}, sha256 of one {sha})"
 
 
-def score_as_trained(knobs, training, data, given, path):
+def sha_of_first(split):
+    return hashlib.sha256(split[np.arange(1)].numpy()).hexdigest()[:16]
+
+
+def score_as_trained(knobs, training, validation, data, given, path):
     """A training's own results are of its own data: refuse others in their place."""
     then = given["knobs"]
     now = {name: getattr(knobs, name) for name in ("frames_in", "frames_out", "video_stride")}
-    now["data"] = described(knobs, training, data)
+    now["data"] = described(knobs, training, validation, data)
     what = lambda value: re.sub(r"[\d,]+ sequences of ", "", str(value))  # no score depends on how many
     if other := [f"{k} was {then.get(k)} and is now {now[k]}" for k in now if what(then.get(k)) != what(now[k])]:
         raise checkpoint.CheckpointError(
@@ -113,7 +117,7 @@ def score_as_trained(knobs, training, data, given, path):
 def begin_or_go_on(setup, model, optimisers):
     """run, as it begins or as the last checkpoint has it, and model and optimisers with it."""
     knobs, path, steps_per_epoch = setup.knobs, setup.folder / "last.pt", len(setup.training) // setup.knobs.batch_size
-    asked = {**dataclasses.asdict(knobs), "data": described(knobs, setup.training, setup.data)}
+    asked = {**dataclasses.asdict(knobs), "data": described(knobs, setup.training, setup.validation, setup.data)}
     state = from_rank_0(checkpoint.resume(path, asked, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
     code = checkpoint.code()
@@ -179,7 +183,7 @@ def note(setup, run, scores, rate, speed, model):
     """Log the evaluation, keep the weights if they are the best so far, and redraw the pictures of validation."""
     knobs, folder, history = setup.knobs, setup.folder, run["history"]
     mse, baselines = scores["mse_per_frame"], {who: float(np.mean(c)) for who, c in run["baselines"].items()}
-    pixels = setup.validation[np.arange(1)][0, : knobs.frames_out].numel()
+    pixels = knobs.frames_out * math.prod(shape_of(setup.validation)[1:])
     seen = run["step"] * knobs.batch_size
     row = {
         "data": setup.data,
@@ -234,12 +238,12 @@ def show(setup, when):
 
 
 def conclude(setup, model, step, test_split):
-    """Score the weights on the test split and draw what they forecast; metrics.json comes last."""
+    """Score the weights on the test split and draw what they forecast; metrics.json comes after them."""
     knobs, folder, forecast, data = setup.knobs, setup.folder, setup.forecast, setup.data
     scores, order = test(knobs.model, forecast, test_split, *setup.span, setup.device)
     first = test_split[np.arange(1)]
     results = {"data": data, "split": test_split.split, "sequences": len(test_split),
-               "first_sequence": hashlib.sha256(first.numpy()).hexdigest()[:16],
+               "first_sequence": sha_of_first(test_split),
                "frames_in": knobs.frames_in, "frames_out": knobs.frames_out, "validation": setup.validated,
                "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
                "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip

@@ -9,8 +9,9 @@ from contextlib import nullcontext, suppress
 import torch
 import torch.distributed as dist
 
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # both are set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # all three are set by torchrun
 RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0
 
 
 class DeviceError(Exception):
@@ -24,11 +25,10 @@ def choose_device(wanted, precision):
     kind = found if wanted == "auto" else wanted
     if kind not in ("cpu", found):
         raise DeviceError(f"device is {kind!r}, but this torch finds only {found}; set device to auto or {found}")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if kind == "cuda" and local >= (gpus := torch.cuda.device_count()):
-        raise DeviceError(f"process {local + 1} of this machine finds {gpus} GPUs; start at most one process a GPU: "
-                          f"--nproc_per_node={gpus}")  # fmt: skip
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda" and (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
+        raise DeviceError(f"process {LOCAL_RANK + 1} of this machine finds {gpus} GPUs; "
+                          f"start at most one process a GPU: --nproc_per_node={gpus}")  # fmt: skip
+    device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
         capability = torch.cuda.get_device_capability()

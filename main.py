@@ -61,7 +61,7 @@ from machine import (
     stop_on_signals,
     sum_over_processes,
 )
-from moving_mnist import DataError, augment
+from moving_mnist import DataError, augment, shape_of
 from my_model import EncoderForecaster, twin_agrees
 
 
@@ -73,7 +73,7 @@ class Knobs:
                               "all the time), or your own: a .npy of shape (T, N, H, W) or (T, N, H, W, C), or a "
                               "folder of videos", group="data")  # fmt: skip
     train_sequences: int = knob(0, "use only so many training sequences; 0 = all (fresh: so many an epoch; 0 = 10,000)",
-                                0, 10**7, tried="8 to 10000")  # fmt: skip
+                                0, 10**6, tried="8 to 10000")  # fmt: skip
     frames_in: int = knob(10, "frames the model sees", 2, tried="2 to 10")
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1, tried="2 to 40")
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
@@ -224,13 +224,13 @@ def train(setup, run, model, optimisers):
             order = np.random.default_rng((knobs.seed, epoch, 1)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
         progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10  # until the steps are settled
-        torch.manual_seed(knobs.seed + step)  # for a network with dropout, so that it too goes on exactly
+        torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = group.get("part", 1) * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
-        frames = setup.training[index[RANK::WORLD]]
+        frames = setup.training[index[RANK::WORLD]][:, : sum(setup.span)]
         if knobs.augment:
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 4))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
@@ -290,7 +290,7 @@ def train(setup, run, model, optimisers):
 
 def follow(knobs, training):
     """The knobs; of sequences too short for the default frames_in and frames_out, each gets half of them."""
-    n, default = training[np.arange(1)].shape[1], (Knobs.frames_in, Knobs.frames_out)
+    n, default = shape_of(training)[0], (Knobs.frames_in, Knobs.frames_out)
     if (knobs.frames_in, knobs.frames_out) != default or n >= sum(default) or n < 3:
         return knobs
     say(f"frames    the data has {n} a sequence: frames_in {n - n // 2}, frames_out {n // 2}")
@@ -299,7 +299,7 @@ def follow(knobs, training):
 
 def fit(knobs, training, data):
     """The model, once the knobs fit the data and the model fits both; else a DataError says what does not."""
-    n_frames, channels, height, width = training[np.arange(1)].shape[1:]
+    n_frames, channels, height, width = shape_of(training)
     if n_frames < knobs.frames_in + knobs.frames_out:
         raise DataError(f"{data} has {n_frames} frames a sequence, too few for frames_in {knobs.frames_in} "
                         f"and frames_out {knobs.frames_out}")  # fmt: skip
@@ -324,14 +324,14 @@ def main(knobs):
     knobs, given, weights = starting_weights(knobs)
     folder = Path(knobs.out) / knobs.model
     if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
-        name = "_".join(weights.resolve().parts[-3:-1]) if weights.stem in ("best", "last") else weights.stem
-        folder = Path(knobs.out) / f"weights_{name}"
+        whose = weights.resolve().parts[-3:-1] if weights.stem in ("best", "last") else ()  # names that every run has
+        folder = Path(knobs.out) / "_".join(("weights", *whose, weights.stem))
     if RANK == 0:
         _held = checkpoint.claim(folder)
     training, validation, test_split, data = load_data(knobs)
     knobs = follow(knobs, training)
     if knobs.eval_only and not knobs.weights:
-        score_as_trained(knobs, training, data, given, weights)
+        score_as_trained(knobs, training, validation, data, given, weights)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
@@ -352,7 +352,7 @@ def main(knobs):
     if device.type == "cpu" and knobs.model == "my_model" and not compiled(precision.startswith("bf16")):
         say("          gates not compiled, and several times as slow (Linux on x86 with gcc compiles them)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
-    say("          sequences of {} frames, {}×{}×{}".format(*training[np.arange(1)].shape[1:]))
+    say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
     if not knobs.eval_only:
         optimisers = make_optimisers(model)

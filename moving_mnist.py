@@ -68,6 +68,11 @@ class Sequences:
         return torch.from_numpy(self.frames[:, index].swapaxes(0, 1))
 
 
+def shape_of(dataset):
+    """(T, C, H, W) of its sequences."""
+    return tuple(dataset[np.arange(1)].shape[1:])
+
+
 class MovingMNIST(Sequences):
     """One split of an array (T, N, C, H, W), or of the one at a path.
 

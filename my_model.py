@@ -10,9 +10,9 @@ Changes from the paper, and why. (The last three are off in `EncoderForecaster()
 main.py.) Gains are in validation MSE; records/README.md has how they were measured, but for the head's first layer.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
-- `head`: hidden layers before the 1×1 convolution, the first 3×3. A patch of 4 pixels is wider than a frame's motion,
-  and a linear map of the states cannot shift its content by less (one layer: 94.0 to 87.5, in a prototype, at equal
-  time; a second: 91.4 to 87.8, at equal sequences);
+- `head`: hidden layers before the 1×1 convolution, the first 3×3. Digits move up to 3.6 pixels a frame, less than a
+  patch of 4, and a linear map of the states cannot shift what is inside it (one layer: 94.0 to 87.5, in a prototype,
+  at equal time; a second: 91.4 to 87.8, at equal sequences);
 - `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
 - `dense`: early in training, the frame after each input frame is drawn and scored too: more to learn from each.
@@ -197,12 +197,13 @@ class EncoderForecaster(nn.Module):
         encoded, states = unroll(self.encoder, self.patches(past), [None] * len(self.encoder), T)
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if dense:
+            if dense:  # the encoder's states before the last draw the input's frames from the second on
                 hidden_states = [torch.cat((x[:, :-1], y), 1) for x, y in zip(encoded, hidden_states, strict=True)]
             return self.draw(hidden_states)
+        # the state after the last input already draws the first forecast frame, so one step less remains
         frames = [self.draw(encoded if dense else [h[:, -1:] for h in encoded])]
         for _ in range(n_future - 1):
-            last = torch.sigmoid(frames[-1][:, -1:])
+            last = torch.sigmoid(frames[-1][:, -1:])  # not detached: gradients pass through the frames as well
             hidden_states, states = unroll(self.encoder, self.patches(last), states, 1)
             frames.append(self.draw(hidden_states))
         return torch.cat(frames, 1)

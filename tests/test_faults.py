@@ -99,7 +99,7 @@ def test_a_knob_that_does_not_fit(changes, sentence, array, tmp_path):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("machine.LOCAL_RANK", 2)
     with pytest.raises(DeviceError, match=r"process 3 of this machine finds 2 GPUs; .*--nproc_per_node=2"):
         choose_device("auto", "auto")
 
@@ -226,6 +226,15 @@ DAMAGE = {
     "another pickle": lambda content: pickle.dumps({"knobs": {}, "step": 1, "model": {}}),
     "a flipped bit": lambda content: flip(content, len(content) // 2, 3),
 }
+
+
+def test_data_replaced_by_other_of_its_shape_stops_the_run(tmp_path):
+    knobs = {"data": tmp_path / "mine.npy", "out": tmp_path, "train_sequences": 10}
+    np.save(knobs["data"], moving_squares(57))
+    here(**knobs, epochs=1)
+    np.save(knobs["data"], moving_squares(57, seed=1))
+    with pytest.raises(checkpoint.CheckpointError, match=r"belongs to other knobs: data was .*sha256 of one"):
+        here(**knobs, epochs=2)
 
 
 @pytest.mark.parametrize("how", DAMAGE)

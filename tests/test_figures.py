@@ -70,6 +70,13 @@ def test_a_still_video_keeps_its_frames(tmp_path):
     assert len(list(panels(tmp_path / "a.gif"))) == T_IN + T_OUT
 
 
+def test_large_videos_are_not_enlarged(tmp_path):
+    large = np.zeros((2, 1, 300, 300))
+    figures.animation(tmp_path / "a.gif", large, large, large, "title")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.width == 2 * 300 + 8
+
+
 def test_colours_are_drawn(tmp_path):
     red = flat(0, T_IN, 3)
     red[:, 0] = 1

@@ -11,10 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ENVIRONMENT, ROOT
 
 import main
-from download import DIGITS
+from download import DIGITS, digit_sheet
 from figures import LABELS
 from moving_mnist import generate
 
@@ -197,6 +198,16 @@ def test_the_weights_are_those_of_the_record():
     content = (ROOT / "records" / "long.pt").read_bytes()
     assert len(content) <= 5e6
     assert hashlib.sha256(content).hexdigest() in (ROOT / "records" / "README.md").read_text()
+
+
+def test_the_python_example_forecasts():
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)
+    frames = torch.from_numpy(generate(digit_sheet(ROOT / "raw" / "digits_test.png"), 20, 0)) / 255
+    past, future = frames[:, :10], frames[:, 10:]
+    told = {"past": past}
+    exec(example, told)
+    errors = [((frame - future) ** 2).sum((2, 3, 4)).mean() for frame in (told["forecast"], past[:, -1:], 0)]
+    assert told["forecast"].shape == future.shape and errors[0] < 0.5 * min(errors[1:])
 
 
 def test_the_equations_are_lines_of_the_code():
