@@ -120,6 +120,7 @@ class Knobs:
 
 
 FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
+TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
 
 
@@ -214,7 +215,7 @@ def train(setup, run, model, optimisers):
     """From run["step"] to run["steps"]; run is what a checkpoint holds beside the weights and the optimisers."""
     knobs, device, steps_per_epoch = setup.knobs, setup.device, run["steps_per_epoch"]
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    first_step, saved, pace, last_loss = run["step"], time.perf_counter(), 0.0, "none since the start"
+    first_step, saved, seconds_a_step, last_loss = run["step"], time.perf_counter(), 0.0, "none since the start"
     timed_from, seconds_before = run["step"], run["seconds"]
     bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=RANK != 0, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:  # 0: max_minutes has not been turned into steps yet
@@ -223,7 +224,8 @@ def train(setup, run, model, optimisers):
         if k == 0 or step == first_step:
             order = np.random.default_rng((knobs.seed, epoch, 1)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
-        progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10  # until the steps are settled
+        # until the steps are settled, a small one: warm-up has just begun
+        progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10
         torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
@@ -264,10 +266,10 @@ def train(setup, run, model, optimisers):
         bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         seconds = time.perf_counter() - tick
         run["seconds"] += seconds
-        if 3 <= step - first_step < 13:  # the first are slower
-            pace += seconds / 10
-        if step - first_step == 12:
-            announce_pace(run, pace, knobs, bar)
+        if step - first_step in TIMED:
+            seconds_a_step += seconds / len(TIMED)
+        if step - first_step == TIMED[-1]:
+            announce_pace(run, seconds_a_step, knobs, bar)
         if run["step"] % steps_per_epoch == 0 or run["step"] in (FIRST_LOOK, run["steps"]):
             speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
@@ -279,7 +281,7 @@ def train(setup, run, model, optimisers):
                 raise diverged(f"{error} after step {run['step']}", rate, last_loss, setup.folder) from error
             if RANK == 0:
                 note(setup, run, scores, rate, speed, model)
-            run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf
+            run["loss_sum"], run["loss_count"], saved = 0.0, 0, -math.inf  # a checkpoint is due
             timed_from, seconds_before = run["step"], run["seconds"]
         if RANK == 0 and time.perf_counter() - saved > 60 * knobs.save_minutes:
             state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
@@ -288,7 +290,7 @@ def train(setup, run, model, optimisers):
     bar.close()
 
 
-def follow(knobs, training):
+def follow_data(knobs, training):
     """The knobs; of sequences too short for the default frames_in and frames_out, each gets half of them."""
     n, default = shape_of(training)[0], (Knobs.frames_in, Knobs.frames_out)
     if (knobs.frames_in, knobs.frames_out) != default or n >= sum(default) or n < 3:
@@ -297,7 +299,7 @@ def follow(knobs, training):
     return dataclasses.replace(knobs, frames_in=n - n // 2, frames_out=n // 2)
 
 
-def fit(knobs, training, data):
+def model_for(knobs, training, data):
     """The model, once the knobs fit the data and the model fits both; else a DataError says what does not."""
     n_frames, channels, height, width = shape_of(training)
     if n_frames < knobs.frames_in + knobs.frames_out:
@@ -327,16 +329,16 @@ def main(knobs):
         whose = weights.resolve().parts[-3:-1] if weights.stem in ("best", "last") else ()  # names that every run has
         folder = Path(knobs.out) / "_".join(("weights", *whose, weights.stem))
     if RANK == 0:
-        _held = checkpoint.claim(folder)
+        _held = checkpoint.claim(folder)  # as long as this name lives
     training, validation, test_split, data = load_data(knobs)
-    knobs = follow(knobs, training)
+    knobs = follow_data(knobs, training)
     if knobs.eval_only and not knobs.weights:
         score_as_trained(knobs, training, validation, data, given, weights)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
         )
-    model = fit(knobs, training, data)
+    model = model_for(knobs, training, data)
     if given:
         load_weights(model, given["model"], weights)
     model.to(device)
