@@ -70,13 +70,14 @@ def cell(path):
     arrow(axes, (1.3, sums), (2.03, sums), label="$W_h *$", colour=CONV, above=0.17, size=11)
     arrow(axes, (1.3, 0.45), (2.2, 0.45), (2.2, sums - 0.17), colour=CONV)
     axes.text(1.7, 0.62, "$W_x *$", ha="center", va="center", fontsize=11, color=CONV)
-    axes.text(2.3, 0.45, "+ bias:  z, (B, 4 Ch, H, W), cut into four", fontsize=9, color=EDGE, va="center")
+    axes.text(2.45, sums - 0.2, "z, with the bias: (B, 4 Ch, H, W), cut into four", fontsize=9, color=EDGE, va="center")
     axes.plot((2.37, 8.1), (sums, sums), color=INK, lw=1.2)
     for name, (x, function, words) in gates.items():
         box(axes, x, gate, function, GATE, 0.75, 0.45)
         arrow(axes, (x, sums), (x, gate - 0.225))
         axes.text(x + 0.08, sums + 0.2, words, fontsize=9, color=EDGE, va="center")
-        axes.text(x + 0.12, gate + 0.42, f"${name}$", fontsize=11, va="center")
+        beside = (0.5, 0.15) if name == "o" else (0.12, 0.42)
+        axes.text(x + beside[0], gate + beside[1], f"${name}$", fontsize=11, va="center")
     # the cell state
     dot(axes, 3.1, rail, "∘")
     dot(axes, 6.0, rail, "+")
@@ -103,7 +104,7 @@ def cell(path):
     arrow(axes, (1.9, gate), (1.9, 2.25), (4.0, 2.25), (4.0, gate), (4.325, gate), colour=peep, dashed=True)
     axes.text(3.62, 2.1, "$W_{ci}$ ∘", ha="center", va="center", fontsize=10, color=peep)
     arrow(axes, (7.3, rail), (7.3, gate), (7.725, gate), colour=peep, dashed=True)
-    axes.text(7.5, gate + 0.3, "$W_{co}$ ∘", ha="center", va="center", fontsize=10, color=peep)
+    axes.text(7.62, gate + 0.5, "$W_{co}$ ∘", ha="center", va="center", fontsize=10, color=peep)
     axes.text(10.75, 5.3, "blue: convolution     red, dashed: peephole, one number a channel", ha="right", va="center",
               fontsize=10, color=EDGE)  # fmt: skip
     axes.text(10.75, 4.97, "∘: element by element", ha="right", va="center", fontsize=10, color=EDGE)
@@ -121,7 +122,7 @@ def stack(axes, x, y, colour, layers):
 
 def draw_head(axes, x, y, frame):
     """The head above a stack, and the frame that it draws."""
-    box(axes, x, y, f"head   {frame}", DRAWN, 1.5, 0.42, 10)
+    box(axes, x, y, f"head $\\rightarrow$ {frame}", DRAWN, 1.5, 0.42, 10)
     arrow(axes, (x, y - 0.66), (x, y - 0.21))
     axes.text(x + 0.08, y - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
 
@@ -172,7 +173,7 @@ def encoder_forecaster(path):
                     (x1, y - 0.24),
                     colour=red,
                 )
-            axes.text(8.2, y - 1.08, "its own last frame", ha="center", fontsize=10, color=red)
+            axes.text(8.2, y - 1.08, "the frame that it drew last", ha="center", fontsize=10, color=red)
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
