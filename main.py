@@ -95,7 +95,7 @@ class Knobs:
                                 "the paper")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
-    epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
+    epochs: int = knob(4, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
