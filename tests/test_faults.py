@@ -444,7 +444,8 @@ def begun(small, tmp_path, monkeypatch):
     asked = parse(main.Knobs, flags(**knobs))
     training = MovingMNIST(knobs["data"], "train", 10)
     model = main.build(asked, 1)
-    setup = journal.Setup(asked, tmp_path, "squares.npy", training, training, torch.device("cpu"), None, None)
+    validation = MovingMNIST(knobs["data"], "validation")
+    setup = journal.Setup(asked, tmp_path, "squares.npy", training, validation, torch.device("cpu"), None, None)
 
     def begin(state):
         (tmp_path / "last.pt").touch()

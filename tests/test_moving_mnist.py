@@ -107,7 +107,7 @@ def generate_frame_by_frame(digits, n, seed):
 
 
 def test_generate_is_many_times_faster_than_a_loop(mnist_digits):
-    """23.5 to 26 times on the slowest machine so far; guarded with a margin."""
+    """12 to 26 times, by machine: one is bound by memory, the other is not. Guarded with a margin."""
     np.testing.assert_array_equal(generate_frame_by_frame(mnist_digits, 30, 0), generate(mnist_digits, 30, 0))
     best = {generate: np.inf, generate_frame_by_frame: np.inf}  # other programs can only slow a call down
     for _ in range(12):
@@ -115,7 +115,7 @@ def test_generate_is_many_times_faster_than_a_loop(mnist_digits):
             start = time.perf_counter()
             function(mnist_digits, 300, 0)
             best[function] = min(best[function], time.perf_counter() - start)
-    assert best[generate_frame_by_frame] > 15 * best[generate]
+    assert best[generate_frame_by_frame] > 8 * best[generate]
 
 
 class Drawn:
