@@ -137,8 +137,8 @@ class EncoderDecoderConvLSTM(nn.Module):
             state_2 = self.decoder_2_convlstm(state_1[0], state_2)
             h = state_2[0]
             outputs.append(h)
-        # not in bf16, which rounds a sure pixel to 1, and in which torch's weight gradient of one output channel is NaN
-        # on a CPU with AMX where there is one thread
+        # not in bf16, which rounds a sure pixel to 1, and in which torch's weight gradient of a Conv3d to one channel
+        # is NaN on a CPU with AMX where there is one thread
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(self.decoder_CNN(torch.stack(outputs, 2).to(x.dtype)))
 

@@ -233,9 +233,10 @@ def train(setup, run, model, optimisers):
             group["lr"] = group.get("part", 1) * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
-        frames = setup.training[index[RANK::WORLD]][:, : sum(setup.span)]
+        frames = setup.training[index[RANK::WORLD]]
         if knobs.augment:
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 4))
+            frames = frames[:, : sum(setup.span)]  # of longer sequences too, what is reversed is what is used
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
         n_future = horizon(knobs, progress)
         model.dense = knobs.dense and n_future < knobs.frames_out
