@@ -100,6 +100,8 @@ class Knobs:
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
                                 1e-9, 1e37, tried="0.02 to 0.05")  # fmt: skip
+    weight_decay: float = knob(0.03, "Muon's; less for more steps. Without it kernels grow tenfold in long runs, and "
+                               "short ones end higher too", 0, 1, tried="0 to 0.1")  # fmt: skip
     warmup: float = knob(0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero",
                          0, 1)  # fmt: skip
     grow_from: float = knob(0.3, "part of training after which the horizon grows from one forecast frame",
@@ -122,7 +124,6 @@ class Knobs:
 FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
-MUON_DECAY = 0.03  # without it the kernels grow tenfold in long runs, and short ones end higher too (records/README.md)
 
 
 def build(knobs, channels):
@@ -155,12 +156,12 @@ class Muon(torch.optim.Muon):
         super().step()
 
 
-def make_optimisers(model):
+def make_optimisers(model, weight_decay):
     """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
     # train sets the learning rate of each group at each step: the schedule's, or its "part" of it
-    return [Muon(kernels, weight_decay=MUON_DECAY), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(kernels, weight_decay=weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(knobs, progress):
@@ -359,7 +360,7 @@ def main(knobs):
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
     if not knobs.eval_only:
-        optimisers = make_optimisers(model)
+        optimisers = make_optimisers(model, knobs.weight_decay)
         run = begin_or_go_on(setup, model, optimisers)
         ended = run["step"] >= run["steps"] > 0
         if ended and (scores := from_rank_0(scores_of(folder) if RANK == 0 else None)):

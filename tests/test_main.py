@@ -520,7 +520,9 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
 
 
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "make_optimisers", lambda model: [torch.optim.AdamW(model.parameters(), amsgrad=True)])
+    monkeypatch.setattr(
+        main, "make_optimisers", lambda model, weight_decay: [torch.optim.AdamW(model.parameters(), amsgrad=True)]
+    )
     for epochs in (1, 2):
         folder = here(array, tmp_path, epochs=epochs, train_sequences=10, learning_rate=0.01)
     assert (folder / "metrics.json").exists()
