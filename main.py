@@ -219,7 +219,8 @@ def train(setup, run, model, optimisers):
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     first_step, saved, seconds_a_step, last_loss = run["step"], time.perf_counter(), 0.0, "none since the start"
     timed_from, seconds_before = run["step"], run["seconds"]
-    bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=RANK != 0, leave=False)
+    quiet = True if RANK else None  # None: shown in a terminal, but not in a file
+    bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=quiet, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:  # 0: max_minutes has not been turned into steps yet
         step, tick = run["step"], time.perf_counter()
         epoch, k = divmod(step, steps_per_epoch)

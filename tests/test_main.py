@@ -530,6 +530,14 @@ def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
     assert 0 < group["lr"] < 0.01
 
 
+def test_frames_beyond_those_used_change_nothing(array, tmp_path):
+    """Also where a sequence is reversed, which must begin with the last frame that is forecast."""
+    np.save(tmp_path / "short.npy", np.load(array)[: FRAMES_IN + FRAMES_OUT])
+    ends = [here(data, tmp_path / data.stem, epochs=1) for data in (array, tmp_path / "short.npy")]
+    weights = [json.loads((folder / "metrics.json").read_text())["weights"] for folder in ends]
+    assert weights[0] == weights[1]
+
+
 def test_schedules():
     knobs = main.Knobs(learning_rate=0.02, warmup=0.1, grow_from=0.2, grow_until=0.7, frames_out=11)
     rates = [main.learning_rate(knobs, p) for p in (0, 0.05, 0.1, 0.55, 1)]
