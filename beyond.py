@@ -8,7 +8,7 @@ import torch
 import download
 import figures
 from evaluate import BASELINES, curve, cut
-from machine import RANK, say
+from machine import RANK, WORLD, say
 from moving_mnist import Sequences, generate
 
 
@@ -30,6 +30,8 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
         try:
             curves = {who: curve(f, dataset, frames_in, n, device) for who, f in forecasts.items()}
         except (RuntimeError, ValueError, ArithmeticError) as error:  # an edited network, or too little memory
+            if WORLD > 1:
+                raise  # or the sums of the others would take this process's next part for this one
             say(f"beyond    {case}: not possible ({str(error).splitlines()[0]})")
             continue
         lengths = {"as in training": frames_out, double: 2 * frames_out} if case == triple else {}

@@ -64,16 +64,9 @@ def compare(out, latest, first_sequence):
     for who in figures.LABELS:
         score = latest["scores"][who]
         rows[who], curves[who] = [*"––––", *cells(score, "–")], score["mse_per_frame"]["per_frame"]
-    lines = [
-        f"# {title}",
-        "",
-        "Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's.",
-        "",
-    ]
-    lines += [
-        f"| | {' | '.join((*COST, *metrics.HEADINGS))} |",
-        "|---|" + "---:|" * (len(COST) + len(metrics.METRICS)),
-    ]
+    words = "Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's."
+    columns = *COST, *metrics.HEADINGS
+    lines = [f"# {title}", "", words, "", f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     lines += [f"| {figures.LABELS.get(name, name)} | {' | '.join(row)} |" for name, row in rows.items()]
     if others:
         lines += ["", f"Left out, as they do not fit together with these: {', '.join(others)}."]

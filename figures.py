@@ -1,4 +1,4 @@
-"""The pictures. Grey scale fixed to 0–1, the same sequences every time, axes with units.
+"""The pictures. Grey scale fixed to 0–1, axes with units.
 
 Every function with a path writes that file, whole or not at all, and raises CheckpointError where it cannot.
 """
@@ -51,10 +51,8 @@ def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     seen = [row["sequences"] / 1000 for row in history]
-    for key, split, label in (
-        ("train_loss", "train", "train, on its frames"),
-        ("val_loss", "validation", "validation"),
-    ):
+    kinds = ("train_loss", "train", "train, on its frames"), ("val_loss", "validation", "validation")
+    for key, split, label in kinds:
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
     left.set(xlim=(0, None), ylim=(0, 1.05 * max(row[key] for row in history for key in ("train_loss", "val_loss"))))

@@ -79,7 +79,7 @@ class Knobs:
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "of a folder: take every so many-th frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
-    augment: bool = knob(False, "flip, transpose and reverse training sequences: for runs of tens of epochs")
+    augment: bool = knob(False, "flip, transpose and reverse training sequences; in runs of one epoch, worse")
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip

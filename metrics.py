@@ -30,7 +30,7 @@ def mse_per_frame(prediction, truth):
     """Σ (x − y)² over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: squared grey level, 0–1.
 
     What every Moving MNIST table calls MSE (PredRNN's code clips the forecast to 0–1 first): 4,096 times the mean over
-    pixels. A black forecast scores 175.
+    pixels. A black forecast scores about 175.
     """
     return _mean_over_sequences(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
 

@@ -153,7 +153,7 @@ def render(digits, positions, size=64):
     """digits (n, n_digits, d, d) uint8 and positions (n, T, n_digits, 2) → (n, T, 1, size, size), overlap by maximum.
 
     A digit padded to the canvas's row length is one run of memory, and moving it on the canvas is moving the
-    run: row·size + column bytes on. So each digit of each frame is a single copy of one wide element.
+    run: row·size + column bytes on. So each digit of each frame is one wide element, read and written as a whole.
     """
     n, n_frames, n_digits, _ = positions.shape
     d = digits.shape[-1]

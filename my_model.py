@@ -15,7 +15,8 @@ main.py.) Gains are in validation MSE; records/README.md has how they were measu
   at equal time; a second: 91.4 to 87.8, at equal sequences);
 - `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
-- `dense`: early in training, the frame after each input frame is drawn and scored too: more to learn from each.
+- `dense`: until all forecast frames are trained on, the frame after each input frame is drawn and scored too: more to
+  learn from each sequence.
 """
 
 import torch
@@ -102,11 +103,7 @@ class ConvLSTM(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
         c_dtype = torch.promote_types(dtype, torch.float32)
         cast = lambda w: w if w.dtype == dtype else w.to(dtype, memory_format=torch.channels_last)
-        weights = (
-            None if x is None else cast(cell.input_to_state),
-            cast(cell.state_to_state),
-            cell.bias.to(dtype),
-        )
+        weights = None if x is None else cast(cell.input_to_state), cast(cell.state_to_state), cell.bias.to(dtype)
         peephole = state[0].new_zeros(3, cell.hidden) if cell.peephole is None else cell.peephole
         h, c = (s.permute(0, 2, 3, 1) for s in state)
         x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)

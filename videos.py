@@ -1,8 +1,8 @@
 """Your own videos: a folder of files that OpenCV reads → sequences (T, N, C, H, W), as of an array.
 
 Each file is resized, thinned to every `stride`-th frame, and cut into sequences that do not overlap; what is left
-over at its end is dropped. Files are taken in the order of their names, so the splits, which are taken in order too,
-share at most one file.
+over at its end is dropped. Files are taken in the order of their names, so of the splits, which are taken in order
+too, neighbours share at most one file.
 """
 
 import os
