@@ -63,7 +63,7 @@ def loss(path, history, baselines, title):
         right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
     right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)")
     right.set(xlim=(0, None), ylim=(0, None), title=f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
-    right.legend(loc="lower left")
+    right.legend()
     fit(left.title, 0.45 * figure.bbox.width)
     write(figure, path)
 
