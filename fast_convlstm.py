@@ -90,7 +90,7 @@ class FastConvLSTM(torch.autograd.Function):
     """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last h and c."""
 
     @staticmethod
-    def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole):
+    def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole, dilation):
         B, H, W, C = c.shape
         pixels = n_frames * B * H * W
         c = c.clone(memory_format=torch.contiguous_format)
@@ -102,12 +102,12 @@ class FastConvLSTM(torch.autograd.Function):
         else:
             z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
         gates, _ = gate_functions(z.device.type, z.dtype)
-        state_to_state = convolution(state_weight, pixels)
+        state_to_state = convolution(state_weight, pixels, dilation=dilation)
         for t in range(n_frames):
             zh = state_to_state(hiddens[t])
             gates(rows(z[t]), rows(zh), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
-        ctx.sequences = z, cells, hiddens
+        ctx.sequences, ctx.dilation = (z, cells, hiddens), dilation
         return hiddens[1:], hiddens[-1], c
 
     @staticmethod
@@ -121,19 +121,19 @@ class FastConvLSTM(torch.autograd.Function):
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh, dh_next = dh.contiguous(), dh_next.contiguous()
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
-        to_dh = convolution(turned(state_weight), pixels)
+        to_dh = convolution(turned(state_weight), pixels, dilation=ctx.dilation)
         for t in reversed(range(len(z))):
             gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
             dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
-        d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight)
+        d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight, ctx.dilation)
         dx = d_input = None
         if x is not None:
             d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)
             dx = convolution(turned(input_weight), pixels)(dz).view(x.shape) if ctx.needs_input_grad[0] else None
         sums = sums.sum(0)
-        return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:]
+        return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
 
 
 def rows(x):
@@ -141,14 +141,15 @@ def rows(x):
     return x.view(-1, x.shape[-1])
 
 
-def convolution(weight, pixels, bias=None):
+def convolution(weight, pixels, bias=None, dilation=1):
     """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last; for N·H·W pixels in all calls."""
     k = weight.shape[-1]
-    if winograd.serves(weight, pixels):
+    if dilation == 1 and winograd.serves(weight, pixels):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return functools.partial(winograd.convolve, points=winograd.to_points(weight), k=k, bias=bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    return lambda x: F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=k // 2).permute(0, 2, 3, 1).contiguous()
+    options = {"padding": dilation * (k // 2), "dilation": dilation}
+    return lambda x: F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **options).permute(0, 2, 3, 1).contiguous()
 
 
 def turned(weight):
@@ -156,11 +157,11 @@ def turned(weight):
     return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def weight_gradient(dy, x, weight):
+def weight_gradient(dy, x, weight, dilation=1):
     """Of the convolution of x (N, H, W, C_in) that gave y (N, H, W, C_out)."""
     k = weight.shape[-1]
-    if winograd.serves(weight, x[..., 0].numel()):
+    if dilation == 1 and winograd.serves(weight, x[..., 0].numel()):
         return winograd.weight_gradient(dy, x, k)
     dy, x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
-    options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, (False, True, False)
+    options = None, [1, 1], [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], 1, (False, True, False)
     return torch.ops.aten.convolution_backward(dy, x, weight, *options)[1]

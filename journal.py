@@ -31,7 +31,7 @@ from knobs import wrong
 from machine import RANK, from_rank_0, say
 from moving_mnist import FreshMovingMNIST, MovingMNIST, shape_of
 
-NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "patch", "peephole", "head", "feedback"
+NETWORK = "model", "hidden", "kernel_size", "state_kernel_size", "dilation", "patch", "peephole", "head", "feedback"
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
 DRAWN = "train_loss", "val_loss", "val_mse_per_frame", *(f"val_mse_{who}" for who in BASELINES)  # of a row of log.csv
 # see checkpoint.like
@@ -74,7 +74,11 @@ def starting_weights(knobs):
             with suppress(checkpoint.CheckpointError):
                 path = last if str(checkpoint.load(last)["knobs"].get("weights")) == knobs.weights else path
     given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
-    network = {name: value for name, value in given["knobs"].items() if name in NETWORK}
+    if silent := [name for name in NETWORK if name not in given["knobs"]]:
+        raise checkpoint.CheckpointError(
+            f"{path} is of an earlier version of this script, without {', '.join(silent)}; give other weights"
+        )
+    network = {name: given["knobs"][name] for name in NETWORK}
     for f in dataclasses.fields(knobs):
         if f.name in network and (problem := wrong(f, network[f.name])):
             raise checkpoint.CheckpointError(f"{path} is of no network of this script: {problem}")

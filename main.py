@@ -87,6 +87,8 @@ class Knobs:
                                    "paper's: 128,64,64", 1, 10**6, tried="1 to 3 layers of 4 to 128")  # fmt: skip
     kernel_size: int = knob(3, "input-to-state kernel, odd (not seq2seq); the paper's: 5", 1, 255, tried="1 to 5")
     state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same (my_model only)", 0, 255, tried="3, 5")
+    dilation: int = knob(2, "of the state-to-state kernels above the first layer: from tap to tap; the paper's: 1 "
+                         "(my_model only)", 1, 255, tried="1, 2")  # fmt: skip
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
     peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next three)")
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
@@ -130,7 +132,7 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size
-        options = {name: getattr(knobs, name) for name in ("patch", "peephole", "feedback", "dense")}
+        options = {name: getattr(knobs, name) for name in ("dilation", "patch", "peephole", "feedback", "dense")}
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()
         if not fast:

@@ -543,6 +543,16 @@ def test_weights_of_a_network_that_cannot_be(name, value, small, tmp_path):
         here(**knobs | {"out": tmp_path, "weights": tmp_path / "odd.pt"})
 
 
+def test_weights_of_a_version_without_a_knob(small, tmp_path):
+    """Its default of now may not be what the network had."""
+    knobs, folder = small
+    best = checkpoint.load(folder / "best.pt")
+    del best["knobs"]["dilation"]
+    checkpoint.save(tmp_path / "old.pt", best)
+    with pytest.raises(checkpoint.CheckpointError, match=r"earlier version of this script, without dilation"):
+        here(**knobs | {"out": tmp_path, "weights": tmp_path / "old.pt"})
+
+
 def test_evaluation_without_weights(array, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt: No such file"):
         here(array, tmp_path, eval_only=True)

@@ -161,10 +161,10 @@ def run_layer(layer, x, state, n_frames, dtype, fast):
     return outputs | {f"gradient of {name}": d for name, d in zip(leaves, gradients, strict=True)}
 
 
-def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole):
+def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole, dilation=1):
     B, T, H, W = shape
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    layer = randomised(ConvLSTM(n_in, hidden, kernel_size, state_kernel_size, peephole)).to(exact)
+    layer = randomised(ConvLSTM(n_in, hidden, kernel_size, state_kernel_size, peephole, dilation)).to(exact)
     # time before batch in memory, as the layer below leaves it
     x = torch.rand(T, B, n_in, H, W, dtype=exact).transpose(0, 1).requires_grad_() if n_in else None
     state = [torch.randn(B, hidden, H, W, dtype=exact, requires_grad=True) for _ in range(2)]
@@ -180,6 +180,27 @@ def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dt
 @pytest.mark.parametrize(("n_in", "hidden", "kernel_size", "state_kernel_size", "shape"), LAYERS)
 def test_fast_layer_is_its_plain_twin(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole):
     assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("dilation", [2, 3])
+def test_fast_layer_is_its_plain_twin_with_dilation(dilation, dtype):
+    assert_fast_is_plain(4, 8, 5, 3, (2, 3, 6, 5), dtype, True, dilation)
+    assert_fast_is_plain(32, 32, 3, 3, (2, 9, 15, 16), dtype, True, dilation)  # enough for winograd
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_a_dilated_kernel_is_a_larger_one_with_zeros(fast):
+    dilated, larger = (ConvLSTM(2, 3, 3, *sizes, fast=fast).double() for sizes in ((3, True, 2), (5, True)))
+    randomised(dilated)
+    with torch.no_grad():
+        for p, q in zip(dilated.parameters(), larger.parameters(), strict=True):
+            if p.shape == q.shape:
+                q.copy_(p)
+            else:
+                q.zero_()[..., ::2, ::2] = p
+    x = torch.rand(2, 4, 2, 6, 7).double()
+    torch.testing.assert_close(dilated(x, None, 4), larger(x, None, 4))
 
 
 @pytest.mark.parametrize("compiler", [None, "false"], ids=["no_compiler", "broken_compiler"])
@@ -214,7 +235,7 @@ class Repeated(torch.autograd.Function):
 
 @pytest.mark.parametrize("with_input", [True, False], ids=["input", "no_input"])
 def test_fast_gradients_are_finite_differences(with_input):
-    T, B, H, W, n_in, C = 2, 1, 2, 3, 2, 2
+    T, B, H, W, n_in, C = 2, 1, 3, 3, 2, 2
     leaf = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
     x, input_weight = (leaf(T, B, H, W, n_in), leaf(4 * C, n_in, 3, 3)) if with_input else (None, None)
     args = (
@@ -226,6 +247,7 @@ def test_fast_gradients_are_finite_differences(with_input):
         leaf(4 * C, C, 3, 3),
         leaf(4 * C),
         leaf(3, C),
+        2,
     )
     assert torch.autograd.gradcheck(Repeated.apply, args)
 
@@ -379,6 +401,7 @@ OPTIONS = [
     pytest.param({"channels": 3, "head": (4, 6), "dense": True, "patch": 4}, id="colour_dense_deep_head"),
     pytest.param({"feedback": True, "head": (4,), "hidden": (3, 4)}, id="feedback"),
     pytest.param({"feedback": True, "dense": True, "channels": 2}, id="feedback_dense"),
+    pytest.param({"feedback": True, "dilation": 2, "hidden": (3, 4, 2)}, id="feedback_dilation"),
 ]
 
 
@@ -410,6 +433,12 @@ def test_fast_network_is_its_plain_twin(dtype, feedback):
     plain, fast = results
     for name, expected in plain.items():
         assert relative_error(fast[name], expected) < TOLERANCE[dtype], name
+
+
+def test_layers_above_the_first_are_dilated():
+    model = EncoderForecaster(hidden=(3, 2, 4), dilation=2)
+    for stack in (model.encoder, model.forecaster):
+        assert [layer.cell.dilation for layer in stack] == [1, 2, 2]
 
 
 def test_first_forecaster_layer_has_no_input():
