@@ -12,7 +12,7 @@ What makes it fast:
    write h and c straight into the sequence, and backward turns the pre-activations into their gradient.
 4. Backward keeps only x, z, h and c, computes the gates again, and collects the state-to-state weight gradient
    of a call's frames into one convolution.
-5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too).
+5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated).
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
 """

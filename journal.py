@@ -76,7 +76,8 @@ def starting_weights(knobs):
     given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
     if silent := [name for name in NETWORK if name not in given["knobs"]]:
         raise checkpoint.CheckpointError(
-            f"{path} is of an earlier version of this script, without {', '.join(silent)}; give other weights"
+            f"{path} is of an earlier version of this script, without {', '.join(silent)}; "
+            "add what it trained with to its knobs, or set out or weights to others"
         )
     network = {name: given["knobs"][name] for name in NETWORK}
     for f in dataclasses.fields(knobs):

@@ -15,8 +15,8 @@ main.py.) Gains are in validation MSE; records/README.md has how they were measu
   at equal time; a second: 91.4 to 87.8, at equal sequences);
 - `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
-- `dilation`: above the first layer, the taps of the state-to-state kernel are two patches apart. What one end of a
-  digit does at a wall has to reach its other end, seven patches off, and this costs nothing (67.8 to 64.0);
+- `dilation`: above the first layer, the taps of the state-to-state kernel are so many patches apart, 2 in main.py.
+  When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
 - `dense`: until all forecast frames are trained on, the frame after each input frame is drawn and scored too: more to
   learn from each sequence.
 """

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from conftest import here, moving_squares
 from PIL import Image
@@ -100,7 +101,7 @@ def test_damaged_neighbours_are_left_out(reference, tmp_path):
     assert (tmp_path / "compare.md").read_text().endswith(f"these: {', '.join(sorted(DAMAGE))}.\n")
 
 
-def test_cases_beyond_training_are_what_they_say(tmp_path, capsys):
+def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
     """The forecast that is tested notes what it is shown."""
     seen = []
 
@@ -137,5 +138,8 @@ def test_cases_beyond_training_are_what_they_say(tmp_path, capsys):
     assert list(fewer) == list(results)[:-1] and "beyond    96×96 pixels: not possible (" in capsys.readouterr().out
     none = beyond.beyond(tmp_path, "my_model", lambda past, n: past.view(1), 10, 10, torch.device("cpu"), n_sequences=8)
     assert none == {} and beyond.table(none)
+    monkeypatch.setattr(beyond, "WORLD", 2)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        beyond.beyond(tmp_path, "my_model", of_one_size, 10, 10, torch.device("cpu"), n_sequences=8)
     lines = beyond.table(results).splitlines()
     assert f"{np.mean(results['three digits']['black']):.1f}" in lines[5] and lines[5].startswith("three digits")

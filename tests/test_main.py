@@ -519,6 +519,14 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
         assert fast() == {False} and "ConvLSTMCell has been edited" in capsys.readouterr().out
 
 
+def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
+    """Those whose other defaults, of my_model.py and torch, would do as well."""
+    assert [layer.cell.dilation for layer in main.build(main.Knobs(dilation=3), 1).encoder] == [1, 3]
+    folder = here(array, tmp_path, epochs=1, train_sequences=10, weight_decay=0.07)
+    (group,) = torch.load(folder / "last.pt")["optimisers"][0]["param_groups"]
+    assert group["weight_decay"] == 0.07
+
+
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
     monkeypatch.setattr(
         main, "make_optimisers", lambda model, weight_decay: [torch.optim.AdamW(model.parameters(), amsgrad=True)]

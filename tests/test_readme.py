@@ -58,7 +58,8 @@ def test_the_commands_are_these():
         "python main.py --eval_only --weights records/long.pt",
         "python main.py --model convlstm --max_minutes 15",
         "python main.py --model seq2seq --max_minutes 15",
-        "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --max_minutes 115 --out results_long",
+        "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --dilation 1 --max_minutes 115 "
+        "--out results_long",
         "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main.py --batch_size 32",
     ]
 
@@ -171,6 +172,12 @@ def test_the_first_number_is_that_of_the_record():
 def test_the_spread_is_that_of_the_records():
     ends = [record(name)["scores"]["my_model"]["mse_per_frame"]["mean"] for name in ("default", "seed_1", "seed_2")]
     assert README.count(f"{np.mean(ends):.1f} ± {np.std(ends, ddof=1):.1f}") == 2
+    configs = [
+        json.loads((ROOT / "records" / name / "config.json").read_text()) for name in ("default", "seed_1", "seed_2")
+    ]
+    knobs = {f.name for f in dataclasses.fields(main.Knobs)} - {"seed", "out"}
+    shipped = json.loads(json.dumps(dataclasses.asdict(main.Knobs())))
+    assert all(config[name] == shipped[name] for config in configs for name in knobs)
 
 
 def test_speed_is_that_of_the_records():
