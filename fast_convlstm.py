@@ -144,7 +144,7 @@ def rows(x):
 def convolution(weight, pixels, bias=None, dilation=1):
     """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last; for N·H·W pixels in all calls."""
     k = weight.shape[-1]
-    if dilation == 1 and winograd.serves(weight, pixels):
+    if winograd.serves(weight, pixels, dilation):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return functools.partial(winograd.convolve, points=winograd.to_points(weight), k=k, bias=bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -160,7 +160,7 @@ def turned(weight):
 def weight_gradient(dy, x, weight, dilation=1):
     """Of the convolution of x (N, H, W, C_in) that gave y (N, H, W, C_out)."""
     k = weight.shape[-1]
-    if dilation == 1 and winograd.serves(weight, x[..., 0].numel()):
+    if winograd.serves(weight, x[..., 0].numel(), dilation):
         return winograd.weight_gradient(dy, x, k)
     dy, x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     options = None, [1, 1], [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], 1, (False, True, False)

@@ -31,12 +31,12 @@ def library(dtype, k):
     return native.build("winograd.c", f"-DKERNEL={k}", *bf16)
 
 
-def serves(weight, pixels):
+def serves(weight, pixels, dilation=1):
     """Whether the functions below take the place of a convolution with weight (C_out, C_in, k, k) of N·H·W pixels."""
     n_out, n_in, k, _ = weight.shape
     pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not (weight.dtype == torch.bfloat16 and has_amx())
     fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
-    return pays and fits and library(weight.dtype, k) is not None
+    return pays and fits and dilation == 1 and library(weight.dtype, k) is not None
 
 
 def has_amx():

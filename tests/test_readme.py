@@ -170,11 +170,10 @@ def test_the_first_number_is_that_of_the_record():
 
 
 def test_the_spread_is_that_of_the_records():
-    ends = [record(name)["scores"]["my_model"]["mse_per_frame"]["mean"] for name in ("default", "seed_1", "seed_2")]
+    runs = "default", "seed_1", "seed_2"
+    ends = [record(name)["scores"]["my_model"]["mse_per_frame"]["mean"] for name in runs]
     assert README.count(f"{np.mean(ends):.1f} ± {np.std(ends, ddof=1):.1f}") == 2
-    configs = [
-        json.loads((ROOT / "records" / name / "config.json").read_text()) for name in ("default", "seed_1", "seed_2")
-    ]
+    configs = [json.loads((ROOT / "records" / name / "config.json").read_text()) for name in runs]
     knobs = {f.name for f in dataclasses.fields(main.Knobs)} - {"seed", "out"}
     shipped = json.loads(json.dumps(dataclasses.asdict(main.Knobs())))
     assert all(config[name] == shipped[name] for config in configs for name in knobs)
