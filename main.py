@@ -144,26 +144,52 @@ def build(knobs, channels):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon on convolution kernels: each is one matrix, (output channels, everything else)."""
+    """torch's Muon on convolution kernels: each is one matrix, (output channels, everything else).
 
-    def __init__(self, kernels, **options):
-        self.kernels = list(kernels)
+    torch computes its steps in bf16, and a CPU without a bf16 unit emulates that: most of the time of a training
+    step. With bf16=False they are computed here, in fp32.
+    """
+
+    def __init__(self, kernels, bf16, **options):
+        self.kernels, self.bf16 = list(kernels), bf16
         matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in self.kernels]  # views, no copies
         super().__init__(matrices, **options)
 
     @torch.no_grad()
     def step(self):
-        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
+        (group,) = self.param_groups
+        for matrix, kernel in zip(group["params"], self.kernels, strict=True):
             matrix.grad = kernel.grad.flatten(1)
-        super().step()
+        if self.bf16:
+            return super().step()
+        rate, beta = group["lr"], group["momentum"]
+        for matrix in group["params"]:
+            momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+            momentum.lerp_(matrix.grad, 1 - beta)
+            update = self.orthogonal(matrix.grad.lerp(momentum, beta), group)
+            n_out, n_in = matrix.shape
+            matrix.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate * max(1, n_out / n_in) ** 0.5)
+
+    @staticmethod
+    def orthogonal(x, group):
+        """x with all singular values near 1: each becomes a·s + b·s³ + c·s⁵, five times over (Newton–Schulz)."""
+        if len(x) > x.shape[1]:
+            return Muon.orthogonal(x.T, group).T  # so that x @ x.T is the smaller of the two
+        a, b, c = group["ns_coefficients"]
+        x = x / x.norm().clamp(min=group["eps"])
+        for _ in range(group["ns_steps"]):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x
 
 
-def make_optimisers(model, weight_decay):
+def make_optimisers(model, weight_decay, bf16):
     """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
     # train sets the learning rate of each group at each step: the schedule's, or its "part" of it
-    return [Muon(kernels, weight_decay=weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
+    muon = Muon(kernels, bf16, weight_decay=weight_decay)
+    return [muon, torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(knobs, progress):
@@ -182,10 +208,10 @@ def horizon(knobs, progress):
 
 
 def cost(knobs, progress):
-    """Of a step at this progress, in input frames. A forecast frame that waits for the one before takes 1.3 times
-    as long, measured on two CPU cores with batches of 8 (of 4: 1.6; of 16: 1.0 to 1.2)."""
+    """Of a step at this progress, in input frames. A forecast frame that waits for the one before takes longer: on
+    two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
-    return knobs.frames_in + (1.3 if waits else 1.0) * horizon(knobs, progress)
+    return knobs.frames_in + (1 + 2.4 * WORLD / knobs.batch_size if waits else 1.0) * horizon(knobs, progress)
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
@@ -357,13 +383,14 @@ def main(knobs):
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
-    if device.type == "cpu" and knobs.model == "my_model" and not compiled(precision.startswith("bf16")):
+    bf16 = precision.startswith("bf16")
+    if device.type == "cpu" and knobs.model == "my_model" and not compiled(bf16):
         say("          gates not compiled, and several times as slow (Linux on x86 with gcc compiles them)")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
     if not knobs.eval_only:
-        optimisers = make_optimisers(model, knobs.weight_decay)
+        optimisers = make_optimisers(model, knobs.weight_decay, bf16)
         run = begin_or_go_on(setup, model, optimisers)
         ended = run["step"] >= run["steps"] > 0
         if ended and (scores := from_rank_0(scores_of(folder) if RANK == 0 else None)):
@@ -395,6 +422,8 @@ if __name__ == "__main__":
         if WORLD > 1:
             dist.destroy_process_group()
             end(0)
+    except SystemExit as stopped:  # by a signal
+        end(stopped.code)
     except (DataError, DeviceError, DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         end(1, f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU

@@ -451,7 +451,7 @@ def begun(small, tmp_path, monkeypatch):
         (tmp_path / "last.pt").touch()
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "load", lambda *arguments: state)
-            return journal.begin_or_go_on(setup, model, main.make_optimisers(model, 0.03))
+            return journal.begin_or_go_on(setup, model, main.make_optimisers(model, 0.03, False))
 
     assert begin(checkpoint.load(folder / "last.pt"))["step"] == 2
     return begin

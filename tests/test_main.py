@@ -527,10 +527,36 @@ def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     assert group["weight_decay"] == 0.07
 
 
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square
+def test_muon_in_fp32_is_torchs(shape):
+    """Up to the rounding of torch's, which is in bf16; and exactly, by singular values."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(4, *shape)
+    ends = {}
+    for bf16 in (True, False):
+        kernel = torch.nn.Parameter(start.clone())
+        muon = main.Muon([kernel], bf16, lr=0.1, weight_decay=0.2)
+        for kernel.grad in gradients:
+            muon.step()
+        ends[bf16], (momentum,) = kernel.detach(), [state["momentum_buffer"] for state in muon.state.values()]
+    moved = (ends[True] - start).norm()
+    assert (ends[True] - ends[False]).norm() < 0.03 * moved
+    expected = torch.zeros(shape)
+    for gradient in gradients:
+        expected = 0.95 * expected + 0.05 * gradient
+    torch.testing.assert_close(momentum, expected.flatten(1))
+
+    u, s, v = torch.linalg.svd(gradients[0].flatten(1).double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    found = main.Muon.orthogonal(gradients[0].flatten(1), muon.param_groups[0])
+    torch.testing.assert_close(found.double(), u @ s.diag() @ v, rtol=0, atol=1e-4)
+
+
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        main, "make_optimisers", lambda model, weight_decay: [torch.optim.AdamW(model.parameters(), amsgrad=True)]
-    )
+    alone = lambda model, *_: [torch.optim.AdamW(model.parameters(), amsgrad=True)]
+    monkeypatch.setattr(main, "make_optimisers", alone)
     for epochs in (1, 2):
         folder = here(array, tmp_path, epochs=epochs, train_sequences=10, learning_rate=0.01)
     assert (folder / "metrics.json").exists()
