@@ -79,7 +79,8 @@ class Knobs:
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "of a folder: take every so many-th frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
-    augment: bool = knob(False, "flip, transpose and reverse training sequences; in runs of one epoch, worse")
+    augment: bool = knob(False, "flip and transpose training sequences: for long runs on few of them; in "
+                                "short runs worse")  # fmt: skip
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
@@ -265,8 +266,7 @@ def train(setup, run, model, optimisers):
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
         if knobs.augment:
-            draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 4))
-            frames = frames[:, : sum(setup.span)]  # of longer sequences too, what is reversed is what is used
+            draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
         n_future = horizon(knobs, progress)
         model.dense = knobs.dense and n_future < knobs.frames_out

@@ -118,14 +118,14 @@ class FreshMovingMNIST:
 
 
 def augment(batch, symmetries):
-    """Each sequence of (B, T, C, H, W) under symmetries of the motion law: booleans (B, 4), one row a sequence.
+    """Each sequence of (B, T, C, H, W) under symmetries of the motion law: booleans (B, 3), one row a sequence.
 
-    The law does not change under flips of the canvas, transposition (where it is square) and, away from the
-    walls, reversal of time.
+    The law does not change under flips of the canvas and transposition (where it is square). Under reversal of time
+    it does: a wall cuts the step towards it short, not the step back.
     """
     sequences = []
-    for sequence, (mirror, upside_down, reverse, transpose) in zip(batch, symmetries, strict=True):
-        sequence = sequence.flip([axis for axis, on in ((-1, mirror), (-2, upside_down), (0, reverse)) if on])
+    for sequence, (mirror, upside_down, transpose) in zip(batch, symmetries, strict=True):
+        sequence = sequence.flip([axis for axis, on in ((-1, mirror), (-2, upside_down)) if on])
         square = sequence.shape[-1] == sequence.shape[-2]
         sequences.append(sequence.transpose(-1, -2) if transpose and square else sequence)
     return torch.stack(sequences)

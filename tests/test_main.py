@@ -565,7 +565,6 @@ def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
 
 
 def test_frames_beyond_those_used_change_nothing(array, tmp_path):
-    """Also where a sequence is reversed, which must begin with the last frame that is forecast."""
     np.save(tmp_path / "short.npy", np.load(array)[: FRAMES_IN + FRAMES_OUT])
     ends = [here(data, tmp_path / data.stem, epochs=1) for data in (array, tmp_path / "short.npy")]
     weights = [json.loads((folder / "metrics.json").read_text())["weights"] for folder in ends]
