@@ -79,8 +79,8 @@ class Knobs:
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "of a folder: take every so many-th frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
-    augment: bool = knob(False, "flip and transpose training sequences: for long runs on few of them; in "
-                                "short runs worse")  # fmt: skip
+    augment_until: float = knob(0.0, "part of training until which sequences are flipped and transposed (not fresh "
+                                     "ones). 0 = never", 0, 1, tried="0 to 1")  # fmt: skip
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
@@ -98,7 +98,7 @@ class Knobs:
                                 "the paper")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
-    epochs: int = knob(4, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 5")
+    epochs: int = knob(4, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
@@ -265,7 +265,7 @@ def train(setup, run, model, optimisers):
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
-        if knobs.augment:
+        if progress < knobs.augment_until and knobs.data != "fresh":
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
         n_future = horizon(knobs, progress)

@@ -46,7 +46,7 @@ from moving_mnist import DataError, MovingMNIST
         ("--epochs", "1.5", "invalid int value"),
         ("--epochs", "-1", "epochs is -1; it must be from 1 to"),
         ("--batch_size", "0", "batch_size is 0; it must be at least 1"),
-        ("--augment", "perhaps", "'perhaps'"),
+        ("--peephole", "perhaps", "'perhaps'"),
         ("--hidden", "8,x", "8,x"),
         ("--hidden", "8,0", "hidden is (8, 0); it must be from 1 to"),
         ("--hidden", f"8,{10**19}", "it must be from 1 to 1000000"),  # beyond: torch's and numpy's own tracebacks
@@ -717,7 +717,7 @@ def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
     ("changes", "status", "sentence"),
     [
         ({"data": "nowhere.npy"}, 1, "main.py: cannot read nowhere.npy: No such file"),
-        ({"augment": "perhaps"}, 2, "perhaps"),
+        ({"peephole": "perhaps"}, 2, "perhaps"),
         ({"hidden": 10**6}, 1, "out of memory at batch_size 5"),
     ],
 )
