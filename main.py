@@ -79,8 +79,8 @@ class Knobs:
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "of a folder: take every so many-th frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
-    augment_until: float = knob(0.0, "part of training until which sequences are flipped and transposed (not fresh "
-                                     "ones). 0 = never", 0, 1, tried="0 to 1")  # fmt: skip
+    augment: bool = knob(False, "until all frames are trained on, flip and transpose training sequences; in 4 and 6 "
+                                "epochs no gain")  # fmt: skip
 
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
@@ -147,14 +147,14 @@ def build(knobs, channels):
 class Muon(torch.optim.Muon):
     """torch's Muon on convolution kernels: each is one matrix, (output channels, everything else).
 
-    torch computes its steps in bf16, and a CPU without a bf16 unit emulates that: most of the time of a training
-    step. With bf16=False they are computed here, in fp32.
+    torch computes its steps in bf16, which a CPU without a bf16 unit emulates: most of the time of a training step.
+    With bf16=False, where training is in fp32, they are computed here, in fp32 too.
     """
 
-    def __init__(self, kernels, bf16, **options):
+    def __init__(self, kernels, bf16, weight_decay):
         self.kernels, self.bf16 = list(kernels), bf16
         matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in self.kernels]  # views, no copies
-        super().__init__(matrices, **options)
+        super().__init__(matrices, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self):
@@ -189,8 +189,7 @@ def make_optimisers(model, weight_decay, bf16):
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
     # train sets the learning rate of each group at each step: the schedule's, or its "part" of it
-    muon = Muon(kernels, bf16, weight_decay=weight_decay)
-    return [muon, torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(kernels, bf16, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(knobs, progress):
@@ -212,7 +211,7 @@ def cost(knobs, progress):
     """Of a step at this progress, in input frames. A forecast frame that waits for the one before takes longer: on
     two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
-    return knobs.frames_in + (1 + 2.4 * WORLD / knobs.batch_size if waits else 1.0) * horizon(knobs, progress)
+    return knobs.frames_in + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * horizon(knobs, progress)
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
@@ -265,10 +264,10 @@ def train(setup, run, model, optimisers):
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
-        if progress < knobs.augment_until and knobs.data != "fresh":
+        n_future = horizon(knobs, progress)
+        if knobs.augment and n_future < knobs.frames_out:
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
-        n_future = horizon(knobs, progress)
         model.dense = knobs.dense and n_future < knobs.frames_out
         past, future = cut(frames, knobs.frames_in, n_future, device)
 

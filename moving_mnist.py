@@ -120,8 +120,8 @@ class FreshMovingMNIST:
 def augment(batch, symmetries):
     """Each sequence of (B, T, C, H, W) under symmetries of the motion law: booleans (B, 3), one row a sequence.
 
-    The law does not change under flips of the canvas and transposition (where it is square). Under reversal of time
-    it does: a wall cuts the step towards it short, not the step back.
+    The law does not change under transposition (where the canvas is square) and, but for the rounding of positions,
+    under flips. Under reversal of time it does: a wall cuts the step towards it short, not the step back.
     """
     sequences = []
     for sequence, (mirror, upside_down, transpose) in zip(batch, symmetries, strict=True):

@@ -784,7 +784,10 @@ torch.optim.AdamW.step = steps
 def test_a_lost_process_is_a_sentence(array, tmp_path):
     """NCCL's error, as no NCCL is here; gloo's is raised for real where two processes are killed."""
     lost = "raise torch.distributed.DistBackendError('NCCL error: remote process exited\\nmore')"
-    launcher = (str(ROOT / "tests" / "after.py"), f"import torch\ndef step(self): {lost}\ntorch.optim.Muon.step = step")
+    launcher = (
+        str(ROOT / "tests" / "after.py"),
+        f"import torch\ndef step(self): {lost}\ntorch.optim.AdamW.step = step",
+    )
     _, err = finish(start(*flags(array, tmp_path), launcher=launcher), 1)
     assert err.strip().endswith("another process ended (NCCL error: remote process exited); its message says why")
 

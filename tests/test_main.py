@@ -535,7 +535,8 @@ def test_muon_in_fp32_is_torchs(shape):
     ends = {}
     for bf16 in (True, False):
         kernel = torch.nn.Parameter(start.clone())
-        muon = main.Muon([kernel], bf16, lr=0.1, weight_decay=0.2)
+        muon = main.Muon([kernel], bf16, 0.2)
+        muon.param_groups[0]["lr"] = 0.1
         for kernel.grad in gradients:
             muon.step()
         ends[bf16], (momentum,) = kernel.detach(), [state["momentum_buffer"] for state in muon.state.values()]
@@ -552,6 +553,22 @@ def test_muon_in_fp32_is_torchs(shape):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     found = main.Muon.orthogonal(gradients[0].flatten(1), muon.param_groups[0])
     torch.testing.assert_close(found.double(), u @ s.diag() @ v, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_computes_as_training_does(array, tmp_path, monkeypatch, precision):
+    steps = []
+    monkeypatch.setattr(main.Muon, "step", lambda self: steps.append(self.bf16))
+    here(array, tmp_path, epochs=1, train_sequences=10, precision=precision)
+    assert steps == [precision == "bf16"] * 2
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(False, 0), (True, 3)])
+def test_augmented_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, asked, expected):
+    batches = []
+    monkeypatch.setattr(main, "augment", lambda batch, symmetries: batches.append(symmetries.shape) or batch)
+    here(array, tmp_path, epochs=1, train_sequences=20, augment=asked, grow_until=0.7)  # progress 1/8, 3/8, 5/8, 7/8
+    assert batches == [(5, 3)] * expected
 
 
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):

@@ -563,7 +563,7 @@ def test_frames_that_are_not_square_are_not_transposed():
 
 
 def test_symmetric_motion_obeys_the_law():
-    """What a symmetry makes of a moving square is how the law moves it elsewhere, with its turns at the walls."""
+    """Transposed, a square moves as the law moves it elsewhere, turns at walls included; flipped, within a pixel."""
 
     def moved(row, column, turn):
         positions = moving_mnist.trajectories(Drawn([[(row, column)]], [[turn]]), 1, n_frames=20, n_digits=1)
@@ -572,3 +572,6 @@ def test_symmetric_motion_obeys_the_law():
     row, column, turn = 0.3, 0.53, 0.07
     sequence = moved(row, column, turn)
     assert torch.equal(augment(sequence, [[False, False, True]]), moved(column, row, 0.25 - turn))
+    mirrored, expected = augment(sequence, [[True, False, False]]), moved(row, 1 - column, 0.5 - turn)
+    first = lambda frames: (frames[0, :, 0].amax(-2) > 0).int().argmax(-1)  # the square's first column
+    assert (first(mirrored) - first(expected)).abs().max() <= 1 and not torch.equal(mirrored, sequence)
