@@ -844,6 +844,15 @@ def test_a_refusal_of_two_processes(array, tmp_path):
     assert "main.py, rank 1: another process ended (" in errors[1] and "its message says why" in errors[1]
 
 
+def test_two_processes_stop(array, tmp_path):
+    """Without Python's shutdown, in which a thread of gloo's may abort."""
+    both = two(flags(array, tmp_path, epochs=500), launcher=ABORTS_AT_SHUTDOWN)
+    wait((tmp_path / "my_model" / "last.pt").exists, both[0])
+    both[0].send_signal(signal.SIGTERM)
+    assert "stopped; this goes on: the same torchrun command" in finish(both[0], 143)[1]
+    assert "another process ended (" in finish(both[1], 1)[1]
+
+
 def test_one_of_two_processes_dies(array, tmp_path):
     both = two(flags(array, tmp_path, epochs=500))
     try:
