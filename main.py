@@ -165,7 +165,9 @@ class Muon(torch.optim.Muon):
             return super().step()
         rate, beta = group["lr"], group["momentum"]
         for matrix in group["params"]:
-            momentum = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+            momentum = self.state[matrix]["momentum_buffer"]
             momentum.lerp_(matrix.grad, 1 - beta)
             update = self.orthogonal(matrix.grad.lerp(momentum, beta), group)
             n_out, n_in = matrix.shape
@@ -265,10 +267,11 @@ def train(setup, run, model, optimisers):
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
         n_future = horizon(knobs, progress)
-        if knobs.augment and n_future < knobs.frames_out:
+        growing = n_future < knobs.frames_out
+        if knobs.augment and growing:
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
-        model.dense = knobs.dense and n_future < knobs.frames_out
+        model.dense = knobs.dense and growing
         past, future = cut(frames, knobs.frames_in, n_future, device)
 
         net.train()
