@@ -6,7 +6,7 @@ All its hidden states together, through one convolution, give the frames.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
-Changes from the paper, and why. (The last four are off in `EncoderForecaster()`, the paper's network, and on in
+Changes from the paper, and why. (The last five are off in `EncoderForecaster()`, the paper's network, and on in
 main.py.) Gains are in validation MSE; records/README.md has how they were measured, but for the head's first layer.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
@@ -17,6 +17,9 @@ main.py.) Gains are in validation MSE; records/README.md has how they were measu
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
 - `dilation`: above the first layer, the taps of the state-to-state kernel are so many patches apart, 2 in main.py.
   When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
+- `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
+  pixels, 4 in main.py (the dynamic neural advection of Finn et al., 2016; advection.py). Most of the next frame is the
+  last one, moved, and states that need not hold every pixel have room for the motion (64.0 to 58.7);
 - `dense`: until all forecast frames are trained on, the frame after each input frame is drawn and scored too: more to
   learn from each sequence.
 """
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from advection import advect
 from fast_convlstm import FastConvLSTM
 
 
@@ -153,9 +157,10 @@ class EncoderForecaster(nn.Module):
     The defaults are the paper's best network, ConvLSTM(5×5)-5×5-128-5×5-64-5×5-64: 7,585,296 parameters.
     head: channels of hidden layers, 3×3 then 1×1, before the 1×1 convolution that draws the patches; the paper: none.
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
+    reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
     dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
     Raises ValueError for an even kernel, a layer without channels, for frames that it cannot cut into patches or, on
-    the CPU, that leave [0, 1], and for n_future below 1.
+    the CPU, that leave [0, 1], for n_future below 1, and for a reach without feedback.
     """
 
     def __init__(
@@ -169,13 +174,16 @@ class EncoderForecaster(nn.Module):
         peephole=True,
         head=(),
         feedback=False,
+        reach=0,
         dense=False,
         fast=True,
     ):
         super().__init__()
         if 0 in (*hidden, *head):
             raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
-        self.channels, self.patch, self.dense = channels, patch, dense
+        if reach and not feedback:
+            raise ValueError(f"reach {reach} moves the last frame, which goes with feedback; without it, set reach 0")
+        self.channels, self.patch, self.reach, self.dense = channels, patch, reach, dense
         pixels = channels * patch * patch
         options = kernel_size, state_kernel_size or kernel_size, peephole
         layers = lambda first: nn.ModuleList(
@@ -189,8 +197,16 @@ class EncoderForecaster(nn.Module):
             k = 1 if head_layers else 3
             head_layers += nn.Conv2d(n_in, n, k, padding=k // 2), nn.GELU()
             n_in = n
-        draw = nn.Conv2d(n_in, pixels, 1)
-        nn.init.constant_(draw.bias, -3.0)  # frames start nearly black, as they are
+        # logits; with a reach also the share of the moved frame in them, and the weights of the moves
+        self.outputs = [pixels, pixels, (2 * reach + 1) ** 2] if reach else [pixels]
+        draw = nn.Conv2d(n_in, sum(self.outputs), 1)
+        with torch.no_grad():
+            if reach:  # the first forecast is nearly the last frame
+                draw.bias.zero_()
+                draw.bias[pixels : 2 * pixels] = 1.0
+                draw.bias[2 * pixels + self.outputs[2] // 2] = 2.0
+            else:
+                draw.bias.fill_(-3.0)  # frames start nearly black, as they are
         self.head = nn.Sequential(*head_layers, draw)
 
     def forward(self, past, n_future):
@@ -203,23 +219,32 @@ class EncoderForecaster(nn.Module):
                 hidden_states = [torch.cat((x[:, :-1], y), 1) for x, y in zip(encoded, hidden_states, strict=True)]
             return self.draw(hidden_states)
         # the state after the last input already draws the first forecast frame, so one step less remains
-        frames = [self.draw(encoded if dense else [h[:, -1:] for h in encoded])]
+        shown = slice(None if dense else -1, None)
+        frames = [self.draw([h[:, shown] for h in encoded], past[:, shown])]
         for _ in range(n_future - 1):
             last = torch.sigmoid(frames[-1][:, -1:])  # not detached: gradients pass through the frames as well
             hidden_states, states = unroll(self.encoder, self.patches(last), states, 1)
-            frames.append(self.draw(hidden_states))
+            frames.append(self.draw(hidden_states, last))
         return torch.cat(frames, 1)
 
     def patches(self, frames):
         """(B, T, C, H, W) → (B, T, C·P², H/P, W/P)."""
         return F.pixel_unshuffle(frames.flatten(0, 1), self.patch).unflatten(0, frames.shape[:2])
 
-    def draw(self, hidden_states):
-        """Each layer's hidden states (B, T, Ch, H/P, W/P) → logits (B, T, C, H, W)."""
+    def draw(self, hidden_states, last=None):
+        """Each layer's hidden states (B, T, Ch, H/P, W/P) and the frames they saw last → logits (B, T, C, H, W)."""
         B, T = hidden_states[0].shape[:2]
         # to the head as images, time before batch, as the layers lay them out in memory: (T·B, sum of Ch, H/P, W/P)
-        images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
-        return F.pixel_shuffle(self.head(images), self.patch).unflatten(0, (T, B)).transpose(0, 1)
+        as_images = lambda x: x.transpose(0, 1).flatten(0, 1)
+        drawn = self.head(torch.cat([as_images(h) for h in hidden_states], 1)).split(self.outputs, 1)
+        logits = F.pixel_shuffle(drawn[0], self.patch)
+        if self.reach:
+            last = as_images(last)
+            share = F.pixel_shuffle(drawn[1], self.patch)
+            weights = drawn[2].permute(0, 2, 3, 1).to(last.dtype).softmax(-1)
+            moved = advect(last, weights, self.patch)
+            logits = logits + share * torch.logit(moved.clamp(0.02, 0.98))
+        return logits.unflatten(0, (T, B)).transpose(0, 1)
 
     def check(self, past, n_future):
         if n_future < 1:

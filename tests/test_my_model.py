@@ -362,18 +362,45 @@ def cut_by_hand(frames, P):
     )
 
 
+def join_by_hand(patches, P):
+    """The way back."""
+    *some, n, H, W = patches.shape
+    frames = patches.new_empty(*some, n // P**2, H * P, W * P)
+    for c, y, x in product(range(n // P**2), range(P), range(P)):
+        frames[..., c, y::P, x::P] = patches[..., (c * P + y) * P + x, :, :]
+    return frames
+
+
+def advected_by_hand(drawn, shown, P, reach):
+    """The head's (B, 2·C·P² + K², H/P, W/P) and the patches that were shown (B, C·P², H/P, W/P) → patches of logits."""
+    n, K = shown.shape[1], 2 * reach + 1
+    frame = join_by_hand(shown, P)
+    moved = torch.zeros_like(frame)
+    B, _, H, W = frame.shape
+    for b, y, x in product(range(B), range(H), range(W)):
+        weights = torch.exp(drawn[b, 2 * n :, y // P, x // P])
+        for k, weight in enumerate(weights / weights.sum()):
+            row, column = y + k // K - reach, x + k % K - reach
+            if 0 <= row < H and 0 <= column < W:
+                moved[b, :, y, x] += weight * frame[b, :, row, column]
+    moved = cut_by_hand(moved[:, None], P)[:, 0].clamp(0.02, 0.98)
+    return drawn[:, :n] + drawn[:, n : 2 * n] * torch.log(moved / (1 - moved))
+
+
 def forecast_by_hand(model, past, n_future):
     """Patches, one cell call a layer and frame, the head frame by frame, and patches put together again."""
-    P, C, B, T = model.patch, past.shape[2], len(past), past.shape[1]
+    P, B, T = model.patch, len(past), past.shape[1]
     x = cut_by_hand(past, P)
     zeros = lambda layer: x.new_zeros(B, layer.cell.hidden, *x.shape[-2:])
     states, drawn = [(zeros(layer), zeros(layer)) for layer in model.encoder], []
 
     def step(stack, below):
+        shown = below
         for k, layer in enumerate(stack):
             states[k] = layer.cell(below, states[k])
             below = states[k][0]
-        return model.head(torch.cat([h for h, _ in states], 1))
+        patches = model.head(torch.cat([h for h, _ in states], 1))
+        return advected_by_hand(patches, shown, P, model.reach) if model.reach else patches
 
     every = model.dense and model.training
     for t in range(T):
@@ -386,11 +413,7 @@ def forecast_by_hand(model, past, n_future):
         elif t > 0:  # the last input frame has drawn the first
             patches = step(model.encoder, 1 / (1 + torch.exp(-drawn[-1])))
         drawn.append(patches)
-    patches = torch.stack(drawn, 1)
-    frames = patches.new_empty(*patches.shape[:2], C, past.shape[3], past.shape[4])
-    for c, y, x in product(range(C), range(P), range(P)):
-        frames[:, :, c, y::P, x::P] = patches[:, :, (c * P + y) * P + x]
-    return frames
+    return join_by_hand(torch.stack(drawn, 1), P)
 
 
 OPTIONS = [
@@ -402,6 +425,8 @@ OPTIONS = [
     pytest.param({"feedback": True, "head": (4,), "hidden": (3, 4)}, id="feedback"),
     pytest.param({"feedback": True, "dense": True, "channels": 2}, id="feedback_dense"),
     pytest.param({"feedback": True, "dilation": 2, "hidden": (3, 4, 2)}, id="feedback_dilation"),
+    pytest.param({"feedback": True, "reach": 1, "head": (4,)}, id="reach"),
+    pytest.param({"feedback": True, "reach": 2, "dense": True, "channels": 2}, id="reach_dense"),
 ]
 
 
@@ -415,11 +440,13 @@ def test_forecast_by_hand(options, fast):
     torch.testing.assert_close(model(past, 3), forecast_by_hand(model, past, 3), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
+@pytest.mark.parametrize(
+    ("feedback", "reach"), [(False, 0), (True, 0), (True, 4)], ids=["forecaster", "feedback", "reach"]
+)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_fast_network_is_its_plain_twin(dtype, feedback):
+def test_fast_network_is_its_plain_twin(dtype, feedback, reach):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = EncoderForecaster(hidden=(16, 8), head=(8,), feedback=feedback, dense=True).to(exact)
+    model = EncoderForecaster(hidden=(16, 8), head=(8,), feedback=feedback, reach=reach, dense=True).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     results = []
     for fast in (False, True):
@@ -464,13 +491,27 @@ def test_every_state_is_copied_from_encoder_to_forecaster(fast):
         assert not torch.equal(h, c) and torch.equal(h, state[0]) and torch.equal(c, state[1])
 
 
-def test_feedback_has_no_second_stack():
-    model = small(hidden=(3, 4), feedback=True)
+@pytest.mark.parametrize("reach", [0, 2])
+def test_feedback_has_no_second_stack(reach):
+    model = small(hidden=(3, 4), feedback=True, reach=reach)
     assert not any(name.startswith("forecaster") for name in model.state_dict())
     past = torch.rand(1, 3, 1, 8, 8)
     forecast = model(past, 4)
     drawn = torch.sigmoid(forecast[:, :1])  # is what the model goes on with, as if it had been seen
     torch.testing.assert_close(model(torch.cat((past, drawn), 1), 3), forecast[:, 1:])
+
+
+def test_a_reach_begins_with_the_last_frame():
+    """Untrained, the moved frame has most of its weight at rest."""
+    model, past = small(feedback=True, reach=2, patch=4), (torch.rand(1, 3, 1, 16, 16) > 0.5).float()
+    drawn = torch.sigmoid(model(past, 1))[:, 0]
+    errors = [(drawn - frame).square().mean() for frame in (past[:, -1], past[:, -1].roll(1, -1), past[:, -2])]
+    assert errors[0] < 0.8 * min(errors[1:])
+
+
+def test_a_reach_without_feedback_is_refused():
+    with pytest.raises(ValueError, match=r"reach 4 .* feedback"):
+        EncoderForecaster(reach=4)
 
 
 def test_every_encoder_layer_matters():
