@@ -201,7 +201,7 @@ class EncoderForecaster(nn.Module):
         self.outputs = [pixels, pixels, (2 * reach + 1) ** 2] if reach else [pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
-            if reach:  # the first forecast is nearly the last frame
+            if reach:  # the first forecast is the last frame, blurred
                 draw.bias.zero_()
                 draw.bias[pixels : 2 * pixels] = 1.0
                 draw.bias[2 * pixels + self.outputs[2] // 2] = 2.0

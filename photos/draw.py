@@ -131,7 +131,7 @@ def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.1)
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"),
-                       (4.25, "What main.py trains: feedback=True, head=(128, 128)")):  # fmt: skip
+                       (4.25, "What main.py trains: feedback=True, head=(128, 128), reach=4")):  # fmt: skip
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
@@ -174,10 +174,16 @@ def encoder_forecaster(path):
                     colour=red,
                 )
             axes.text(8.2, y - 1.08, "the frame that it drew last", ha="center", fontsize=10, color=red)
+            green = "#3d7a3d"
+            for x in (5.9, 8.2, 10.3):
+                start = x - 0.45 if x == 5.9 else x - 0.9
+                arrow(axes, (start, y - 0.85), (x - 0.9, y - 0.85), (x - 0.9, head), (x - 0.75, head), colour=green)
+            axes.text(4.9, head, "moved", ha="right", va="center", fontsize=10, color=green)
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
-        "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)"
+        "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
+        "with reach=4, 97 channels more: how much the moved frame counts in each pixel, and the weights of 9×9 moves"
     )
     axes.text(6.5, 0.1, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

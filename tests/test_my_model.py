@@ -501,14 +501,6 @@ def test_feedback_has_no_second_stack(reach):
     torch.testing.assert_close(model(torch.cat((past, drawn), 1), 3), forecast[:, 1:])
 
 
-def test_a_reach_begins_with_the_last_frame():
-    """Untrained, the moved frame has most of its weight at rest."""
-    model, past = small(feedback=True, reach=2, patch=4), (torch.rand(1, 3, 1, 16, 16) > 0.5).float()
-    drawn = torch.sigmoid(model(past, 1))[:, 0]
-    errors = [(drawn - frame).square().mean() for frame in (past[:, -1], past[:, -1].roll(1, -1), past[:, -2])]
-    assert errors[0] < 0.8 * min(errors[1:])
-
-
 def test_a_reach_without_feedback_is_refused():
     with pytest.raises(ValueError, match=r"reach 4 .* feedback"):
         EncoderForecaster(reach=4)
