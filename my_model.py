@@ -9,7 +9,8 @@ B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel s
 Changes from the paper, and why. (The last five are off in `EncoderForecaster()`, the paper's network, and on in
 main.py.) Gains are in validation MSE; records/README.md has how they were measured, but for the head's first layer.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
-- forget gates start open (bias 1) and frames start nearly black (bias -3), which saves the first steps;
+- forget gates start open (bias 1) and frames start nearly black (bias -3; with a reach, as the last frame, blurred),
+  which saves the first steps;
 - `head`: hidden layers before the 1×1 convolution, the first 3×3. Digits move up to 3.6 pixels a frame, less than a
   patch of 4, and a linear map of the states cannot shift what is inside it (one layer: 94.0 to 87.5, in a prototype,
   at equal time; a second: 91.4 to 87.8, at equal sequences);
@@ -18,8 +19,8 @@ main.py.) Gains are in validation MSE; records/README.md has how they were measu
 - `dilation`: above the first layer, the taps of the state-to-state kernel are so many patches apart, 2 in main.py.
   When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
 - `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
-  pixels, 4 in main.py (the dynamic neural advection of Finn et al., 2016; advection.py). Most of the next frame is the
-  last one, moved, and states that need not hold every pixel have room for the motion (64.0 to 58.7);
+  pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
+  states that need not hold every pixel have room for the motion (64.0 to 58.7);
 - `dense`: until all forecast frames are trained on, the frame after each input frame is drawn and scored too: more to
   learn from each sequence.
 """
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advection import advect
+from advection import advect, plain_advect
 from fast_convlstm import FastConvLSTM
 
 
@@ -183,7 +184,7 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
         if reach and not feedback:
             raise ValueError(f"reach {reach} moves the last frame, which goes with feedback; without it, set reach 0")
-        self.channels, self.patch, self.reach, self.dense = channels, patch, reach, dense
+        self.channels, self.patch, self.reach, self.dense, self.fast = channels, patch, reach, dense, fast
         pixels = channels * patch * patch
         options = kernel_size, state_kernel_size or kernel_size, peephole
         layers = lambda first: nn.ModuleList(
@@ -242,8 +243,8 @@ class EncoderForecaster(nn.Module):
             last = as_images(last)
             share = F.pixel_shuffle(drawn[1], self.patch)
             weights = drawn[2].permute(0, 2, 3, 1).to(last.dtype).softmax(-1)
-            moved = advect(last, weights, self.patch)
-            logits = logits + share * torch.logit(moved.clamp(0.02, 0.98))
+            moved = (advect if self.fast else plain_advect)(last, weights, self.patch)
+            logits = logits + share * torch.logit(moved.clamp(0.02, 0.98))  # black and white have none
         return logits.unflatten(0, (T, B)).transpose(0, 1)
 
     def check(self, past, n_future):

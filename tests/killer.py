@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
+import advection
 import beyond
 import checkpoint
 import main
@@ -90,7 +91,8 @@ if __name__ == "__main__":
         main.load_data = small_fresh_data
         beyond.beyond, beyond.table = lambda *args: {}, str  # it does not depend on the data
     knobs, rng, at_work = parse(main.Knobs, arguments), random.Random(0), 0
-    main.compiled(knobs.precision == "bf16")  # once, for all children
+    main.compiled(knobs.precision == "bf16")  # once, for all children, as is
+    advection.library(knobs.patch, 2 * knobs.reach + 1)
     if kills.isdigit():
         alone = child(parse(main.Knobs, [*arguments, "--out", f"{knobs.out}/alone"]))
         _, status, used = os.wait4(alone, 0)

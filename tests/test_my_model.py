@@ -450,8 +450,8 @@ def test_fast_network_is_its_plain_twin(dtype, feedback, reach):
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     results = []
     for fast in (False, True):
-        for layer in (*model.encoder, *(model.forecaster or ())):
-            layer.fast = fast
+        for part in (model, *model.encoder, *(model.forecaster or ())):
+            part.fast = fast
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(past, 4)
             gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
