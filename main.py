@@ -95,7 +95,7 @@ class Knobs:
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
                                  "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 256")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
-                                "the paper, and with --reach 0")  # fmt: skip
+                                "the paper, which takes --reach 0")  # fmt: skip
     reach: int = knob(4, "pixels up to which the head can move the frame before, patch by patch; the paper's: 0, it "
                          "cannot (with feedback only)", 0, 64, tried="0, 4")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")

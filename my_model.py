@@ -183,7 +183,7 @@ class EncoderForecaster(nn.Module):
         if 0 in (*hidden, *head):
             raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
         if reach and not feedback:
-            raise ValueError(f"reach {reach} moves the last frame, which goes with feedback; without it, set reach 0")
+            raise ValueError(f"reach {reach} takes feedback, as it moves the frame drawn before; set reach to 0")
         self.channels, self.patch, self.reach, self.dense, self.fast = channels, patch, reach, dense, fast
         pixels = channels * patch * patch
         options = kernel_size, state_kernel_size or kernel_size, peephole
