@@ -59,7 +59,8 @@ class Advect(torch.autograd.Function):
     def forward(ctx, frames, weights, patch):
         frames, weights = frames.contiguous(), weights.contiguous()
         ctx.save_for_backward(frames, weights)
-        ctx.patch, moved = patch, torch.empty_like(frames)
+        ctx.patch = patch
+        moved = torch.empty_like(frames)
         run(library(patch, kernel_size(weights)).advect_forward, patch, frames, weights, moved)
         return moved
 
@@ -68,10 +69,10 @@ class Advect(torch.autograd.Function):
     def backward(ctx, d_moved):
         frames, weights = ctx.saved_tensors
         d_weights = torch.empty_like(weights)
-        d_frames = torch.empty_like(frames) if ctx.needs_input_grad[0] else frames.new_empty(0)  # a null pointer
+        d_frames = torch.empty_like(frames) if ctx.needs_input_grad[0] else None
         function = library(ctx.patch, kernel_size(weights)).advect_backward
         run(function, ctx.patch, frames, weights, d_moved.contiguous(), d_weights, d_frames)
-        return d_frames if ctx.needs_input_grad[0] else None, d_weights, None
+        return d_frames, d_weights, None
 
 
 def run(function, patch, frames, weights, *others):

@@ -50,7 +50,7 @@ def save(path, state):
     publish(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
 
 
-def load(path, advice="set weights to another checkpoint"):
+def load(path, advice="give another file to --weights"):
     """The dict that was saved, on the CPU; no pickled code runs. Raises CheckpointError, with advice at its end."""
     try:
         content = Path(path).read_bytes()
@@ -87,9 +87,7 @@ def lock(folder):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise CheckpointError(
-            f"{folder} is in use by another run; wait for it, or set out to another folder"
-        ) from error
+        raise CheckpointError(f"{folder} is in use by another run; wait for it, or give another --out") from error
     except OSError:
         pass  # a file system without locks
     else:
@@ -111,14 +109,14 @@ def claim(folder):
         folder.mkdir(parents=True, exist_ok=True)
         return lock(folder)
     except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}; set out to another folder") from error
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
 
 
 def resume(path, knobs, may_differ):
     """The state to go on from, or None where there is none. Refuses one of other knobs, and names them."""
     if not path.exists():
         return None
-    state = load(path, "without it, a run starts over")
+    state = load(path, "remove it to start over")
     then = state["knobs"]
     both = then.keys() & knobs.keys()
     same = lambda k: k in both and repr(then[k]) == repr(knobs[k])  # a tensor's == would be no answer
@@ -131,9 +129,9 @@ def resume(path, knobs, may_differ):
     if changed:
         value = lambda of, k: repr(of[k]) if k in of else "no knob of the script"
         differing = "; ".join(f"{k} was {value(then, k)} and is now {value(knobs, k)}" for k in changed)
-        raise CheckpointError(
-            f"{path} belongs to other knobs: {differing}. Set them back, or set out to another folder"
-        )
+        # a knob that this version has not cannot be set back
+        advice = "Set them back, or give another --out" if both >= set(changed) else "Give another --out"
+        raise CheckpointError(f"{path} belongs to other knobs: {differing}. {advice}")
     return state
 
 

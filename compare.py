@@ -1,4 +1,4 @@
-"""Models side by side: every folder under `out` that has results on the same data, under the same ruler."""
+"""Models side by side: every folder under `out` that has results on the same data, by the same metrics."""
 
 import csv
 import json
@@ -23,8 +23,7 @@ def read(folder):
         texts = ((folder / name).read_text("utf-8") for name in ("log.csv", "timing.csv"))
         logs = (csv.DictReader(text.splitlines()) for text in texts)
         for row, timing in zip(*logs, strict=True):
-            keys = {"sequences": row["sequences"], "minutes": timing["minutes"], "val_loss": row["val_loss"]}
-            run["history"].append({key: float(value) for key, value in keys.items()})
+            run["history"].append({key: float((row | timing)[key]) for key in ("sequences", "minutes", "val_loss")})
     return run
 
 
@@ -78,4 +77,4 @@ def compare(out, latest, first_sequence):
     past, truth = first_sequence[:cut] / 255, first_sequence[cut:][: latest["frames_out"]] / 255
     strips = {"input": (1, past), "truth": (cut + 1, truth)}
     strips |= {name: (cut + 1, run["forecast"]) for name, run in runs.items()}
-    figures.grid(out / "compare_strip.png", strips, f"the first sequence of the {title}")
+    figures.grid(out / "compare_strip.png", strips, f"the first of the {title}")

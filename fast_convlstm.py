@@ -48,7 +48,8 @@ def gates_forward(z, zh, peephole, c, c_before, h):
 
 
 def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
-    """Its gradient. dh comes from above, dh_next and dc from the next step; dz takes the place of z, dc of dc.
+    """Its gradient. dh comes from above, dh_next and dc from the next step. z is overwritten by its own gradient, dc by
+    that of the step before.
 
     sums (threads, 7, C) collects the gradients of the four biases and the three peepholes.
     """
@@ -128,6 +129,7 @@ class FastConvLSTM(torch.autograd.Function):
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
         d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight, ctx.dilation)
+        del hiddens
         dx = d_input = None
         if x is not None:
             d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)

@@ -51,7 +51,7 @@ def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     seen = [row["sequences"] / 1000 for row in history]
-    kinds = ("train_loss", "train", "train, on its frames"), ("val_loss", "validation", "validation")
+    kinds = ("train_loss", "train", "train (frames trained on)"), ("val_loss", "validation", "validation")
     for key, split, label in kinds:
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
@@ -173,8 +173,8 @@ def grid(path, rows, title, most=10):
     axes.set_axis_off()
     for r, (name, (first, frames)) in enumerate(rows.items()):
         top, some = 56 + r * high, sorted(np.linspace(len(frames) - 1, 0, min(len(frames), most)).astype(int))
-        label = name.replace(" ", "\n").replace("_", "_\n")  # to fit beside the frames
-        axes.text(96, top + height * scale / 2 + 24, label, ha="right", va="center", fontsize=9)
+        label = name.replace(" ", "\n")
+        fit(axes.text(96, top + height * scale / 2 + 24, label, ha="right", va="center", fontsize=9), 90)
         for k, t in enumerate(some):
             left, image = 110 + k * wide, to_grey(frames[t : t + 1])[0]
             image = image[..., None] if image.ndim == 2 else image

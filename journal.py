@@ -66,7 +66,7 @@ class Setup(NamedTuple):
 
 
 def starting_weights(knobs):
-    """(knobs with those of the network that the file of weights is of, the file's content and path), or Nones."""
+    """(knobs, the network's as the file of weights has them; its content; its path). Without a file two Nones."""
     if not knobs.weights and not knobs.eval_only:
         return knobs, None, None
     path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
@@ -78,7 +78,7 @@ def starting_weights(knobs):
     if silent := [name for name in NETWORK if name not in given["knobs"]]:
         raise checkpoint.CheckpointError(
             f"{path} is of an earlier version of this script, without {', '.join(silent)}; "
-            "add what it trained with to its knobs, or set out or weights to others"
+            "add what it trained with to its knobs, or give another --out or --weights"
         )
     network = {name: given["knobs"][name] for name in NETWORK}
     for f in dataclasses.fields(knobs):
@@ -93,11 +93,11 @@ def load_weights(model, weights, path):
     except Exception as error:  # whoever made the file chose what its reading meets
         raise checkpoint.CheckpointError(
             f"{path} holds other weights than the model has: the data has other channels, or my_model.py or "
-            "convlstm.py has changed since; undo the change, or set out or weights to others"
+            "convlstm.py has changed since; undo the change, or give another --out or --weights"
         ) from error
 
 
-def described(knobs, training, validation, data):
+def data_identity(knobs, training, validation, data):
     """The data, by all that tells it from another."""
     shape, sha = "×".join(str(n) for n in shape_of(training)), sha_of_first(validation)
     return f"{knobs.data} ({data}, {len(training):,} sequences of {shape}, sha256 of one {sha})"
@@ -107,11 +107,11 @@ def sha_of_first(split):
     return hashlib.sha256(split[np.arange(1)].numpy()).hexdigest()[:16]
 
 
-def score_as_trained(knobs, training, validation, data, given, path):
+def refuse_other_data(knobs, training, validation, data, given, path):
     """A training's own results are of its own data: refuse others in their place."""
     then = given["knobs"]
     now = {name: getattr(knobs, name) for name in ("frames_in", "frames_out", "video_stride")}
-    now["data"] = described(knobs, training, validation, data)
+    now["data"] = data_identity(knobs, training, validation, data)
     what = lambda value: re.sub(r"[\d,]+ sequences of ", "", str(value))  # no score depends on how many
     if other := [f"{k} was {then.get(k)} and is now {now[k]}" for k in now if what(then.get(k)) != what(now[k])]:
         raise checkpoint.CheckpointError(
@@ -123,7 +123,7 @@ def score_as_trained(knobs, training, validation, data, given, path):
 def begin_or_go_on(setup, model, optimisers):
     """run, as it begins or as the last checkpoint has it, and model and optimisers with it."""
     knobs, path, steps_per_epoch = setup.knobs, setup.folder / "last.pt", len(setup.training) // setup.knobs.batch_size
-    asked = {**dataclasses.asdict(knobs), "data": described(knobs, setup.training, setup.validation, setup.data)}
+    asked = {**dataclasses.asdict(knobs), "data": data_identity(knobs, setup.training, setup.validation, setup.data)}
     state = from_rank_0(checkpoint.resume(path, asked, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
     code = checkpoint.code()
@@ -140,7 +140,7 @@ def begin_or_go_on(setup, model, optimisers):
             run = {part: state[part] for part in run} | now
         except Exception as error:  # whoever made the file chose what its reading meets
             raise checkpoint.CheckpointError(
-                f"{path} is no checkpoint of this version of main.py ({error}); set out to another folder"
+                f"{path} is no checkpoint of this version of main.py ({error}); give another --out"
             ) from error
         if edited := [name for name, mark in code.items() if run["code"].get(name) != mark]:
             say(f"edited    since this run began: {', '.join(edited)}; a new --out runs the edited code from the start")
@@ -170,7 +170,7 @@ def baseline(setup, who):
     return curve(BASELINES[who], setup.validation, *setup.span, setup.device)
 
 
-def describe(setup, begins, facts):
+def write_config(setup, begins, facts):
     """config.json, and when a run begins the files that say what is run, as they are."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 
 
 def knob(default, text, at_least=None, at_most=None, choices=None, group=None, tried=None):
@@ -50,7 +49,7 @@ def wrong(field, value):
     ):
         return f"{field.name} is {value!r}, which it cannot be; python main.py --help says what it can"
     least, most = about["least"], about["most"]
-    if all((least is None or p >= least) and (most is None or p <= most) and p != math.inf for p in parts):
+    if all((least is None or p >= least) and (most is None or p <= most) for p in parts):
         return None
     return f"{field.name} is {value}; it must be {f'at least {least}' if most is None else f'from {least} to {most}'}"
 

@@ -40,7 +40,7 @@ def choose_device(wanted, precision):
         without = "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"
         masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in without
         units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
-        native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit"
+        native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit found"
     bf16 = native if precision == "auto" else precision == "bf16"
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
     why = why if precision == "auto" else "chosen by knob"
@@ -48,7 +48,7 @@ def choose_device(wanted, precision):
 
 
 def idle_gpu(device):
-    """Whether the driver shows an NVIDIA GPU that this torch was built without."""
+    """Whether the driver shows an NVIDIA GPU, but this torch was built without CUDA."""
     return device.type == "cpu" and torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version")
 
 

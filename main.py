@@ -39,13 +39,13 @@ from journal import (
     baseline,
     begin_or_go_on,
     conclude,
-    describe,
     load_weights,
     log,
     note,
-    score_as_trained,
+    refuse_other_data,
     scores_of,
     starting_weights,
+    write_config,
 )
 from knobs import knob, parse
 from machine import (
@@ -72,12 +72,12 @@ class Knobs:
     data: str = knob("array", "array (the official npy, or a stand-in where it cannot be had), fresh (new sequences "
                               "all the time), or your own: a .npy of shape (T, N, H, W) or (T, N, H, W, C), or a "
                               "folder of videos", group="data")  # fmt: skip
-    train_sequences: int = knob(0, "use only so many training sequences; 0 = all (fresh: so many an epoch; 0 = 10,000)",
+    train_sequences: int = knob(0, "use only the first N training sequences; 0 = all (fresh: N an epoch; 0 = 10,000)",
                                 0, 10**6, tried="8 to 10000")  # fmt: skip
     frames_in: int = knob(10, "frames the model sees", 2, tried="2 to 10")
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1, tried="2 to 40")
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
-    video_stride: int = knob(1, "of a folder: take every so many-th frame", 1, 10**6, tried="1, 2")
+    video_stride: int = knob(1, "of a folder: take every Nth frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
     augment: bool = knob(False, "until all frames are trained on, flip and transpose training sequences; in 4 and 6 "
                                 "epochs no gain")  # fmt: skip
@@ -89,30 +89,30 @@ class Knobs:
     kernel_size: int = knob(3, "input-to-state kernel, odd (not seq2seq); the paper's: 5", 1, 255, tried="1 to 5")
     state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same (my_model only)", 0, 255, tried="3, 5")
     dilation: int = knob(2, "of the state-to-state kernels above the first layer: from tap to tap; the paper's: 1 "
-                         "(my_model only)", 1, 255, tried="1, 2")  # fmt: skip
+                         "(my_model only)", 1, 255, tried="1 to 3")  # fmt: skip
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
     peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next four)")
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
-                                 "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 256")  # fmt: skip
+                                 "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 512")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
-                                "the paper, which takes --reach 0")  # fmt: skip
+                                "the paper, which needs --reach 0")  # fmt: skip
     reach: int = knob(4, "pixels up to which the head can move the frame before, patch by patch; the paper's: 0, it "
                          "cannot (with feedback only)", 0, 64, tried="0, 4")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
 
     epochs: int = knob(4, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
-    max_minutes: float = knob(0.0, "train for so many minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
+    max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
-                                1e-9, 1e37, tried="0.02 to 0.05")  # fmt: skip
-    weight_decay: float = knob(0.03, "Muon's; in our longer run 0.01. Without it kernels grow tenfold there, and short "
-                               "runs end higher too", 0, 1, tried="0 to 0.1")  # fmt: skip
-    warmup: float = knob(0.05, "part of training in which the learning rate rises; then it falls, a cosine to zero",
+                                1e-9, 1e37, tried="0.02 to 0.08")  # fmt: skip
+    weight_decay: float = knob(0.03, "Muon's; our longer runs had 0.01. Without it, kernels grew tenfold in 14,000 "
+                               "steps, and short runs ended higher", 0, 1, tried="0 to 0.1")  # fmt: skip
+    warmup: float = knob(0.05, "fraction of training in which the learning rate rises; then it falls, a cosine to zero",
                          0, 1)  # fmt: skip
-    grow_from: float = knob(0.3, "part of training after which the horizon grows from one forecast frame",
-                            0, 1, tried="0.1 to 0.4")  # fmt: skip
-    grow_until: float = knob(0.8, "part of training after which all forecast frames are trained on. 0 = always all",
-                             0, 1, tried="0.25 to 0.9")  # fmt: skip
+    grow_from: float = knob(0.3, "fraction of training after which the horizon grows from one forecast frame",
+                            0, 1, tried="0.1 to 1")  # fmt: skip
+    grow_until: float = knob(0.8, "fraction of training after which all forecast frames are trained on. 0 = always all",
+                             0, 1, tried="0.25 to 1")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -128,7 +128,7 @@ class Knobs:
 
 FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
-ADAM_PART = 1 / 20  # AdamW's learning rate, as a part of Muon's
+ADAM_SCALE = 1 / 20  # AdamW's learning rate is so much of Muon's
 
 
 def build(knobs, channels):
@@ -140,7 +140,7 @@ def build(knobs, channels):
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()
         if not fast:
-            say("cell      ConvLSTMCell has been edited: running it as it stands, slower than fast_convlstm.py")
+            say("cell      ConvLSTMCell and fast_convlstm.py differ: running the cell as it stands, which is slower")
         return EncoderForecaster(channels, knobs.hidden, *kernels, **options, fast=fast)
     if knobs.model == "convlstm":
         return convlstm.ConvLSTMForecaster(channels, knobs.hidden, knobs.kernel_size, knobs.patch)
@@ -151,30 +151,26 @@ class Muon(torch.optim.Muon):
     """torch's Muon on convolution kernels: each is one matrix, (output channels, everything else).
 
     torch computes its steps in bf16, which a CPU without a bf16 unit emulates: most of the time of a training step.
-    With bf16=False, where training is in fp32, they are computed here, in fp32 too.
+    Here they are in the dtype of training; those in bf16 are torch's, bit by bit.
     """
 
-    def __init__(self, kernels, bf16, weight_decay):
-        self.kernels, self.bf16 = list(kernels), bf16
+    def __init__(self, kernels, dtype, weight_decay):
+        self.kernels, self.dtype = list(kernels), dtype
         matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in self.kernels]  # views, no copies
         super().__init__(matrices, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        for matrix, kernel in zip(group["params"], self.kernels, strict=True):
-            matrix.grad = kernel.grad.flatten(1)
-        if self.bf16:
-            return super().step()
         rate, beta = group["lr"], group["momentum"]
-        for matrix in group["params"]:
+        for matrix, kernel in zip(group["params"], self.kernels, strict=True):
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-            momentum = self.state[matrix]["momentum_buffer"]
-            momentum.lerp_(matrix.grad, 1 - beta)
-            update = self.orthogonal(matrix.grad.lerp(momentum, beta), group)
+            gradient, momentum = kernel.grad.flatten(1), self.state[matrix]["momentum_buffer"]
+            momentum.lerp_(gradient, 1 - beta)
+            update = self.orthogonal(gradient.lerp(momentum, beta).to(self.dtype), group)
             n_out, n_in = matrix.shape
-            matrix.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate * max(1, n_out / n_in) ** 0.5)
+            matrix.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate * math.sqrt(max(1, n_out / n_in)))
 
     @staticmethod
     def orthogonal(x, group):
@@ -185,16 +181,16 @@ class Muon(torch.optim.Muon):
         x = x / x.norm().clamp(min=group["eps"])
         for _ in range(group["ns_steps"]):
             gram = x @ x.T
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)  # a·x + (b·gram + c·gram²) x
         return x
 
 
-def make_optimisers(model, weight_decay, bf16):
+def make_optimisers(model, weight_decay, dtype):
     """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
-    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
-    # train sets the learning rate of each group at each step: the schedule's, or its "part" of it
-    return [Muon(kernels, bf16, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
+    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "scale": ADAM_SCALE}
+    # train sets the learning rate of each group at each step: the schedule's, times its "scale"
+    return [Muon(kernels, dtype, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def learning_rate(knobs, progress):
@@ -242,7 +238,7 @@ def diverged(what, rate, last_loss, folder):
     if last.exists():
         advice = f"--weights {last}, another --out and a lower --learning_rate start from the last checkpoint"
     return FloatingPointError(
-        f"{what}, at learning rate {rate:.4g} (last finite loss: {last_loss}). Nothing of it was saved; {advice}"
+        f"{what}, at learning rate {rate:.4g} (last finite loss: {last_loss}). That step was not saved; {advice}"
     )
 
 
@@ -265,7 +261,7 @@ def train(setup, run, model, optimisers):
         torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = group.get("part", 1) * rate
+            group["lr"] = group.get("scale", 1) * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
@@ -370,7 +366,7 @@ def main(knobs):
     training, validation, test_split, data = load_data(knobs)
     knobs = follow_data(knobs, training)
     if knobs.eval_only and not knobs.weights:
-        score_as_trained(knobs, training, validation, data, given, weights)
+        refuse_other_data(knobs, training, validation, data, given, weights)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
@@ -395,7 +391,7 @@ def main(knobs):
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
     if not knobs.eval_only:
-        optimisers = make_optimisers(model, knobs.weight_decay, bf16)
+        optimisers = make_optimisers(model, knobs.weight_decay, torch.bfloat16 if bf16 else torch.float32)
         run = begin_or_go_on(setup, model, optimisers)
         ended = run["step"] >= run["steps"] > 0
         if ended and (scores := from_rank_0(scores_of(folder) if RANK == 0 else None)):
@@ -407,12 +403,12 @@ def main(knobs):
         if RANK == 0:
             facts = {"data_used": data, "device_used": str(device), "precision_used": precision}
             facts |= {"threads": threads, "processes": WORLD, "parameters": parameters}
-            describe(setup, run["step"] == 0, facts)
+            write_config(setup, run["step"] == 0, facts)
             (folder / "metrics.json").unlink(missing_ok=True)  # scores of an earlier end are not this run's
             if run["history"] and run["timing"]:
                 log(setup, run)  # the files may be lost
         train(setup, run, model, optimisers)
-        advice = f"without it and {folder / 'last.pt'}, a run starts over"
+        advice = f"remove it and {folder / 'last.pt'} to start over"
         given = from_rank_0(checkpoint.load(folder / "best.pt", advice) if RANK == 0 else None)
         load_weights(model, given["model"], folder / "best.pt")
     conclude(setup, model, given["step"], test_split)

@@ -138,7 +138,7 @@ def _check(name, frames, is_logits=False):
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
     if not is_logits and (low < -1e-6 or high > 1 + 1e-6):
-        raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: without / 255, or sigmoid?")
+        raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: not divided by 255, or logits?")
 
 
 def _checked(prediction, truth, is_logits=False):

@@ -26,6 +26,6 @@ def build(source, *flags):
 
 
 def arguments(*values):
-    """Numbers as long, tensors as pointers."""
-    of = lambda v: ctypes.c_void_p(v.data_ptr()) if hasattr(v, "data_ptr") else ctypes.c_long(v)
+    """Numbers as long, tensors as pointers, None as the null pointer."""
+    of = lambda v: ctypes.c_long(v) if isinstance(v, int) else ctypes.c_void_p(None if v is None else v.data_ptr())
     return map(of, values)

@@ -46,8 +46,8 @@ def read_folder(folder, n_frames, size, stride=1, colour=False):
                                 "files, a larger video_stride or a smaller video_size")  # fmt: skip
         n = len(frames) // n_frames
         if n == 0:
-            raise DataError(f"{path} has {len(frames)} frames, read as a video at every {stride}; a sequence needs "
-                            f"{n_frames}: remove it, or lower frames_in or frames_out")  # fmt: skip
+            raise DataError(f"{path} gives {len(frames)} frames at video_stride {stride}; a sequence needs {n_frames}: "
+                            "remove it, or lower video_stride, frames_in or frames_out")  # fmt: skip
         sequences.append(np.stack(frames[: n * n_frames]).reshape(n, n_frames, *frames[0].shape))
     return np.ascontiguousarray(np.concatenate(sequences).swapaxes(0, 1))
 

@@ -1,12 +1,11 @@
 /* Winograd's convolution of channels-last images (Lavin & Gray, https://arxiv.org/abs/1509.09308): what runs over
-   pixels. winograd.py has the idea and the maps, and builds this with -DKERNEL, and -DBF16 or without.
+   pixels. winograd.py has the idea, the maps and the sizes, with which it builds this, and with -DBF16 or without.
 
    K channels in, N out; memory is scratch space. The points of kernels lie as (N / WIDTH, POINTS, K, WIDTH), those
-   of a BLOCK of tiles as (POINTS, BLOCK, channels). */
+   of a BLOCK of tiles as (POINTS, BLOCK, channels), with a GAP after each point. */
 #include <stdint.h>
 
-enum { TILE = 4, SIDE = TILE + KERNEL - 1, POINTS = SIDE * SIDE, WIDTH = 32, BLOCK = 64 /* tiles at a time */ };
-enum { GAP = 16 }; /* between points in memory: without, they fall on the same lines of the cache */
+enum { SIDE = TILE + KERNEL - 1, POINTS = SIDE * SIDE };
 #ifdef __AVX512F__
 enum { LANES = 16, ROWS = 8 };
 #else

@@ -17,7 +17,8 @@ import torch
 
 import native
 
-TILE, WIDTH, BLOCK, GAP = 4, 32, 64, 16  # as in winograd.c
+TILE, WIDTH, BLOCK = 4, 32, 64  # BLOCK tiles at a time
+GAP = 16  # numbers between points in memory: without, they fall on the same lines of the cache
 POINTS = 0, 1, -1, 2, -2, 1 / 2, -1 / 2  # and ∞; near 1, so that rounding errors stay small
 
 # pixels from which it is faster than torch: the kernel is taken to its points and back once, for however many.
@@ -27,8 +28,9 @@ PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16
 
 @functools.cache
 def library(dtype, k):
+    sizes = {"KERNEL": k, "TILE": TILE, "WIDTH": WIDTH, "BLOCK": BLOCK, "GAP": GAP}
     bf16 = ["-DBF16"] if dtype == torch.bfloat16 else []
-    return native.build("winograd.c", f"-DKERNEL={k}", *bf16)
+    return native.build("winograd.c", *(f"-D{name}={n}" for name, n in sizes.items()), *bf16)
 
 
 def serves(weight, pixels, dilation=1):

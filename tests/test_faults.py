@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(how, small, tmp_path):
     knobs, last = copy(small, tmp_path)
     last.write_bytes(DAMAGE[how](last.read_bytes()))
     before = last.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; without it, a run starts over"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; remove it to start over"):
         here(**knobs)
     assert last.read_bytes() == before and {p.name for p in last.parent.iterdir()} == {"last.pt", ".lock"}
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_that_would_inflate(tmp_path):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     (tmp_path / "x.pt").write_bytes(sign(buffer.getvalue()))
-    with pytest.raises(checkpoint.CheckpointError, match=r"x\.pt is damaged or no checkpoint .*; set weights to"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"x\.pt is damaged .*; give another file to --weights"):
         checkpoint.load(tmp_path / "x.pt")
 
 
@@ -316,7 +316,7 @@ def test_best_weights_of_an_ended_run_are_lost(damage, small, tmp_path):
     best = last.with_name("best.pt")
     best.write_text("")
     damage(best)
-    with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt.*; without it and .*last\.pt, a run starts over"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt.*; remove it and .*last\.pt to start over"):
         here(**knobs)
     best.unlink(missing_ok=True)
     last.unlink()
@@ -361,8 +361,8 @@ def test_a_checkpoint_made_to_mislead_is_read_or_refused(archives, reader, evil,
 
 
 OLDER = {
-    "feedback was no knob of the script and is now True": lambda state: state["knobs"].pop("feedback"),
-    "sampling was 0.5 and is now no knob of the script": lambda state: state["knobs"].update(sampling=0.5),
+    "feedback was no knob of the script and is now True. Give": lambda state: state["knobs"].pop("feedback"),
+    "sampling was 0.5 and is now no knob of the script. Give": lambda state: state["knobs"].update(sampling=0.5),
     "is no checkpoint of this version of main.py ('timing')": lambda state: state.pop("timing"),
     "is no checkpoint of this version of main.py ('optimisers')": lambda state: state.pop("optimisers"),
     "is no checkpoint of this version of main.py (zip()": lambda state: state["optimisers"].pop(),

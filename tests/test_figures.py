@@ -136,7 +136,7 @@ LONGER = [*HISTORY, {"sequences": 3000, "train_loss": 0.3, "val_loss": 0.2, "min
 
 def test_losses_are_those_of_the_history(monkeypatch):
     left, right = drawn(monkeypatch, figures.loss, LONGER, {"black": 175.0, "optical_flow": 180.0}, "title").axes
-    assert lines(left) == {"train, on its frames": [[1, 3], [0.5, 0.3]], "validation": [[1, 3], [0.4, 0.2]]}
+    assert lines(left) == {"train (frames trained on)": [[1, 3], [0.5, 0.3]], "validation": [[1, 3], [0.4, 0.2]]}
     of_all = lines(right)
     assert of_all.pop("validation") == [[1, 3], [90, 60]]
     assert {label: set(y) for label, (_, y) in of_all.items()} == {

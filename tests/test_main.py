@@ -34,6 +34,7 @@ from PIL import Image
 
 import checkpoint
 import evaluate
+import fast_convlstm
 import main
 import metrics
 import my_model
@@ -515,7 +516,7 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
     detached = lambda self, x, state: forward(self, x, (state[0], state[1].detach()))  # the same hidden states
     for change in (edited, only_without, clamped, detached):
         monkeypatch.setattr(my_model.ConvLSTMCell, "forward", change)
-        assert fast() == {False} and "ConvLSTMCell has been edited" in capsys.readouterr().out
+        assert fast() == {False} and "ConvLSTMCell and fast_convlstm.py differ" in capsys.readouterr().out
 
 
 def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
@@ -527,21 +528,39 @@ def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     assert group["weight_decay"] == 0.07
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_edited_gates_are_noticed(monkeypatch, dtype):
+    """The plain ones and the compiled ones, of which the cell knows nothing."""
+    gates = fast_convlstm.gate_functions
+    plain = torch.float32 if dtype == torch.bfloat16 else torch.float64
+    twice = lambda function: lambda z, zh, *others: function(z, zh.mul_(2), *others)
+    edited = lambda device, asked: (twice(gates(device, asked)[0]) if asked == plain else gates(device, asked)[0],
+                                    gates(device, asked)[1])  # fmt: skip
+    monkeypatch.setattr(fast_convlstm, "gate_functions", edited)
+    assert not my_model.twin_agrees()
+
+
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square
-def test_muon_in_fp32_is_torchs(shape):
-    """Up to the rounding of torch's, which is in bf16; and exactly, by singular values."""
+def test_muon_is_torchs(shape):
+    """Bit by bit in bf16; in fp32, which torch has not, up to bf16's rounding, and exactly by singular values."""
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(4, *shape)
-    ends = {}
-    for bf16 in (True, False):
+    matrix = torch.nn.Parameter(start.flatten(1).clone())
+    torchs = torch.optim.Muon([matrix], lr=0.1, weight_decay=0.2)
+    for gradient in gradients:
+        matrix.grad = gradient.flatten(1)
+        torchs.step()
+    expected = matrix.detach().view(shape)
+    for dtype in (torch.bfloat16, torch.float32):
         kernel = torch.nn.Parameter(start.clone())
-        muon = main.Muon([kernel], bf16, 0.2)
+        muon = main.Muon([kernel], dtype, 0.2)
         muon.param_groups[0]["lr"] = 0.1
         for kernel.grad in gradients:
             muon.step()
-        ends[bf16], (momentum,) = kernel.detach(), [state["momentum_buffer"] for state in muon.state.values()]
-    moved = (ends[True] - start).norm()
-    assert (ends[True] - ends[False]).norm() < 0.03 * moved
+        (momentum,) = [state["momentum_buffer"] for state in muon.state.values()]
+        if dtype == torch.bfloat16:
+            assert torch.equal(kernel, expected)
+        assert (kernel - expected).norm() < 0.03 * (expected - start).norm()
     expected = torch.zeros(shape)
     for gradient in gradients:
         expected = 0.95 * expected + 0.05 * gradient
@@ -558,9 +577,9 @@ def test_muon_in_fp32_is_torchs(shape):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_computes_as_training_does(array, tmp_path, monkeypatch, precision):
     steps = []
-    monkeypatch.setattr(main.Muon, "step", lambda self: steps.append(self.bf16))
+    monkeypatch.setattr(main.Muon, "step", lambda self: steps.append(self.dtype))
     here(array, tmp_path, epochs=1, train_sequences=10, precision=precision)
-    assert steps == [precision == "bf16"] * 2
+    assert steps == [torch.bfloat16 if precision == "bf16" else torch.float32] * 2
 
 
 @pytest.mark.parametrize(("asked", "expected"), [(False, 0), (True, 3)])

@@ -64,7 +64,7 @@ def test_what_is_no_video_is_named(tmp_path, capfd):
     with pytest.raises(DataError, match=r"holds no video; expected files that end in \.avi"):
         videos.read_folder(tmp_path, 10, SIZE)
     write(tmp_path / "a.avi", 9)
-    with pytest.raises(DataError, match=r"a\.avi has 9 frames.*a sequence needs 10"):
+    with pytest.raises(DataError, match=r"a\.avi gives 9 frames.*a sequence needs 10"):
         videos.read_folder(tmp_path, 10, SIZE)
     write(tmp_path / "a.avi", 10)
     (tmp_path / "b.mp4").write_text("<html>")
