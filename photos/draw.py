@@ -70,7 +70,8 @@ def cell(path):
     arrow(axes, (1.3, sums), (2.03, sums), label="$W_h *$", colour=CONV, above=0.17, size=11)
     arrow(axes, (1.3, 0.45), (2.2, 0.45), (2.2, sums - 0.17), colour=CONV)
     axes.text(1.7, 0.62, "$W_x *$", ha="center", va="center", fontsize=11, color=CONV)
-    axes.text(2.45, sums - 0.2, "z, with the bias: (B, 4 Ch, H, W), cut into four", fontsize=9, color=EDGE, va="center")
+    cut = "z, with the bias: (B, 4 Ch, H, W), cut into four (in the order i, f, o, g)"
+    axes.text(2.45, sums - 0.2, cut, fontsize=9, color=EDGE, va="center")
     axes.plot((2.37, 8.1), (sums, sums), color=INK, lw=1.2)
     for name, (x, function, words) in gates.items():
         box(axes, x, gate, function, GATE, 0.75, 0.45)
@@ -130,9 +131,10 @@ def draw_head(axes, x, y, frame):
 def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.1)
-    for top, title in ((8.8, "The paper's network: EncoderForecaster()"),
-                       (4.25, "What main.py trains: feedback=True, head=(128, 128), reach=4")):  # fmt: skip
+    ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), reach=4, …"
+    for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.25, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
+    axes.text(12.7, 8.8, "same name, same colour: same weights", fontsize=10, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
         head = y + 0.8 * layers + 0.1
@@ -183,7 +185,7 @@ def encoder_forecaster(path):
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
-        "with reach=4, 97 channels more: how much the moved frame counts in each pixel, and the weights of 9×9 moves"
+        "with reach=4, 16 + 81 channels more: how much the moved frame counts in a pixel, and the weights of 9×9 moves"
     )
     axes.text(6.5, 0.1, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
