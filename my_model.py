@@ -125,9 +125,11 @@ class ConvLSTM(nn.Module):
 
 def twin_agrees():
     """Whether the fast layer computes what the cell above says: no longer, once one of the two has been edited."""
-    cases = itertools.product((torch.float32, torch.float64), ((4, True, 1), (4, False, 2), (0, True, 1)))
+    limits = {torch.float32: 1e-2, torch.float64: 1e-8}.items()  # of the compiled gates, and of the plain ones
+    cases = itertools.product(limits, ((4, True, 1), (4, False, 2), (0, True, 1)))
     with torch.random.fork_rng(devices=[]):
-        for dtype, (in_channels, peephole, dilation) in cases:  # float32 has the compiled gates, float64 the plain ones
+        torch.manual_seed(0)
+        for (dtype, limit), (in_channels, peephole, dilation) in cases:
             x, state = torch.randn(1, 3, 4, 5, 5, dtype=dtype), torch.randn(2, 1, 4, 5, 5, dtype=dtype).mul(20).unbind()
             try:
                 layer = ConvLSTM(in_channels, 4, 3, 3, peephole, dilation).to(dtype)
@@ -138,7 +140,7 @@ def twin_agrees():
                     hidden_states, (_, c) = layer(x if in_channels else None, state, 3)
                     gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), list(layer.parameters()))
                     found.append((hidden_states, c, *gradients))
-                if not all((a - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(*found, strict=True)):
+                if not all((a - b).abs().max() <= limit * b.abs().max() for a, b in zip(*found, strict=True)):
                     return False
             except Exception:  # the edited cell has other parts, which may raise anything
                 return False
