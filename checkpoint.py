@@ -116,7 +116,7 @@ def resume(path, knobs, may_differ):
     """The state to go on from, or None where there is none. Refuses one of other knobs, and names them."""
     if not path.exists():
         return None
-    state = load(path, "remove it to start over")
+    state = load(path, "without it, a run starts over")
     then = state["knobs"]
     both = then.keys() & knobs.keys()
     same = lambda k: k in both and repr(then[k]) == repr(knobs[k])  # a tensor's == would be no answer

@@ -129,7 +129,6 @@ class FastConvLSTM(torch.autograd.Function):
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
         d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight, ctx.dilation)
-        del hiddens
         dx = d_input = None
         if x is not None:
             d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)

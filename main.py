@@ -128,7 +128,7 @@ class Knobs:
 
 FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
-ADAM_SCALE = 1 / 20  # AdamW's learning rate is so much of Muon's
+ADAM_PART = 1 / 20  # AdamW's learning rate, as a fraction of Muon's
 
 
 def build(knobs, channels):
@@ -151,7 +151,7 @@ class Muon(torch.optim.Muon):
     """torch's Muon on convolution kernels: each is one matrix, (output channels, everything else).
 
     torch computes its steps in bf16, which a CPU without a bf16 unit emulates: most of the time of a training step.
-    Here they are in the dtype of training; those in bf16 are torch's, bit by bit.
+    Here they are in the dtype of training; those in bf16 are torch's, with its default options, bit by bit.
     """
 
     def __init__(self, kernels, dtype, weight_decay):
@@ -188,8 +188,8 @@ class Muon(torch.optim.Muon):
 def make_optimisers(model, weight_decay, dtype):
     """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
-    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "scale": ADAM_SCALE}
-    # train sets the learning rate of each group at each step: the schedule's, times its "scale"
+    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
+    # train sets the learning rate of each group at each step: the schedule's, times its "part"
     return [Muon(kernels, dtype, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -261,7 +261,7 @@ def train(setup, run, model, optimisers):
         torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = group.get("scale", 1) * rate
+            group["lr"] = group.get("part", 1) * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
@@ -408,7 +408,7 @@ def main(knobs):
             if run["history"] and run["timing"]:
                 log(setup, run)  # the files may be lost
         train(setup, run, model, optimisers)
-        advice = f"remove it and {folder / 'last.pt'} to start over"
+        advice = f"without it and {folder / 'last.pt'}, a run starts over"
         given = from_rank_0(checkpoint.load(folder / "best.pt", advice) if RANK == 0 else None)
         load_weights(model, given["model"], folder / "best.pt")
     conclude(setup, model, given["step"], test_split)

@@ -124,11 +124,11 @@ class ConvLSTM(nn.Module):
 
 
 def twin_agrees():
-    """Whether the fast layer computes what the cell above says: no longer, once one of the two has been edited."""
-    limits = {torch.float32: 1e-2, torch.float64: 1e-8}.items()  # of the compiled gates, and of the plain ones
+    """Whether the fast layer computes what the cell above says, with the gates compiled for fp32 and the plain ones."""
+    limits = {torch.float32: 2e-3, torch.float64: 1e-8}.items()  # only the first are compiled
     cases = itertools.product(limits, ((4, True, 1), (4, False, 2), (0, True, 1)))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         for (dtype, limit), (in_channels, peephole, dilation) in cases:
             x, state = torch.randn(1, 3, 4, 5, 5, dtype=dtype), torch.randn(2, 1, 4, 5, 5, dtype=dtype).mul(20).unbind()
             try:
@@ -165,8 +165,8 @@ class EncoderForecaster(nn.Module):
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
     reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
     dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
-    Raises ValueError for an even kernel, a layer without channels, a reach without feedback, n_future below 1, and for
-    frames of another shape, that it cannot cut into patches or, on the CPU, that leave [0, 1].
+    Raises ValueError for an even kernel, a layer without channels, a reach without feedback, n_future below 1,
+    frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 /* Winograd's convolution of channels-last images (Lavin & Gray, https://arxiv.org/abs/1509.09308): what runs over
-   pixels. winograd.py has the idea, the maps and the sizes, with which it builds this, and with -DBF16 or without.
+   pixels. winograd.py has the idea and the maps, and gives the sizes (-DKERNEL, -DTILE, …) and -DBF16 or not.
 
    K channels in, N out; memory is scratch space. The points of kernels lie as (N / WIDTH, POINTS, K, WIDTH), those
    of a BLOCK of tiles as (POINTS, BLOCK, channels), with a GAP after each point. */

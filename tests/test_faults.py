@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(how, small, tmp_path):
     knobs, last = copy(small, tmp_path)
     last.write_bytes(DAMAGE[how](last.read_bytes()))
     before = last.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; remove it to start over"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is damaged .*; without it, a run starts over"):
         here(**knobs)
     assert last.read_bytes() == before and {p.name for p in last.parent.iterdir()} == {"last.pt", ".lock"}
 
@@ -316,7 +316,7 @@ def test_best_weights_of_an_ended_run_are_lost(damage, small, tmp_path):
     best = last.with_name("best.pt")
     best.write_text("")
     damage(best)
-    with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt.*; remove it and .*last\.pt to start over"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"best\.pt.*; without it and .*last\.pt, a run starts over"):
         here(**knobs)
     best.unlink(missing_ok=True)
     last.unlink()

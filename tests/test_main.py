@@ -528,16 +528,22 @@ def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     assert group["weight_decay"] == 0.07
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_edited_gates_are_noticed(monkeypatch, dtype):
-    """The plain ones and the compiled ones, of which the cell knows nothing."""
+@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "backward"])
+@pytest.mark.parametrize("edited", [torch.float64, torch.float32], ids=["plain", "compiled"])
+def test_edited_gates_are_noticed(monkeypatch, edited, direction):
+    """All of whose arguments are tensors; the last but one is then doubled: c_before forward, dc backward."""
     gates = fast_convlstm.gate_functions
-    plain = torch.float32 if dtype == torch.bfloat16 else torch.float64
-    twice = lambda function: lambda z, zh, *others: function(z, zh.mul_(2), *others)
-    edited = lambda device, asked: (twice(gates(device, asked)[0]) if asked == plain else gates(device, asked)[0],
-                                    gates(device, asked)[1])  # fmt: skip
-    monkeypatch.setattr(fast_convlstm, "gate_functions", edited)
-    assert not my_model.twin_agrees()
+    for factor in (1, 2):
+
+        def changed(device, dtype, factor=factor):
+            functions = list(gates(device, dtype))
+            if dtype == edited:
+                right = functions[direction]
+                functions[direction] = lambda *tensors: (right(*tensors), tensors[-2].mul_(factor))
+            return functions
+
+        monkeypatch.setattr(fast_convlstm, "gate_functions", changed)
+        assert my_model.twin_agrees() == (factor == 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square

@@ -58,6 +58,8 @@ def test_the_commands_are_these():
         "python main.py --eval_only --weights records/long.pt",
         "python main.py --model convlstm --max_minutes 15",
         "python main.py --model seq2seq --max_minutes 15",
+        "python main.py --augment True --batch_size 16 --weight_decay 0.01 --grow_until 0.9 "
+        "--max_minutes 115 --out results_array",
         "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --dilation 1 --reach 0 --max_minutes 115 "
         "--out results_long",
         "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main.py --batch_size 32",
@@ -71,7 +73,8 @@ def test_the_commands_are_these():
         (2, "--frames_in 5 --frames_out 3", "results/weights_long/predict_median.png"),
         (3, BY_CLOCK, "results/convlstm/metrics.json"),
         (4, BY_CLOCK, "results/seq2seq/metrics.json"),
-        (5, f"{SHORT} --max_minutes 0.001 --frames_in 2 --frames_out 2", "results_long/my_model/metrics.json"),
+        (5, BY_CLOCK, "results_array/my_model/metrics.json"),
+        (6, f"{SHORT} --max_minutes 0.001 --frames_in 2 --frames_out 2", "results_long/my_model/metrics.json"),
     ],
 )
 def test_a_command_does_its_job(command, shorter, leaves, copy):
@@ -151,7 +154,7 @@ def test_results_are_those_of_the_records():
         else:
             who = next(key for key, label in LABELS.items() if label == first)
             assert numbers == result_cells(record("default")["scores"][who]), first
-    assert found == 4
+    assert found == 5
 
 
 def test_cases_beyond_training_are_those_of_the_records():
@@ -189,7 +192,7 @@ def test_speed_is_that_of_the_records():
             assert float(lines[row["name"]][1]) == round(row["bytes"] / 2**20)
     lines = {row[0]: row[1:] for row in map(cells, re.findall(r"^\| .*$", ratios, re.M))}
     names = re.findall(r"\(records/(bench\w*\.json)\)", ratios)
-    assert len(names) == 4
+    assert len(names) == 5
     for column, name in enumerate(names):
         rows = json.loads((ROOT / "records" / name).read_text())["rows"]
         seconds = {row["name"]: row["seconds"] for row in rows if row["work"] == "training step"}
