@@ -562,7 +562,7 @@ def test_a_folder_in_use_by_another_process(array, tmp_path):
     other = start(*flags(array, tmp_path, epochs=500))
     try:
         wait((tmp_path / "my_model" / "config.json").exists, other)
-        with pytest.raises(checkpoint.CheckpointError, match=r"my_model is in use by another run; .* another folder"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"my_model is in use by another run; .* another --out"):
             here(array, tmp_path)
         assert other.poll() is None
     finally:

@@ -68,7 +68,7 @@ def test_what_is_no_video_is_named(tmp_path, capfd):
         videos.read_folder(tmp_path, 10, SIZE)
     write(tmp_path / "a.avi", 10)
     (tmp_path / "b.mp4").write_text("<html>")
-    with pytest.raises(DataError, match=r"b\.mp4 has 0 frames"):
+    with pytest.raises(DataError, match=r"b\.mp4 gives 0 frames"):
         videos.read_folder(tmp_path, 10, SIZE)
     assert not capfd.readouterr().err  # OpenCV and FFmpeg add nothing
 
