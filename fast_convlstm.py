@@ -67,19 +67,39 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
         total += part.sum(0)
 
 
+def one_step(forward, backward, dtype):
+    """What a pair of gate functions computes from numbers that are always the same."""
+    N, C, generator = 6, 20, torch.Generator().manual_seed(0)
+    draw = lambda n: 2 * torch.randn(N, n * C, generator=generator)
+    z, zh, dh, dh_next = (draw(n).to(dtype) for n in (4, 4, 1, 1))
+    c, dc, peephole = draw(1), draw(1), draw(1)[:3]
+    c_before, h, sums = torch.empty_like(c), torch.empty_like(dh), c.new_zeros(torch.get_num_threads(), 7, C)
+    forward(z, zh, peephole, c, c_before, h)
+    added = z.clone()
+    backward(z, peephole, c_before, dh, dh_next, dc, sums)
+    return added, c, c_before, h, z, dc, sums.sum(0)
+
+
 @functools.cache
 def gate_functions(device_type, dtype):
-    """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above."""
+    """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above.
+
+    They stand above as well where gates.c says something else, as when one of the two has been edited.
+    """
+    plain = gates_forward, gates_backward
     supported = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     library = native.build("gates.c", *(["-DBF16"] if dtype == torch.bfloat16 else [])) if supported else None
     if library is None:
-        return gates_forward, gates_backward
+        return plain
 
     def call(function, z, *tensors):
         N, C = z.shape[0], z.shape[1] // 4
         function(*native.arguments(N, C, torch.get_num_threads(), z, *tensors))
 
-    return tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
+    built = tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    pairs = zip(one_step(*built, dtype), one_step(*plain, dtype), strict=True)
+    return built if all((a - b).abs().max() <= limit * b.abs().max() for a, b in pairs) else plain
 
 
 def compiled(bf16):

@@ -386,7 +386,8 @@ def main(knobs):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     bf16 = precision.startswith("bf16")
     if device.type == "cpu" and knobs.model == "my_model" and not compiled(bf16):
-        say("          gates not compiled, and several times as slow (Linux on x86 with gcc compiles them)")
+        say("          gates not compiled, and several times as slow: needs gcc on Linux and x86, and a gates.c that")
+        say("          says the same as gates_forward and gates_backward in fast_convlstm.py")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from conftest import (
     flags,
     here,
     moving_squares,
+    skip_without_compiler,
     start,
 )
 from conftest import wait_until as wait
@@ -528,22 +530,22 @@ def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     assert group["weight_decay"] == 0.07
 
 
-@pytest.mark.parametrize("direction", [0, 1], ids=["forward", "backward"])
-@pytest.mark.parametrize("edited", [torch.float64, torch.float32], ids=["plain", "compiled"])
-def test_edited_gates_are_noticed(monkeypatch, edited, direction):
-    """All of whose arguments are tensors; the last but one is then doubled: c_before forward, dc backward."""
-    gates = fast_convlstm.gate_functions
-    for factor in (1, 2):
-
-        def changed(device, dtype, factor=factor):
-            functions = list(gates(device, dtype))
-            if dtype == edited:
-                right = functions[direction]
-                functions[direction] = lambda *tensors: (right(*tensors), tensors[-2].mul_(factor))
-            return functions
-
-        monkeypatch.setattr(fast_convlstm, "gate_functions", changed)
-        assert my_model.twin_agrees() == (factor == 1)
+def test_edited_gates_are_noticed(monkeypatch):
+    """By both of their twins: the cell, and gates.c for fp32 and for bf16. An edit doubles one of the results."""
+    skip_without_compiler()
+    monkeypatch.setattr(fast_convlstm.native, "build", functools.cache(fast_convlstm.native.build))
+    monkeypatch.setattr(fast_convlstm, "gate_functions", functools.cache(fast_convlstm.gate_functions.__wrapped__))
+    found = lambda: (my_model.twin_agrees(), fast_convlstm.compiled(bf16=False), fast_convlstm.compiled(bf16=True))
+    assert found() == (True, True, True)
+    results = {"gates_forward": {"z": 0, "c": 3, "c_before": 4, "h": 5}, "gates_backward": {"z": 0, "dc": 5, "sums": 6}}
+    for name, places in results.items():
+        right = getattr(fast_convlstm, name)
+        for result, place in places.items():
+            edited = lambda *tensors, right=right, place=place: (right(*tensors), tensors[place].mul_(2))
+            monkeypatch.setattr(fast_convlstm, name, edited)
+            fast_convlstm.gate_functions.cache_clear()
+            assert found() == (False, False, False), (name, result)
+        monkeypatch.setattr(fast_convlstm, name, right)
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square
