@@ -4,6 +4,7 @@ Every function with a path writes that file, whole or not at all, and raises Che
 """
 
 import io
+import itertools
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # a notebook exports its own backend, and matplotlib.use would come too late
@@ -22,7 +23,7 @@ COLOURS = {
     "copy_last": "#c8553d",
     "optical_flow": "#8a6fb0",
 }
-MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"] * 9  # in order
+MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"]  # in order, then again
 LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
 
 DPI = 150
@@ -87,7 +88,7 @@ def compare(path, histories, curves, validation, test):
     validation, test: what the histories and the curves are of, in words.
     """
     figure, (by_time, by_sequences, by_frame) = plt.subplots(1, 3, figsize=(12, 4))
-    for (name, history), colour in zip(histories.items(), MODEL_COLOURS, strict=False):
+    for (name, history), colour in zip(histories.items(), itertools.cycle(MODEL_COLOURS), strict=False):
         losses = [row["val_loss"] for row in history]
         for axes, x in (
             (by_time, [row["minutes"] for row in history]),
@@ -134,7 +135,7 @@ def scaling(path, rows):
 
 def draw_curves(axes, curves):
     """name → one value a forecast frame."""
-    models = iter(MODEL_COLOURS)
+    models = itertools.cycle(MODEL_COLOURS)
     for name, curve in curves.items():
         frames = range(1, len(curve) + 1)
         colour = COLOURS[name] if name in LABELS else next(models)

@@ -260,7 +260,8 @@ def conclude(setup, model, step, test_split):
             with suppress(OSError, LookupError, TypeError, ValueError, csv.Error):  # no log, or a damaged one
                 draw_loss(setup, list(csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())))
         show(setup, "best weights")
-        draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, f"{data}, {test_split.split} split")
+        which = data if test_split.split == "all" else f"{data}, {test_split.split} split"
+        draw_ranked(folder, forecast, test_split, order, *setup.span, setup.device, which)
         write_results(folder, results, forecast(cut(first, *setup.span, setup.device)[0], knobs.frames_out)[0][0])
         compare(Path(knobs.out), results, first[0].numpy())
     say(f"\n{report(results)}\npictures  {folder}{os.sep}")

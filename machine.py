@@ -24,7 +24,7 @@ def choose_device(wanted, precision):
     found = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = found if wanted == "auto" else wanted
     if kind not in ("cpu", found):
-        raise DeviceError(f"device is {kind!r}, but this torch finds only {found}; set device to auto or {found}")
+        raise DeviceError(f"device is {kind!r}, but this run can use only {found}; set device to auto or {found}")
     if kind == "cuda" and (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
         raise DeviceError(f"process {LOCAL_RANK + 1} of this machine finds {gpus} GPUs; "
                           f"start at most one process a GPU: --nproc_per_node={gpus}")  # fmt: skip

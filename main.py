@@ -228,8 +228,8 @@ def announce_pace(run, seconds_a_step, knobs, bar):
         run["steps"] = bar.total = from_rank_0(max(run["step"], int(knobs.max_minutes * 60 / later(0.0))))
     minutes = (run["steps"] - run["step"]) * later(progress) / 60
     if RANK == 0:
-        bar.write(f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s: {run['steps']:,} steps of "
-                  f"{knobs.batch_size} will take about {minutes:.0f} min, plus evaluations\n"
+        bar.write(f"pace      {knobs.batch_size / seconds_a_step:.0f} sequences/s: {run['steps'] - run['step']:,} more "
+                  f"steps of {knobs.batch_size} will take about {minutes:.0f} min, plus evaluations\n"
                   f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
 
 

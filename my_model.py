@@ -7,7 +7,8 @@ All its hidden states together, through one convolution, give the frames.
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
 Changes from the paper, and why. (The last five are off in `EncoderForecaster()`, the paper's network, and on in
-main.py.) Gains are in validation MSE; records/README.md has how they were measured, except for the head's first layer.
+main.py.) Gains are in validation MSE, that of the head's first layer in test MSE; records/README.md has how they were
+measured.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3; with a reach, as the last frame, blurred),
   which saves the first steps;

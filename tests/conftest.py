@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import figures
 import main
 import moving_mnist
 from knobs import parse
@@ -65,10 +66,13 @@ def flags(data, out, **changes):
     return [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
 
 
-def here(data, out, **changes):
-    """Run in this process, which saves the imports; the run's folder."""
+def here(data, out, pictures=False, **changes):
+    """Run in this process, which saves the imports, and unless asked without pictures; the run's folder."""
     knobs = parse(main.Knobs, flags(data, out, **changes))
-    main.main(knobs)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in () if pictures else ("loss", "per_frame", "grid", "animation", "compare"):
+            patch.setattr(figures, name, lambda *arguments, **options: None)
+        main.main(knobs)
     return Path(knobs.out) / knobs.model
 
 
@@ -97,9 +101,9 @@ def wait_until(condition, process, seconds=120):
 
 @pytest.fixture(scope="session")
 def reference(array, tmp_path_factory):
-    """(folder, stdout) of one uninterrupted run. Read only."""
+    """(folder, stdout) of one uninterrupted run, with a rank left over from elsewhere, which is nobody's. Read only."""
     out = tmp_path_factory.mktemp("reference")
-    printed, _ = finish(start(*flags(array, out)))
+    printed, _ = finish(start(*flags(array, out), RANK="1"))
     return out / "my_model", printed
 
 

@@ -53,7 +53,6 @@ def test_contenders_take_turns():
     assert calls == ["a", "b"] * 3  # one round warms up
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
 def test_the_table_has_every_contender(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "PAPER", SMALL)
     monkeypatch.setattr(bench, "peak_memory", lambda name, batch, **work: 2**20)
@@ -75,6 +74,7 @@ def test_bf16_is_left_out_where_it_would_be_emulated(monkeypatch):
     assert bench.here() == ["reference, fp32", "my_model, fp32"]
 
 
-def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+def test_memory_is_measured_in_a_process_of_its_own():
     little, much = (bench.peak_memory("my_model, fp32", batch, frames=4, size=64, **SMALL) for batch in (1, 64))
     assert little < 2**26 < much < 2**30

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import here, moving_squares
+from conftest import here
 from PIL import Image
 
 import beyond
@@ -28,7 +28,7 @@ def rows(path):
 
 def test_every_model_that_has_results_is_compared(array, tmp_path):
     few = {"epochs": 1, "train_sequences": 10}
-    folders = [here(array, tmp_path, model=model, **few) for model in ("my_model", "convlstm")]
+    folders = [here(array, tmp_path, pictures=True, model=model, **few) for model in ("my_model", "convlstm")]
     found = rows(tmp_path / "compare.md")
     assert set(found) == {"my_model", "convlstm", "black frame", "last frame copied", "optical flow"}
     for folder in folders:
@@ -39,18 +39,6 @@ def test_every_model_that_has_results_is_compared(array, tmp_path):
     for picture in ("compare.png", "compare_strip.png"):
         with Image.open(tmp_path / picture) as image:
             image.load()
-
-    other = tmp_path / "other.npy"
-    np.save(other, moving_squares(57, seed=1))
-    here(other, tmp_path / "elsewhere", model="convlstm", **few)
-    (tmp_path / "elsewhere" / "convlstm").rename(tmp_path / "stranger")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "metrics.json").write_text("{")
-    here(array, tmp_path, model="convlstm", **few, eval_only=True)
-    assert set(rows(tmp_path / "compare.md")) == set(found)
-    assert (
-        "Left out, as they do not fit together with these: broken, stranger." in (tmp_path / "compare.md").read_text()
-    )
 
 
 def text(name, content):
@@ -69,10 +57,12 @@ def edited(change):
 
 
 DAMAGE = {
+    "half": text("metrics.json", "{"),
     "list": text("metrics.json", "[]"),
     "null": text("metrics.json", "null"),
     "nested": text("metrics.json", "[" * 100_000),
     "no scores": edited(lambda results: results.pop("scores")),
+    "other data": edited(lambda results: results.update(first_sequence="0")),
     "scores of another": edited(lambda results: results["scores"].pop("my_model")),
     "score of text": edited(lambda results: results["scores"]["my_model"]["mse_per_frame"].update(mean="low")),
     "shorter curve": edited(lambda results: results["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
@@ -98,7 +88,11 @@ def test_damaged_neighbours_are_left_out(reference, tmp_path):
     compare.compare(tmp_path, latest, np.zeros((20, 1, 16, 16), np.uint8))
     assert young.exists() and not stray.exists()  # of a run that was killed long ago
     assert set(rows(tmp_path / "compare.md")) == {"one", "two", "black frame", "last frame copied", "optical flow"}
-    assert (tmp_path / "compare.md").read_text().endswith(f"these: {', '.join(sorted(DAMAGE))}.\n")
+    assert (
+        (tmp_path / "compare.md")
+        .read_text()
+        .endswith(f"Left out, as they do not fit together with these: {', '.join(sorted(DAMAGE))}.\n")
+    )
 
 
 def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,6 @@ import errno
 import functools
 import gzip
 import hashlib
-import math
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import largest_file
+from test_moving_mnist import generate_by_law
 
 import download
 
@@ -509,31 +509,6 @@ def test_damaged_sheets(tmp_path):
             download.digit_sheet(path)
 
 
-def draw_by_hand(digits, n, seed):
-    """The official law, one pixel block at a time. → list of n sequences of 20 canvases (64, 64)."""
-    rng = np.random.default_rng(seed)
-    chosen, start, angle = rng.integers(len(digits), size=(n, 2)), rng.random((n, 2, 2)), rng.random((n, 2))
-    sequences = []
-    for s in range(n):
-        canvases = [np.zeros((64, 64), np.uint8) for _ in range(20)]
-        for k in range(2):
-            place = [float(x) for x in start[s, k]]
-            turn = 2 * math.pi * angle[s, k]
-            speed = [0.1 * float(np.sin(turn)), 0.1 * float(np.cos(turn))]
-            for canvas in canvases:
-                for axis in range(2):
-                    place[axis] += speed[axis]
-                    if not 0 <= place[axis] <= 1:
-                        place[axis] = min(max(place[axis], 0.0), 1.0)
-                        speed[axis] = -speed[axis]
-                y, x = (int(36 * p) for p in place)
-                for i in range(28):
-                    for j in range(28):
-                        canvas[y + i, x + j] = max(canvas[y + i, x + j], digits[chosen[s, k], i, j])
-        sequences.append(canvases)
-    return sequences
-
-
 @pytest.fixture
 def small_stand_in(monkeypatch, tmp_path):
     """Sheets of 100 digits: training digits are grey 1 to 100, test digits 101 to 200."""
@@ -555,13 +530,13 @@ def test_stand_in(small_stand_in, folder):
     assert len({train[:, s].tobytes() for s in range(36)}) == 36  # no block repeats another
 
 
-def test_stand_in_by_hand_with_the_committed_digits(monkeypatch, folder):
+def test_stand_in_is_the_law_with_the_committed_digits(monkeypatch, folder):
     monkeypatch.setattr(download, "SEQUENCES", 20)
     array = np.load(download.stand_in(folder))
     for k in (0, 9):
         digits = download.digit_sheet(ROOT / "raw" / f"digits_{'test' if k == 9 else 'train'}.png")
-        for s, canvases in enumerate(draw_by_hand(digits, 2, (150204681, k))):
-            np.testing.assert_array_equal(array[:, 2 * k + s], canvases)
+        by_law = generate_by_law(digits, 2, (150204681, k))[:, :, 0].swapaxes(0, 1)
+        np.testing.assert_array_equal(array[:, 2 * k :][:, :2], by_law)
 
 
 def test_stand_in_is_made_once_and_the_same_everywhere(small_stand_in, tmp_path):

@@ -149,12 +149,13 @@ def test_baselines_stand_beside_every_epoch(reference, array):
         assert found == pytest.approx([black, copied, flow])
 
 
-def test_a_finished_run_stays_as_it_is(reference, array):
+def test_a_finished_run_stays_as_it_is(reference, array, capsys):
     folder, printed = reference
     state = lambda: {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir() if p.name != ".lock"}
     before = state()
-    again, _ = finish(start(*flags(array, folder.parent)))
+    here(array, folder.parent, pictures=True)
     assert state() == before
+    again = capsys.readouterr().out
     assert "this run has ended; nothing was changed" in again
     assert printed.split("\n\n")[1] in again  # the table
 
@@ -171,16 +172,6 @@ def same(folder, reference):
         assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
 
 
-def test_killed_after_an_epoch(reference, array, tmp_path):
-    process = start(*flags(array, tmp_path))
-    wait((tmp_path / "my_model" / "last.pt").exists, process)
-    process.kill()
-    process.communicate()
-    printed, _ = finish(start(*flags(array, tmp_path)))
-    assert f"going on at step {STEPS}" in printed
-    same(tmp_path / "my_model", reference[0])
-
-
 @pytest.mark.parametrize("model", ["convlstm", "seq2seq", "my_model"])
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
     """The references, and a network with dropout. Stopped in the middle, as by a crash: from its last checkpoint."""
@@ -193,8 +184,11 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
             return network
 
         monkeypatch.setattr(main, "build", with_dropout)
-    few = {"model": model, "train_sequences": 10}
+    few = {"model": model, "train_sequences": 10, "pictures": True}
     alone = here(array, tmp_path / "alone", **few)
+    assert alone == tmp_path / "alone" / model and all((alone / name).stat().st_size for name in FILES)
+    assert set(results(alone)["scores"][model]) == set(metrics.METRICS)
+    assert not (alone.parent / "compare.md").exists()  # nothing to compare with
 
     class Crash(Exception):
         pass
@@ -257,6 +251,17 @@ def test_killed_inside_a_checkpoint_an_evaluation_and_a_picture(reference, array
     same(tmp_path / "my_model", reference[0])
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(array, tmp_path_factory):
+    """(folder, stdout) of the uninterrupted run, shared by two. Read only."""
+    out = tmp_path_factory.mktemp("two")
+    printed, _ = finish(start(*flags(array, out), launcher=(*TORCHRUN, *ABORTS_AT_SHUTDOWN)))
+    return out / "my_model", printed
+
+
 def children(number):
     return [int(n) for path in Path("/proc").glob(f"{number}/task/*/children") for n in path.read_text().split()]
 
@@ -268,27 +273,14 @@ def kill_with_children(number):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the children in /proc")
-def test_killed_with_two_processes(array, tmp_path):
-    last, launcher = (
-        tmp_path / "my_model" / "last.pt",
-        ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-    )
-    command = flags(array, tmp_path, save_minutes=EVERY_STEP, epochs=1)
-    for wanted in (2, 5):
-        process = start(*command, launcher=launcher)
-        wait(lambda wanted=wanted: last.exists() and checkpoint.load(last)["step"] >= wanted, process)
-        if wanted == 2:  # one of them alone: the other may not wait for it
-            workers = children(process.pid)
-            os.kill(workers[1], signal.SIGKILL)
-            process.communicate(timeout=10)
-            assert process.returncode > 0 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-        else:
-            kill_with_children(process.pid)
-            process.communicate()
-    finish(start(*command, launcher=launcher))
-    alone = flags(array, tmp_path / "alone", save_minutes=EVERY_STEP, epochs=1)
-    finish(start(*alone, launcher=launcher))
-    same(tmp_path / "my_model", tmp_path / "alone" / "my_model")
+def test_killed_with_two_processes(of_two_processes, array, tmp_path):
+    command, last = flags(array, tmp_path, save_minutes=EVERY_STEP), tmp_path / "my_model" / "last.pt"
+    process = start(*command, launcher=TORCHRUN)
+    wait(lambda: last.exists() and checkpoint.load(last)["step"] >= 5, process)
+    kill_with_children(process.pid)
+    process.communicate()
+    finish(start(*command, launcher=TORCHRUN))
+    same(tmp_path / "my_model", of_two_processes[0])
 
 
 def test_two_machines(array, tmp_path):
@@ -315,11 +307,9 @@ def test_two_machines(array, tmp_path):
     assert "this run has ended" in "".join([finish(machine)[0] for machine in again])  # the other has to be told
 
 
-def test_processes_share_the_batch(reference, array, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *ABORTS_AT_SHUTDOWN)
-    printed, _ = finish(start(*flags(array, tmp_path), launcher=launcher))
+def test_processes_share_the_batch(reference, of_two_processes):
+    folder, printed = of_two_processes
     assert printed.count("2 processes") == 1
-    folder = tmp_path / "my_model"
     assert {p.name for p in folder.iterdir()} == {p.name for p in reference[0].iterdir()}
     ours, theirs = (torch.load(f / "last.pt") for f in (folder, reference[0]))
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=2e-6)  # the rounding of sums
@@ -345,21 +335,12 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
         assert pictures[f"predict_{name}"] == (level, f"of a: the {name} of 5 sequences, MSE {mse:.0f}")
 
 
-@pytest.mark.parametrize("model", ["convlstm", "seq2seq"])
-def test_every_model_takes_the_same_road(model, array, tmp_path):
-    folder = here(array, tmp_path, model=model, epochs=1, train_sequences=10)
-    assert folder == tmp_path / model
-    assert not (tmp_path / "compare.md").exists()  # nothing to compare with
-    assert all((folder / name).stat().st_size for name in FILES)
-    assert set(results(folder)["scores"][model]) == set(metrics.METRICS)
-
-
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
     trained = here(array, tmp_path, epochs=1, hidden="6,4", head=0, feedback=False, reach=0)
     halves = torch.load(trained / "best.pt")
     halves["model"] = {name: weight.half() for name, weight in halves["model"].items()}
     checkpoint.save(tmp_path / "small.pt", halves)
-    folder = here(array, tmp_path, weights=tmp_path / "small.pt", eval_only=True)
+    folder = here(array, tmp_path, weights=tmp_path / "small.pt", eval_only=True, pictures=True)
     assert folder.name == "my_model"
     folder = tmp_path / "weights_small"  # of its own, so that no training's results are lost
     assert not (folder / "last.pt").exists() and (folder / "predict_worst.png").exists()
@@ -379,19 +360,19 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert log(tuned)[-1]["val_mse_per_frame"] == pytest.approx(log(trained)[-1]["val_mse_per_frame"], rel=1e-3)
 
 
-def test_the_seed_decides(reference, array, tmp_path):
+def test_the_seed_decides(array, tmp_path):
     few = {"epochs": 1, "train_sequences": 5, "precision": "auto", "frames_out": 2}
     digests = [results(here(array, tmp_path / str(k), seed=seed, **few))["weights"] for k, seed in enumerate((1, 1, 2))]
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_more_epochs_go_on(array, tmp_path, capsys):
-    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    folder = here(array, tmp_path, epochs=1, train_sequences=10, pictures=True)
     first = log(folder)
     (folder / "log.csv").write_text("step\n\0")
     (folder / "loss.png").write_bytes(b"GIF")
     (folder / "predict_1.png").unlink()
-    here(array, tmp_path, epochs=2, train_sequences=10)
+    here(array, tmp_path, epochs=2, train_sequences=10, pictures=True)
     printed = capsys.readouterr().out
     assert "going on to 2 epochs: the learning rate follows the longer schedule" in printed
     assert "going on at step 2" in printed
@@ -429,11 +410,11 @@ def test_few_minutes_and_many_sequences_still_end(tmp_path):
 
 
 def test_lost_files_of_a_run_that_has_ended_come_back(array, tmp_path):
-    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    folder = here(array, tmp_path, epochs=1, train_sequences=10, pictures=True)
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".png", ".json")}
     for name in files:
         (folder / name).unlink()
-    here(array, tmp_path, epochs=1, train_sequences=10)
+    here(array, tmp_path, epochs=1, train_sequences=10, pictures=True)
     assert {name: (folder / name).read_bytes() for name in files} == files
 
 
@@ -462,14 +443,14 @@ def test_evaluation_alone_with_a_damaged_log(damage, array, tmp_path):
 
 
 def test_evaluation_alone_trains_nothing(array, tmp_path):
-    folder = here(array, tmp_path, epochs=1, train_sequences=10)
+    folder = here(array, tmp_path, epochs=1, train_sequences=10, pictures=True)
     weights, scores = (folder / "best.pt").read_bytes(), results(folder)
     look = lambda: {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".png", ".gif")}
     pictures = look()
     assert "predict.gif" in pictures
     for name in ("metrics.json", *pictures):
         (folder / name).unlink()
-    here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True)
+    here(array, tmp_path, epochs=1, train_sequences=10, eval_only=True, pictures=True)
     assert (folder / "best.pt").read_bytes() == weights and results(folder) == scores
     assert look() == pictures  # each drawn again
 

@@ -4,7 +4,6 @@ import io
 import math
 import pickle
 import struct
-import time
 from pathlib import Path
 
 import cv2
@@ -86,36 +85,6 @@ def test_generate_is_the_law(noise_digits, n, options):
 
 def test_generate_is_the_law_with_mnist_digits(mnist_digits):
     np.testing.assert_array_equal(generate(mnist_digits, 200, 0), generate_by_law(mnist_digits, 200, 0))
-
-
-def generate_frame_by_frame(digits, n, seed):
-    """`generate` as one writes it first: numpy on one frame of one sequence at a time."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(digits), size=(n, 2))
-    positions, angles = rng.random((n, 2, 2)), rng.random((n, 2)) * 2 * np.pi
-    sequences = np.zeros((n, 20, 1, 64, 64), np.uint8)
-    for frames, pair, position, angle in zip(sequences, digits[chosen], positions, angles, strict=True):
-        velocity = 0.1 * np.stack([np.sin(angle), np.cos(angle)], -1)
-        for frame in frames[:, 0]:
-            position = position + velocity
-            velocity = np.where((position < 0) | (position > 1), -velocity, velocity)
-            position = position.clip(0, 1)
-            for digit, (row, column) in zip(pair, np.floor(36 * position).astype(int), strict=True):
-                window = frame[row : row + 28, column : column + 28]
-                np.maximum(window, digit, out=window)
-    return sequences
-
-
-def test_generate_is_many_times_faster_than_a_loop(mnist_digits):
-    """12 to 26 times, by machine: one is bound by memory, the other is not. Guarded with a margin."""
-    np.testing.assert_array_equal(generate_frame_by_frame(mnist_digits, 30, 0), generate(mnist_digits, 30, 0))
-    best = {generate: np.inf, generate_frame_by_frame: np.inf}  # other programs can only slow a call down
-    for _ in range(12):
-        for function in best:
-            start = time.perf_counter()
-            function(mnist_digits, 300, 0)
-            best[function] = min(best[function], time.perf_counter() - start)
-    assert best[generate_frame_by_frame] > 8 * best[generate]
 
 
 class Drawn:

@@ -21,7 +21,9 @@ from moving_mnist import generate
 
 README = (ROOT / "README.md").read_text()
 SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4,4 --batch_size 4"
-BY_CLOCK = f"{SHORT} --data raw/mnist_test_seq.npy --max_minutes 0.001 --frames_in 2 --frames_out 2"
+# 13 steps, at which the clock is read first, are then one epoch
+BY_CLOCK = f"{SHORT} --max_minutes 0.001 --train_sequences 40 --batch_size 3 --frames_in 2 --frames_out 2"
+ARRAY = f"{BY_CLOCK} --data raw/mnist_test_seq.npy"
 METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
 
 
@@ -71,10 +73,10 @@ def test_the_commands_are_these():
     [
         (0, SHORT, "results/my_model/beyond.png"),
         (2, "--frames_in 5 --frames_out 3", "results/weights_long/predict_median.png"),
-        (3, BY_CLOCK, "results/convlstm/metrics.json"),
-        (4, BY_CLOCK, "results/seq2seq/metrics.json"),
-        (5, BY_CLOCK, "results_array/my_model/metrics.json"),
-        (6, f"{SHORT} --max_minutes 0.001 --frames_in 2 --frames_out 2", "results_long/my_model/metrics.json"),
+        (3, ARRAY, "results/convlstm/metrics.json"),
+        (4, ARRAY, "results/seq2seq/metrics.json"),
+        (5, ARRAY, "results_array/my_model/metrics.json"),
+        (6, BY_CLOCK, "results_long/my_model/metrics.json"),
     ],
 )
 def test_a_command_does_its_job(command, shorter, leaves, copy):
@@ -108,7 +110,7 @@ def test_knobs_exist():
 def test_functions_exist():
     """In the table of changes: `name`, `file.py`."""
     table = README.split("## To change X, edit Y")[1].split("##")[0]
-    pairs = re.findall(r"((?:`[\w.]+`(?:,? and |, )?)+)(?:, |there and in `\w+`, |in )`(\w+\.py)`", table)
+    pairs = re.findall(r"((?:`[\w.]+`(?:,? and |, )?)+)(?:, |in )`(\w+\.py)`", table)
     assert len(pairs) >= 6
     for names, file in pairs:
         tree = ast.parse((ROOT / file).read_text())
