@@ -391,6 +391,13 @@ def test_minutes_instead_of_epochs(tmp_path):
     assert 0 <= log(folder)[-1]["learning_rate"] < 0.03 * 0.01  # of the default
 
 
+def test_the_pace_is_of_the_steps_that_are_left(capsys):
+    knobs, run = main.Knobs(), {"step": 113, "steps": 213, "loss_sum": 1.0, "loss_count": 1}
+    # from here on all frames are trained on: 100 steps of 3 seconds
+    main.announce_pace(run, 3.0, dataclasses.replace(knobs, grow_until=0), main.tqdm(disable=True))
+    assert "3 sequences/s: 100 more steps of 8 will take about 5 min" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("frames", "halves"), [(16, (8, 8)), (7, (4, 3))])
 def test_shorter_sequences_are_halved(frames, halves, tmp_path, capsys):
     np.save(tmp_path / "short.npy", moving_squares(57)[:frames])

@@ -50,13 +50,13 @@ def test_a_colour_video_trains(tmp_path):
     folder.mkdir()
     for k in range(3):
         write(folder / f"{k}.mp4", 61, fourcc="mp4v")
-    run = here(folder, tmp_path, video_colour=True, video_size=16, frames_in=3, frames_out=2, epochs=1)
+    run = here(folder, tmp_path, pictures=True, video_colour=True, video_size=16, frames_in=3, frames_out=2, epochs=1)
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 
 def test_a_colour_array_trains(tmp_path):
     np.save(tmp_path / "colour.npy", np.random.default_rng(0).integers(0, 256, (5, 20, 16, 16, 3), dtype=np.uint8))
-    run = here(tmp_path / "colour.npy", tmp_path, frames_in=3, frames_out=2, epochs=1)
+    run = here(tmp_path / "colour.npy", tmp_path, pictures=True, frames_in=3, frames_out=2, epochs=1)
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 
