@@ -735,13 +735,16 @@ def test_a_refusal_is_a_sentence(changes, status, sentence, array, tmp_path):
         "(_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'))",
     ],
 )
-def test_memory_that_runs_out_in_the_third_step(short, array, tmp_path):
-    """As the optimiser steps."""
+def test_memory_that_runs_out_in_the_third_step(short, reference, array, tmp_path, capsys):
+    """As the optimiser steps; the run then goes on from the second, and ends as if nothing had been."""
     step = f"step = torch.optim.AdamW.step; torch.optim.AdamW.step = lambda *a: step(*a) if next(left) else {short}"
     launcher = (str(ROOT / "tests" / "after.py"), f"import numpy, torch; left = iter([1, 1, 0]); {step}")
-    _, err = finish(start(*flags(array, tmp_path, save_minutes=1e-6), launcher=launcher), 1)
+    knobs = {"data": array, "out": tmp_path, "save_minutes": 1e-6}
+    _, err = finish(start(*flags(**knobs), launcher=launcher), 1)
     assert "main.py: out of memory at batch_size 5; lower it, " in err
-    assert checkpoint.load(tmp_path / "my_model" / "last.pt")["step"] == 2
+    here(**knobs)
+    assert "going on at step 2" in capsys.readouterr().out
+    assert (tmp_path / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -758,9 +761,10 @@ def test_a_stopped_run_says_how_to_go_on(number, status, reference, array, tmp_p
     assert (out / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()
 
 
-def test_a_signal_where_python_ignores_exceptions(array, tmp_path):
+@pytest.mark.parametrize("where", ["watch = weakref.ref(thing, end)", "Thing.__del__ = end"])
+def test_a_signal_where_python_ignores_exceptions(where, array, tmp_path):
     """In the third step, as an object goes."""
-    short = """
+    short = f"""
 import os, signal, torch, weakref
 class Thing: pass
 left, step = iter([0, 0, 1]), torch.optim.AdamW.step
@@ -768,7 +772,7 @@ def end(_): os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(1000)]
 def steps(*arguments):
     if next(left):
         thing = Thing()
-        watch = weakref.ref(thing, end)
+        {where}
         del thing
     return step(*arguments)
 torch.optim.AdamW.step = steps
