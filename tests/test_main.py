@@ -275,10 +275,17 @@ def kill_with_children(number):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the children in /proc")
 def test_killed_with_two_processes(of_two_processes, array, tmp_path):
     command, last = flags(array, tmp_path, save_minutes=EVERY_STEP), tmp_path / "my_model" / "last.pt"
-    process = start(*command, launcher=TORCHRUN)
-    wait(lambda: last.exists() and checkpoint.load(last)["step"] >= 5, process)
-    kill_with_children(process.pid)
-    process.communicate()
+    for wanted in (2, 5):
+        process = start(*command, launcher=TORCHRUN)
+        wait(lambda wanted=wanted: last.exists() and checkpoint.load(last)["step"] >= wanted, process)
+        if wanted == 2:  # one of them alone: the other may not wait for it
+            workers = children(process.pid)
+            os.kill(workers[1], signal.SIGKILL)
+            process.communicate(timeout=10)
+            assert process.returncode > 0 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+        else:
+            kill_with_children(process.pid)
+            process.communicate()
     finish(start(*command, launcher=TORCHRUN))
     same(tmp_path / "my_model", of_two_processes[0])
 
