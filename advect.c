@@ -1,5 +1,5 @@
-/* Advection of frames, forward and backward: the compiled twin of plain_advect in advection.py, which says what the
-   arguments are and which the tests hold these equal to. n frames of c channels, H×W; built with -DP and -DK, as every
+/* Advection of frames, forward and backward, and block matching: the compiled twins of plain_advect and plain_match in
+   advection.py, which say what the arguments are and which the tests hold these equal to. n frames of c channels, H×W; built with -DP and -DK, as every
    patch of P×P has K×K weights, row by row. */
 #include <string.h>
 
@@ -76,5 +76,32 @@ void advect_backward(long n, long c, long H, long W, long threads, const float *
             if (d_frames)
                 for (long y = 0; y < H; y++)
                     memcpy(d_frames + (image * H + y) * W, dF + (y + R) * line + R, W * sizeof(float));
+        }
+}
+
+/* scratch (threads, H + 2R, W + 2R + LANES): a padded frame of those before */
+void match(long n, long c, long H, long W, long threads, const float *before, float *restrict costs,
+           const float *frames, float *scratch) {
+    long line = W + 2 * R + LANES, size = (H + 2 * R) * line;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (long part = 0; part < threads; part++)
+        for (long image = n * part / threads * c; image < n * (part + 1) / threads * c; image++) {
+            float *restrict F = scratch + part * size, *restrict cost = costs + image / c * (H / P) * (W / P) * K * K;
+            memset(F, 0, size * sizeof(float));
+            for (long y = 0; y < H; y++)
+                memcpy(F + (y + R) * line + R, before + (image * H + y) * W, W * sizeof(float));
+            for (long y = 0; y < H; y += P)
+                for (long x = 0; x < W; x += P, cost += K * K)
+                    for (long a = 0; a < K; a++) { /* a row of moves at once */
+                        float sum[LANES] = {0};
+                        for (long i = 0; i < P; i++)
+                            for (long j = 0; j < P; j++) {
+                                const float *moved = F + (y + a + i) * line + x + j;
+                                float pixel = frames[(image * H + y + i) * W + x + j];
+#pragma omp simd
+                                for (long b = 0; b < LANES; b++) sum[b] += (pixel - moved[b]) * (pixel - moved[b]);
+                            }
+                        for (long b = 0; b < K; b++) cost[a * K + b] = image % c ? cost[a * K + b] + sum[b] : sum[b];
+                    }
         }
 }

@@ -1,7 +1,9 @@
-"""Frames moved by a learned motion, after the dynamic neural advection of Finn et al. (2016), arXiv 1605.07157.
+"""The motion of each patch: measured by block matching for the encoder, and applied, as learned, by the head.
 
-Each patch of the next frame is a weighted mean of the K×K patches of the last frame around it, a pixel apart, with
-weights that the network gives (there, each pixel has its own). N images, C channels, H height, W width, P patch.
+`advect` moves a frame, after the dynamic neural advection of Finn et al. (2016), arXiv 1605.07157: each patch of the
+next frame is a weighted mean of the K×K patches of the last frame around it, a pixel apart, with weights that the
+network gives (there, each pixel has its own). `block_match` says how well each of these moves explains a frame.
+N images, C channels, H height, W width, P patch.
 """
 
 import functools
@@ -34,20 +36,47 @@ def plain_advect(frames, weights, patch):
     return moved.permute(1, 0, 2, 4, 3, 5).reshape(N, C, H, W)
 
 
+@torch.no_grad()
+def block_match(frames, before, patch, K):
+    """frames and those before them (N, C, H, W), K odd → how likely each move is, (N, K², H/P, W/P), of sum 1.
+
+    A softmax of minus the squared difference to the frame before, so moved, over the patch and its eight neighbours:
+    a patch alone is often a straight edge, which looks the same wherever it moves along itself.
+    """
+    frames, before = frames.contiguous(), before.contiguous()
+    if frames.device.type == "cpu" and frames.dtype == before.dtype == torch.float32 and library(patch, K):
+        costs = frames.new_empty(len(frames), frames.shape[2] // patch, frames.shape[3] // patch, K * K)
+        run(library(patch, K).match, patch, before, costs, frames)
+    else:
+        costs = plain_match(frames, before, patch, K)
+    return (-9 * F.avg_pool2d(costs.permute(0, 3, 1, 2), 3, 1, 1)).softmax(1)
+
+
+def plain_match(frames, before, patch, K):
+    """The squared difference of each patch to each of K² in the frame before, (N, H/P, W/P, K²); beyond it is black."""
+    H, W = frames.shape[-2:]
+    before = F.pad(before, [K // 2] * 4)
+    moved = (before[..., row : row + H, column : column + W] for row in range(K) for column in range(K))
+    return torch.stack([patch**2 * F.avg_pool2d((frames - m).square().sum(1), patch) for m in moved], -1)
+
+
 def kernel_size(weights):
     return round(weights.shape[-1] ** 0.5)
 
 
 @functools.cache
 def library(patch, K):
-    """advect.c, built; None where that fails, or where plain_advect has been edited and says something else."""
+    """advect.c, built; None where that fails, or where its plain twins have been edited and say something else."""
     library = native.build("advect.c", f"-DP={patch}", f"-DK={K}")
     if library is not None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             frames, weights = torch.rand(1, 1, 2 * patch, 2 * patch), torch.rand(1, 2, 2, K * K)
             moved = torch.empty_like(frames)
             run(library.advect_forward, patch, frames, weights, moved)
-            if not torch.allclose(moved, plain_advect(frames, weights, patch), rtol=1e-4):
+            costs = torch.empty_like(weights)
+            run(library.match, patch, moved, costs, frames)
+            expected = plain_advect(frames, weights, patch), plain_match(frames, moved, patch, K)
+            if not all(torch.allclose(*pair, rtol=1e-4) for pair in zip((moved, costs), expected, strict=True)):
                 return None
     return library
 

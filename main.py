@@ -91,14 +91,16 @@ class Knobs:
     dilation: int = knob(2, "of the state-to-state kernels above the first layer: from tap to tap; the paper's: 1 "
                          "(my_model only)", 1, 255, tried="1 to 3")  # fmt: skip
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
-    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next four)")
+    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next five)")
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
                                  "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 512")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
                                 "the paper, which needs --reach 0")  # fmt: skip
+    search: int = knob(4, "pixels up to which each patch is looked for in the frame before, to show the encoder how it "
+                          "moved; the paper's: 0, it is not", 0, 64, tried="0, 4")  # fmt: skip
     reach: int = knob(4, "pixels up to which the head can move the frame before, patch by patch; the paper's: 0, it "
                          "cannot (with feedback only)", 0, 64, tried="0, 4")  # fmt: skip
-    dense: bool = knob(True, "until all frames are trained on, score the frame after each input frame as well")
+    dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well")
 
     epochs: int = knob(4, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
@@ -135,7 +137,7 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size
-        names = "dilation", "patch", "peephole", "feedback", "reach", "dense"
+        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "dense"
         options = {name: getattr(knobs, name) for name in names}
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()
@@ -276,7 +278,7 @@ def train(setup, run, model, optimisers):
         net.train()
         with setup.autocast():
             logits = net(past, n_future).float()
-        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # dense draws the input's frames from the second on
+        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # dense draws those after the middle, too
         # the mean over the whole batch, though each process has a part of it
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes

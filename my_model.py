@@ -6,7 +6,7 @@ All its hidden states together, through one convolution, give the frames.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
-Changes from the paper, and why. (The last five are off in `EncoderForecaster()`, the paper's network, and on in
+Changes from the paper, and why. (The last six are off in `EncoderForecaster()`, the paper's network, and on in
 main.py.) Gains are in validation MSE, that of the head's first layer in test MSE; records/README.md has how they were
 measured.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
@@ -19,19 +19,24 @@ measured.
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
 - `dilation`: above the first layer, the taps of the state-to-state kernel are `dilation` patches apart, 2 in main.py.
   When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
+- `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
+  main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
+  frames: a network that need not measure motion can keep count of them (58.7 to 53.8, with the next two);
 - `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
   pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
-- `dense`: until all forecast frames are trained on, the frame after each input frame is drawn and scored too: more to
-  learn from each sequence.
+- `dense`: until all forecast frames are trained on, the input's frames after the middle are drawn and scored too: more
+  to learn from each sequence.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advection import advect
+from advection import advect, block_match
 from fast_convlstm import FastConvLSTM
+
+MOTION = 16  # channels of the motion that block matching finds
 
 
 def kernel(n_in, n_out, size):
@@ -160,8 +165,9 @@ class EncoderForecaster(nn.Module):
     The defaults are the paper's best network, ConvLSTM(5×5)-5×5-128-5×5-64-5×5-64: 7,585,296 parameters.
     head: channels of hidden layers, 3×3 then 1×1, before the 1×1 convolution that draws the patches; the paper: none.
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
+    search: pixels up to which each patch is looked for in the frame before; the paper: 0, it is not.
     reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
-    dense: in training mode, draw the frame after each input frame too: (B, T - 1 + n_future, C, H, W).
+    dense: in training mode, draw the frame after each input frame from the middle on: (B, T // 2 + n_future, C, H, W).
     Raises ValueError for an even kernel, a layer without channels, a reach without feedback, n_future below 1,
     frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
     """
@@ -177,6 +183,7 @@ class EncoderForecaster(nn.Module):
         peephole=True,
         head=(),
         feedback=False,
+        search=0,
         reach=0,
         dense=False,
         fast=True,
@@ -186,14 +193,15 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
         if reach and not feedback:
             raise ValueError(f"reach {reach} needs feedback, as it moves the frame drawn before; set reach to 0")
-        self.channels, self.patch, self.reach, self.dense = channels, patch, reach, dense
+        self.channels, self.patch, self.search, self.reach, self.dense = channels, patch, search, reach, dense
         pixels = channels * patch * patch
+        self.motion = nn.Conv2d((2 * search + 1) ** 2, MOTION, 1) if search else None
         options = kernel_size, state_kernel_size or kernel_size, peephole
         layers = lambda first: nn.ModuleList(
             ConvLSTM(n_in, n, *options, dilation if k else 1, fast)
             for k, (n_in, n) in enumerate(zip((first, *hidden[:-1]), hidden, strict=True))
         )
-        self.encoder = layers(pixels)
+        self.encoder = layers(pixels + (MOTION if search else 0))
         self.forecaster = None if feedback else layers(0)  # its first layer has no input
         head_layers, n_in = [], sum(hidden)
         for n in head:
@@ -214,21 +222,32 @@ class EncoderForecaster(nn.Module):
 
     def forward(self, past, n_future):
         self.check(past, n_future)
-        dense, T = self.dense and self.training, past.shape[1]
-        encoded, states = unroll(self.encoder, self.patches(past), [None] * len(self.encoder), T)
+        dense, middle = self.dense and self.training, (past.shape[1] - 1) // 2
+        encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if dense:  # the encoder's states before the last draw the input's frames from the second on
-                hidden_states = [torch.cat((x[:, :-1], y), 1) for x, y in zip(encoded, hidden_states, strict=True)]
+            if dense:  # the encoder's states before the last draw the input's frames after the middle
+                pairs = zip(encoded, hidden_states, strict=True)
+                hidden_states = [torch.cat((x[:, middle:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)
         # the state after the last input already draws the first forecast frame, so one step less remains
-        shown = slice(None if dense else -1, None)
-        logits = [self.draw([h[:, shown] for h in encoded], past[:, shown])]
+        shown = slice(middle if dense else -1, None)
+        logits, last = [self.draw([h[:, shown] for h in encoded], past[:, shown])], past[:, -1:]
         for _ in range(n_future - 1):
-            last = torch.sigmoid(logits[-1][:, -1:])  # not detached: gradients pass through the frames as well
-            hidden_states, states = unroll(self.encoder, self.patches(last), states, 1)
+            # not detached: gradients pass through the frames as well
+            before, last = last, torch.sigmoid(logits[-1][:, -1:])
+            hidden_states, states = self.encode(last, before, states)
             logits.append(self.draw(hidden_states, last))
         return torch.cat(logits, 1)
+
+    def encode(self, frames, before, states):
+        """The encoder over frames (B, T, C, H, W), and the one before them (B, 1, C, H, W): as unroll."""
+        x = self.patches(frames)
+        if self.search:
+            before = torch.cat((before, frames[:, :-1]), 1)
+            likely = block_match(frames.flatten(0, 1), before.flatten(0, 1), self.patch, 2 * self.search + 1)
+            x = torch.cat((x, self.motion(likely).unflatten(0, frames.shape[:2])), 2)
+        return unroll(self.encoder, x, states, frames.shape[1])
 
     def patches(self, frames):
         """(B, T, C, H, W) → (B, T, C·P², H/P, W/P)."""

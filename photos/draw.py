@@ -131,7 +131,7 @@ def draw_head(axes, x, y, frame):
 def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.1)
-    ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), reach=4, …"
+    ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, …"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.25, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     axes.text(12.7, 8.8, "same name, same colour: same weights", fontsize=10, color=EDGE, ha="right", va="center")
@@ -185,6 +185,7 @@ def encoder_forecaster(path):
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
+        "with search=4, the first layer has 16 channels of input more: how the patches moved since the frame before\n"
         "with reach=4, 16 + 81 channels more: how much the moved frame counts in a pixel, and the weights of 9×9 moves"
     )
     axes.text(6.5, 0.1, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)

@@ -92,7 +92,8 @@ if __name__ == "__main__":
         beyond.beyond, beyond.table = lambda *args: {}, str  # it does not depend on the data
     knobs, rng, at_work = parse(main.Knobs, arguments), random.Random(0), 0
     main.compiled(knobs.precision == "bf16")  # this and the next: once, for all children
-    advection.library(knobs.patch, 2 * knobs.reach + 1)
+    for pixels in {knobs.search, knobs.reach}:
+        advection.library(knobs.patch, 2 * pixels + 1)
     if kills.isdigit():
         alone = child(parse(main.Knobs, [*arguments, "--out", f"{knobs.out}/alone"]))
         _, status, used = os.wait4(alone, 0)

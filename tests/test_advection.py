@@ -1,4 +1,4 @@
-"""Advection: against frames moved by hand, and its twins against each other, forward and backward."""
+"""Advection and block matching: against frames moved by hand, and their twins against each other."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from conftest import skip_without_compiler
 import advection
 
 TWINS = advection.plain_advect, advection.advect
+SHAPES = [((3, 1, 64, 64), 4, 9), ((5, 3, 16, 24), 4, 5), ((2, 2, 12, 18), 6, 3), ((1, 1, 5, 7), 1, 7)]
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +42,7 @@ def test_each_patch_moves_by_its_own_weights(advect):
 
 
 @pytest.mark.parametrize("still", [True, False], ids=["frames_of_the_data", "frames_with_gradient"])
-@pytest.mark.parametrize(
-    ("shape", "patch", "K"),
-    [((3, 1, 64, 64), 4, 9), ((5, 3, 16, 24), 4, 5), ((2, 2, 12, 18), 6, 3), ((1, 1, 5, 7), 1, 7)],
-)
+@pytest.mark.parametrize(("shape", "patch", "K"), SHAPES)
 def test_compiled_is_plain(shape, patch, K, still, threads):
     skip_without_compiler()
     assert advection.library(patch, K) is not None
@@ -80,6 +78,47 @@ def test_where_the_compiled_twin_cannot_serve_it_is_plain(kind, monkeypatch):
             advection.advect(frames, weights.double(), patch)
     else:
         assert torch.equal(advection.advect(frames, weights, patch), advection.plain_advect(frames, weights, patch))
+
+
+@pytest.mark.parametrize("exact", [torch.float32, torch.float64], ids=["compiled", "plain"])
+def test_block_matching_finds_a_move(exact):
+    before = torch.rand(2, 3, 32, 32, dtype=exact)
+    frames = torch.rand_like(before)
+    frames[0, :, 2:, :-3] = before[0, :, :-2, 3:]  # of the first, what is two above and three to the right came here
+    likely = advection.block_match(frames, before, 4, 9)
+    assert likely.shape == (2, 81, 8, 8) and likely.dtype == exact
+    torch.testing.assert_close(likely.sum(1), torch.ones(2, 8, 8, dtype=exact))
+    move = (4 - 2) * 9 + 4 + 3
+    assert (likely[0, move, 2:, :-2] > 0.99).all()  # at the border, frames[0] is noise
+    assert (likely[1, move] < 0.5).all()
+
+
+def test_block_matching_of_a_black_past_knows_nothing():
+    likely = advection.block_match(torch.rand(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), 4, 5)
+    torch.testing.assert_close(likely, torch.full_like(likely, 1 / 25))
+
+
+@pytest.mark.parametrize(("shape", "patch", "K"), SHAPES)
+def test_compiled_matching_is_plain(shape, patch, K, threads, monkeypatch):
+    skip_without_compiler()
+    frames, before = torch.rand(shape), torch.rand(shape)
+    compiled = advection.block_match(frames, before, patch, K)
+    monkeypatch.setattr(advection, "library", lambda patch, K: None)
+    torch.testing.assert_close(compiled, advection.block_match(frames, before, patch, K), rtol=0, atol=1e-5)
+
+
+def test_block_matching_passes_no_gradient():
+    frames = torch.rand(1, 1, 8, 8, requires_grad=True)
+    assert not advection.block_match(frames, frames.roll(1, -1), 4, 5).requires_grad
+
+
+def test_an_edited_plain_match_is_heeded(monkeypatch):
+    plain, pair = advection.plain_match, torch.rand(2, 1, 1, 12, 12)
+    monkeypatch.setattr(advection, "plain_match", lambda *args: 0 * plain(*args))
+    advection.library.cache_clear()
+    found = advection.block_match(*pair, 4, 5)
+    advection.library.cache_clear()  # of what was built from the edit
+    torch.testing.assert_close(found, torch.full_like(found, 1 / 25))
 
 
 def test_an_edited_plain_advect_is_heeded(monkeypatch):

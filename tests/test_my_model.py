@@ -12,7 +12,6 @@ from conftest import skip_without_compiler
 
 import advection
 import fast_convlstm
-import my_model
 from fast_convlstm import FastConvLSTM
 from my_model import ConvLSTM, ConvLSTMCell, EncoderForecaster
 
@@ -389,6 +388,23 @@ def advected_by_hand(drawn, shown, P, reach):
     return drawn[:, :n] + drawn[:, n : 2 * n] * torch.log(moved / (1 - moved))
 
 
+def motion_by_hand(frames, before, P, search):
+    """(B, C, H, W) and what was before → how likely each move is, (B, K², H/P, W/P)."""
+    B, C, H, W = frames.shape
+    K, rows, columns = 2 * search + 1, H // P, W // P
+    costs = frames.new_zeros(B, K * K, rows, columns)
+    for b, k, c, y, x in product(range(B), range(K * K), range(C), range(H), range(W)):
+        row, column = y + k // K - search, x + k % K - search
+        was = before[b, c, row, column] if 0 <= row < H and 0 <= column < W else 0
+        costs[b, k, y // P, x // P] += (frames[b, c, y, x] - was) ** 2
+    around = torch.zeros_like(costs)
+    for y, x, dy, dx in product(range(rows), range(columns), (-1, 0, 1), (-1, 0, 1)):
+        if 0 <= y + dy < rows and 0 <= x + dx < columns:
+            around[:, :, y, x] += costs[:, :, y + dy, x + dx]
+    likely = torch.exp(-around)
+    return likely / likely.sum(1, keepdim=True)
+
+
 def forecast_by_hand(model, past, n_future):
     """Patches, one cell call a layer and frame, the head frame by frame, and patches put together again."""
     P, B, T = model.patch, len(past), past.shape[1]
@@ -396,24 +412,30 @@ def forecast_by_hand(model, past, n_future):
     zeros = lambda layer: x.new_zeros(B, layer.cell.hidden, *x.shape[-2:])
     states, drawn = [(zeros(layer), zeros(layer)) for layer in model.encoder], []
 
-    def step(stack, below):
+    def step(stack, below, before):
         shown = below
+        if model.search and below is not None:
+            frames = join_by_hand(below, P), join_by_hand(before, P)
+            likely = motion_by_hand(*frames, P, model.search)
+            motion = torch.einsum("mk,bkyx->bmyx", model.motion.weight[:, :, 0, 0], likely)
+            below = torch.cat((below, motion + model.motion.bias[:, None, None]), 1)
         for k, layer in enumerate(stack):
             states[k] = layer.cell(below, states[k])
             below = states[k][0]
         patches = model.head(torch.cat([h for h, _ in states], 1))
         return advected_by_hand(patches, shown, P, model.reach) if model.reach else patches
 
-    every = model.dense and model.training
+    every, last = model.dense and model.training, torch.zeros_like(x[:, 0])
     for t in range(T):
-        patches = step(model.encoder, x[:, t])
-        if every and t < T - 1:
+        patches, last = step(model.encoder, x[:, t], last), x[:, t]
+        if every and (T - 1) // 2 <= t < T - 1:
             drawn.append(patches)
     for t in range(n_future):
         if model.forecaster is not None:
-            patches = step(model.forecaster, None)
+            patches = step(model.forecaster, None, None)
         elif t > 0:  # the last input frame has drawn the first
-            patches = step(model.encoder, 1 / (1 + torch.exp(-drawn[-1])))
+            shown = 1 / (1 + torch.exp(-drawn[-1]))
+            patches, last = step(model.encoder, shown, last), shown
         drawn.append(patches)
     return join_by_hand(torch.stack(drawn, 1), P)
 
@@ -429,6 +451,8 @@ OPTIONS = [
     pytest.param({"feedback": True, "dilation": 2, "hidden": (3, 4, 2)}, id="feedback_dilation"),
     pytest.param({"feedback": True, "reach": 1, "head": (4,)}, id="reach"),
     pytest.param({"feedback": True, "reach": 2, "dense": True, "channels": 2}, id="reach_dense"),
+    pytest.param({"search": 1, "hidden": (3, 4)}, id="search"),
+    pytest.param({"feedback": True, "search": 2, "reach": 1, "dense": True, "channels": 2}, id="search_reach_dense"),
 ]
 
 
@@ -443,18 +467,20 @@ def test_forecast_by_hand(options, fast):
 
 
 @pytest.mark.parametrize(
-    ("feedback", "reach"), [(False, 0), (True, 0), (True, 4)], ids=["forecaster", "feedback", "reach"]
+    "options",
+    [{}, {"feedback": True}, {"feedback": True, "reach": 4}, {"feedback": True, "reach": 4, "search": 4}],
+    ids=["forecaster", "feedback", "reach", "search"],
 )
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_fast_network_is_its_plain_twin(dtype, feedback, reach, monkeypatch):
+def test_fast_network_is_its_plain_twin(dtype, options, monkeypatch):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = EncoderForecaster(hidden=(16, 8), head=(8,), feedback=feedback, reach=reach, dense=True).to(exact)
+    model = EncoderForecaster(hidden=(16, 8), head=(8,), dense=True, **options).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
-    results = []
+    results, library = [], advection.library
     for fast in (False, True):
         for layer in (*model.encoder, *(model.forecaster or ())):
             layer.fast = fast
-        monkeypatch.setattr(my_model, "advect", advection.advect if fast else advection.plain_advect)
+        monkeypatch.setattr(advection, "library", library if fast else lambda patch, K: None)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model(past, 4)
             gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
@@ -494,9 +520,9 @@ def test_every_state_is_copied_from_encoder_to_forecaster(fast):
         assert not torch.equal(h, c) and torch.equal(h, state[0]) and torch.equal(c, state[1])
 
 
-@pytest.mark.parametrize("reach", [0, 2])
-def test_feedback_has_no_second_stack(reach):
-    model = small(hidden=(3, 4), feedback=True, reach=reach)
+@pytest.mark.parametrize(("search", "reach"), [(0, 0), (0, 2), (2, 2)])
+def test_feedback_has_no_second_stack(search, reach):
+    model = small(hidden=(3, 4), feedback=True, search=search, reach=reach)
     assert not any(name.startswith("forecaster") for name in model.state_dict())
     past = torch.rand(1, 3, 1, 8, 8)
     forecast = model(past, 4)
@@ -526,22 +552,23 @@ def test_dense_frames_look_at_the_past_only(fast, feedback):
     T, n_future = 4, 2
     model = small(dense=True, head=(4,), feedback=feedback, fast=fast)
     past = torch.rand(1, T, 1, 8, 8, requires_grad=True)
-    for t in range(T - 1 + n_future):  # drawn from frames 0 to t
-        drawn = model(past, n_future)[:, t]
+    for k in range(2 + n_future):  # drawn from frames 0 to 1 + k
+        drawn = model(past, n_future)[:, k]
         (gradient,) = torch.autograd.grad(drawn.square().sum(), past)
         seen = gradient.abs().amax((0, 2, 3, 4)) > 0
-        assert seen.tolist() == [frame <= t for frame in range(T)]
+        assert seen.tolist() == [frame <= 1 + k for frame in range(T)]
 
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
-def test_dense_draws_one_frame_more_for_each_frame_seen(feedback):
+def test_dense_draws_the_frames_after_the_middle_of_the_input_too(feedback):
     model, past = small(dense=True, feedback=feedback), torch.rand(2, 5, 1, 8, 8)
     dense = model(past, 3)
-    assert dense.shape == (2, 4 + 3, 1, 8, 8)
+    assert dense.shape == (2, 2 + 3, 1, 8, 8)
     model.dense = False
     torch.testing.assert_close(dense[:, -3:], model(past, 3))
     model.dense = True
-    torch.testing.assert_close(dense[:, :2], model(past[:, :3], 1)[:, :2])  # later frames change nothing
+    other = torch.cat((past[:, :4], torch.rand(2, 1, 1, 8, 8)), 1)
+    torch.testing.assert_close(dense[:, :2], model(other, 3)[:, :2])  # later frames change nothing
     assert model(past[:, :1], 3).shape == (2, 3, 1, 8, 8)
     assert torch.equal(model.eval()(past, 3), model(past, 3)) and model(past, 3).shape == (2, 3, 1, 8, 8)
     torch.testing.assert_close(model(past, 3), dense[:, -3:])
@@ -576,7 +603,7 @@ def test_one_training_step(options, autocast):
     model = EncoderForecaster(**{"hidden": (8, 6), "kernel_size": 3, "patch": 2} | options)
     T, n_future = 4, 3
     sequences = (torch.rand(4, T + n_future, model.channels, 8, 8) > 0.7).float()
-    past, truth = sequences[:, :T], sequences[:, 1 if model.dense else T :]
+    past, truth = sequences[:, :T], sequences[:, 2 if model.dense else T :]
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
