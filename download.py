@@ -39,7 +39,7 @@ from tqdm import tqdm
 import checkpoint
 import videos
 from machine import say
-from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, generate, shape_of
+from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, digits_of, generate, shape_of
 
 
 class File(NamedTuple):
@@ -61,6 +61,7 @@ DIGITS = File("train-images-idx3-ubyte", 47_040_016, "6bbc9ace898e44ae57da46a324
     "https://storage.googleapis.com/cvdf-datasets/mnist/train-images-idx3-ubyte.gz",
 ))  # fmt: skip
 
+MOVING_MNIST = "array", "fresh", "recut"  # as --data has it; all else is your own
 SHEETS = Path(__file__).with_name("raw")
 SEQUENCES = 10_000  # of the stand-in, as in the official array
 TIMEOUT = 10  # seconds without an answer or a byte
@@ -73,7 +74,7 @@ class DownloadError(Exception):
 
 def load_data(knobs):
     """(training, validation, test, name of the data for every output)."""
-    if knobs.data not in ("array", "fresh"):
+    if knobs.data not in MOVING_MNIST:
         path = Path(knobs.data)
         name = path.name or path.resolve().name
         if not name.isprintable():  # or no UTF-8, and log.csv could not hold it
@@ -94,7 +95,9 @@ def load_data(knobs):
                 say(f"{error}\ngoing on with a stand-in array: the same law, the digits of raw/digits_*.png")
                 stand_in()
     if knobs.data != "fresh":
-        training = MovingMNIST(path, "train", knobs.train_sequences)
+        training = MovingMNIST(path, "train", 0 if knobs.data == "recut" else knobs.train_sequences)
+        if knobs.data == "recut":
+            training, name = recut(training, name, knobs)
         return training, MovingMNIST(path, "validation"), MovingMNIST(path, "test"), name
     try:
         digits = mnist_digits()
@@ -113,6 +116,16 @@ def load_data(knobs):
     if not (knobs.eval_only and knobs.weights):
         name += f", trained on fresh sequences of {len(training.digits):,} digits"
     return training, validation, test_split, name
+
+
+def recut(training, name, knobs):
+    """New sequences of the digits that the array's training split shows, and the data's name. DataError."""
+    digits = digits_of(training.frames)
+    if not len(digits) or shape_of(training) != (20, 1, 64, 64):
+        raise DataError(f"{name} has no two digits to cut out of 20 frames of 64×64; train on it by --data array")
+    if not (knobs.eval_only and knobs.weights):
+        name += f", trained on new sequences of {len(digits):,} digits cut out of it"
+    return FreshMovingMNIST(digits, knobs.train_sequences or 10_000, knobs.seed), name
 
 
 def moving_mnist_array(folder="raw"):

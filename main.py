@@ -70,10 +70,11 @@ class Knobs:
     """The experiment. Edit a default here, or set it for one run by a flag: python main.py --epochs 20"""
 
     data: str = knob("array", "array (the official npy, or a stand-in where it cannot be had), fresh (new sequences "
-                              "all the time), or your own: a .npy of shape (T, N, H, W) or (T, N, H, W, C), or a "
-                              "folder of videos", group="data")  # fmt: skip
-    train_sequences: int = knob(0, "use only the first N training sequences; 0 = all (fresh: N an epoch; 0 = 10,000)",
-                                0, 10**6, tried="8 to 10000")  # fmt: skip
+                              "all the time), recut (the same, of digits cut out of the array's training split), or "
+                              "your own: a .npy of shape (T, N, H, W) or (T, N, H, W, C), or a folder of videos",
+                     group="data")  # fmt: skip
+    train_sequences: int = knob(0, "use only the first N training sequences; 0 = all (fresh, recut: N an epoch; 0 = "
+                                "10,000)", 0, 10**6, tried="8 to 10000")  # fmt: skip
     frames_in: int = knob(10, "frames the model sees", 2, tried="2 to 10")
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1, tried="2 to 40")
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")

@@ -1,4 +1,4 @@
-"""What the model sees: the array and its splits, augmentation, and the law that generates it.
+"""What the model sees: the array and its splits, augmentation, the law that generates it, and the digits in it.
 
 Sequences are uint8 (B, T, C, H, W) at every boundary: B batch, T frames, C channels, H height, W width.
 """
@@ -187,3 +187,44 @@ def generate(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1):
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(digits), size=(n, n_digits))
     return render(digits[chosen], trajectories(rng, n, n_frames, n_digits, step), size)
+
+
+def digits_of(frames):
+    """The different digits (m, 28, 28) that sequences (T, N, 1, H, W) of two show, cut out where farthest apart.
+
+    Pairs that no two empty rows or columns ever part are left out. Of MNIST's digits, nearly all that are found are the
+    original to the bit: there, as here, the centre of mass lies in the middle of 28×28 pixels.
+    """
+    gaps = np.array([widest_gap(frames[:, :, 0].any(axis)) for axis in (2, 3)])  # of columns, of rows: (2, 2, T, N)
+    found = []
+    for n, best in enumerate(gaps[:, 0].reshape(-1, frames.shape[1]).argmax(0)):
+        kind, t = divmod(best, len(frames))
+        width, end = gaps[kind, :, t, n]
+        if width >= 2:
+            frame = frames[t, n, 0]
+            found += map(centred, (frame[:, :end], frame[:, end:]) if kind == 0 else (frame[:end], frame[end:]))
+    found = [digit for digit in found if digit is not None]
+    return np.unique(found, axis=0) if found else np.empty((0, 28, 28), np.uint8)
+
+
+def widest_gap(ink):
+    """Of booleans (..., L), the most that are False in a row between two that are True, and where they end."""
+    gap, seen = np.zeros(ink.shape[:-1], int), np.zeros(ink.shape[:-1], bool)
+    widest, end = np.zeros_like(gap), np.zeros_like(gap)
+    for place, here in enumerate(np.moveaxis(ink, -1, 0)):
+        wider = here & seen & (gap > widest)
+        widest, end = np.where(wider, gap, widest), np.where(wider, place, end)
+        gap, seen = np.where(here, 0, gap + 1), seen | here
+    return widest, end
+
+
+def centred(part):
+    """What is drawn in part (H, W), its centre of mass in the middle of (28, 28); None if larger than digits are."""
+    rows, columns = (part.any(axis).nonzero()[0] for axis in (1, 0))
+    digit = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    mass = digit / digit.sum()
+    before = [round(14 - along @ np.arange(len(along))) for along in (mass.sum(1), mass.sum(0))]
+    after = [28 - first - n for first, n in zip(before, digit.shape, strict=True)]
+    if max(digit.shape) > 20 or min(*before, *after) < 0:
+        return None
+    return np.pad(digit, tuple(zip(before, after, strict=True)))

@@ -924,6 +924,12 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
         assert main.load_data(scored)[-1] == name
         assert main.load_data(dataclasses.replace(scored, weights="a.pt"))[-1] == "stand-in array"
         assert "going on with the 10,000 training digits" in capsys.readouterr().out
+        *splits, name = main.load_data(main.Knobs(data="recut"))
+        assert tuple(map(len, splits)) == (10_000, 4, 4) and splits[2].split == "test"
+        assert 40 < len(splits[0].digits) <= 64  # of 32 pairs
+        assert name == f"stand-in array, trained on new sequences of {len(splits[0].digits)} digits cut out of it"
         np.save("raw/mnist_test_seq.npy", np.zeros((30, 12, 64, 64), np.uint8))  # someone's own, to be tested on
         with pytest.raises(DataError, match=r"\(30, 1, 64, 64\), but fresh ones are \(20, 1, 64, 64\)"):
             main.load_data(main.Knobs(data="fresh"))
+        with pytest.raises(DataError, match=r"mnist_test_seq.npy has no two digits to cut out .* --data array"):
+            main.load_data(main.Knobs(data="recut"))

@@ -10,11 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import moving_mnist
-from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment, generate, open_array, render
+from download import digit_sheet
+from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment, digits_of, generate, open_array, render
 
 # The law -----------------------------------------------------------------------------------------------
 
@@ -544,3 +546,49 @@ def test_symmetric_motion_obeys_the_law():
     mirrored, expected = augment(sequence, [[True, False, False]]), moved(row, 1 - column, 0.5 - turn)
     first = lambda frames: (frames[0, :, 0].amax(-2) > 0).int().argmax(-1)  # the square's first column
     assert (first(mirrored) - first(expected)).abs().max() <= 1 and not torch.equal(mirrored, sequence)
+
+
+# Digits cut out of an array ----------------------------------------------------------------------------
+
+
+def canvas(*placed):
+    """One frame (1, 64, 64) of digits (28, 28), row and column."""
+    frame = np.zeros((1, 64, 64), np.uint8)
+    for digit, row, column in placed:
+        part = frame[0, row : row + 28, column : column + 28]
+        np.maximum(part, digit, out=part)
+    return frame
+
+
+def test_digits_are_cut_out_where_they_are_farthest_apart():
+    bar, cross = np.zeros((2, 28, 28), np.uint8)
+    bar[5:24, 13:16] = 200  # both have their centre of mass at (14, 14)
+    cross[13:16, 9:20] = 90
+    cross[7:22, 14] = 120
+    near = canvas((bar, 0, 0), (cross, 3, 5))  # columns 13 to 15 and 14 to 24, rows 5 to 23 and 10 to 24
+    below = canvas((bar, 1, 2), (cross, 36, 0))  # rows 6 to 24 and 43 to 57
+    beside = canvas((bar, 9, 36), (cross, 4, 4))  # columns 13 to 23 and 49 to 51: farthest
+    for frames in ([near, below, beside], [below, near], [beside]):
+        found = digits_of(np.stack(frames)[:, None])
+        assert found.dtype == np.uint8
+        assert {digit.tobytes() for digit in found} == {bar.tobytes(), cross.tobytes()}
+    assert digits_of(np.stack([near, near])[:, None]).shape == (0, 28, 28)
+    twice = digits_of(np.stack([near, beside])[:, None].repeat(3, 1))
+    assert len(twice) == 2  # each different digit once
+
+
+def test_what_is_larger_than_a_digit_is_none():
+    frames = np.zeros((1, 2, 1, 64, 64), np.uint8)
+    frames[0, :, 0, 20:30, :21] = 255  # 21 wide
+    frames[0, 0, 0, 20:30, 40:50] = 100
+    (digit,) = digits_of(frames)
+    assert (digit == 100).sum() == 100 and digit.sum() == 100 * 100
+
+
+def test_digits_of_generated_sequences_are_the_digits():
+    digits = digit_sheet(ROOT / "raw" / "digits_test.png")
+    found = digits_of(generate(digits, 500, 0).swapaxes(0, 1))
+    known = {digit.tobytes() for digit in digits}
+    same = sum(digit.tobytes() in known for digit in found)
+    shown = len(np.unique(np.random.default_rng(0).integers(len(digits), size=(500, 2))))  # as generate draws them
+    assert same > 0.99 * len(found) and same > 0.8 * shown
