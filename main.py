@@ -103,7 +103,7 @@ class Knobs:
                          "cannot (with feedback only)", 0, 64, tried="0, 4")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well")
 
-    epochs: int = knob(4, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
+    epochs: int = knob(5, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
@@ -112,9 +112,9 @@ class Knobs:
                                "steps, and short runs ended higher", 0, 1, tried="0 to 0.1")  # fmt: skip
     warmup: float = knob(0.05, "fraction of training in which the learning rate rises; then it falls, a cosine to zero",
                          0, 1)  # fmt: skip
-    grow_from: float = knob(0.3, "fraction of training after which the horizon grows from one forecast frame",
+    grow_from: float = knob(0.4, "fraction of training after which the horizon grows from one forecast frame",
                             0, 1, tried="0.1 to 1")  # fmt: skip
-    grow_until: float = knob(0.8, "fraction of training after which all forecast frames are trained on. 0 = always all",
+    grow_until: float = knob(0.9, "fraction of training after which all forecast frames are trained on. 0 = always all",
                              0, 1, tried="0.25 to 1")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
