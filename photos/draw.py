@@ -130,7 +130,8 @@ def draw_head(axes, x, y, frame):
 
 def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
-    axes = canvas(13, 9.1)
+    axes = canvas(13, 9.5)
+    axes.set_ylim(-0.4, 9.1)
     ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, …"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.25, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
@@ -181,6 +182,9 @@ def encoder_forecaster(path):
                 start = x - 0.45 if x == 5.9 else x - 0.9
                 arrow(axes, (start, y - 0.85), (x - 0.9, y - 0.85), (x - 0.9, head), (x - 0.75, head), colour=green)
             axes.text(4.9, head, "moved", ha="right", va="center", fontsize=10, color=green)
+            violet = "#6a4c93"
+            arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), colour=violet)
+            axes.text(0.95, y - 1.2, "at each step: motion since the frame before", fontsize=10, color=violet)
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
@@ -188,7 +192,7 @@ def encoder_forecaster(path):
         "with search=4, the first layer has 16 channels of input more: how the patches moved since the frame before\n"
         "with reach=4, 16 + 81 channels more: how much the moved frame counts in a pixel, and the weights of 9×9 moves"
     )
-    axes.text(6.5, 0.1, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)
+    axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     plt.close()
 
