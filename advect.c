@@ -1,6 +1,6 @@
 /* Advection of frames, forward and backward, and block matching: the compiled twins of plain_advect and plain_match in
-   advection.py, which say what the arguments are and which the tests hold these equal to. n frames of c channels, H×W; built with -DP and -DK, as every
-   patch of P×P has K×K weights, row by row. */
+   advection.py, which say what the arguments are and which the tests hold these equal to. n frames of c channels, H×W;
+   built with -DP and -DK, as every patch of P×P has K×K weights or costs, row by row. */
 #include <string.h>
 
 #define R (K / 2)
@@ -79,7 +79,8 @@ void advect_backward(long n, long c, long H, long W, long threads, const float *
         }
 }
 
-/* scratch (threads, H + 2R, W + 2R + LANES): a padded frame of those before */
+/* before takes the place of frames above, and costs (n, H/P, W/P, K·K), the result, that of weights. scratch (threads,
+   H + 2R, W + 2R + LANES): a padded frame of those before */
 void match(long n, long c, long H, long W, long threads, const float *before, float *restrict costs,
            const float *frames, float *scratch) {
     long line = W + 2 * R + LANES, size = (H + 2 * R) * line;

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 
 import native
 
-LARGEST_PATCH = 32  # of the compiled twin, which has one on its stack
+LARGEST_PATCH = 32  # of the compiled twins, one of which has one on its stack
 
 
 def advect(frames, weights, patch):
     """frames (N, C, H, W), weights (N, H/P, W/P, K²), K odd → (N, C, H, W); beyond the border all is black."""
     on_cpu = frames.device.type == "cpu" and frames.dtype == weights.dtype == torch.float32
-    if on_cpu and patch <= LARGEST_PATCH and library(patch, kernel_size(weights)):
+    if on_cpu and library(patch, kernel_size(weights)):
         return Advect.apply(frames, weights, patch)
     return plain_advect(frames, weights, patch)
 
@@ -43,8 +43,9 @@ def block_match(frames, before, patch, K):
     A softmax of minus the squared difference to the frame before, so moved, over the patch and its eight neighbours:
     a patch alone is often a straight edge, which looks the same wherever it moves along itself.
     """
-    frames, before = frames.contiguous(), before.contiguous()
-    if frames.device.type == "cpu" and frames.dtype == before.dtype == torch.float32 and library(patch, K):
+    wide = torch.promote_types(frames.dtype, torch.float32)  # drawn frames may be bf16, too coarse for an exponent
+    frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
+    if frames.device.type == "cpu" and wide == torch.float32 and library(patch, K):
         costs = frames.new_empty(len(frames), frames.shape[2] // patch, frames.shape[3] // patch, K * K)
         run(library(patch, K).match, patch, before, costs, frames)
     else:
@@ -67,7 +68,7 @@ def kernel_size(weights):
 @functools.cache
 def library(patch, K):
     """advect.c, built; None where that fails, or where its plain twins have been edited and say something else."""
-    library = native.build("advect.c", f"-DP={patch}", f"-DK={K}")
+    library = native.build("advect.c", f"-DP={patch}", f"-DK={K}") if patch <= LARGEST_PATCH else None
     if library is not None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             frames, weights = torch.rand(1, 1, 2 * patch, 2 * patch), torch.rand(1, 2, 2, K * K)

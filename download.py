@@ -120,9 +120,10 @@ def load_data(knobs):
 
 def recut(training, name, knobs):
     """New sequences of the digits that the array's training split shows, and the data's name. DataError."""
-    digits = digits_of(training.frames)
-    if not len(digits) or shape_of(training) != (20, 1, 64, 64):
-        raise DataError(f"{name} has no two digits to cut out of 20 frames of 64×64; train on it by --data array")
+    digits = digits_of(training.frames) if shape_of(training) == (20, 1, 64, 64) else ()
+    if len(digits) < 2:
+        raise DataError(f"{name} has no sequences of 20 frames of 64×64 from which two digits could be cut; "
+                        "train on it by --data array")  # fmt: skip
     if not (knobs.eval_only and knobs.weights):
         name += f", trained on new sequences of {len(digits):,} digits cut out of it"
     return FreshMovingMNIST(digits, knobs.train_sequences or 10_000, knobs.seed), name

@@ -62,8 +62,10 @@ class Setup(NamedTuple):
     @property
     def validated(self):
         """What the validation split is of, for pictures."""
-        fresh = self.knobs.data == "fresh"
-        return "fresh sequences of held-out digits" if fresh else f"validation split of the {self.data}"
+        array = self.data.partition(", trained on")[0]
+        return (
+            "fresh sequences of held-out digits" if self.knobs.data == "fresh" else f"validation split of the {array}"
+        )
 
 
 def starting_weights(knobs):

@@ -123,7 +123,7 @@ class Knobs:
     weights: str = knob("", "start from these weights: a best.pt; they bring the knobs of their network along")
     save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0, 1e6)
 
-    seed: int = knob(0, "of weights, order, augmentation and fresh sequences", 0, 2**63 - 1, group="system",
+    seed: int = knob(0, "of weights, order, augmentation and new sequences", 0, 2**63 - 1, group="system",
                      tried="0 to 2")  # fmt: skip
     device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))

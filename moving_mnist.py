@@ -219,7 +219,7 @@ def widest_gap(ink):
 
 
 def centred(part):
-    """What is drawn in part (H, W), its centre of mass in the middle of (28, 28); None if larger than digits are."""
+    """What is drawn in part (H, W), its centre of mass in the middle of (28, 28); None if no digit is so large."""
     rows, columns = (part.any(axis).nonzero()[0] for axis in (1, 0))
     digit = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     mass = digit / digit.sum()

@@ -21,7 +21,8 @@ measured.
   When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
 - `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
   main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
-  frames: a network that need not measure motion can keep count of them (58.7 to 53.8, with the next two);
+  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with dense targets of
+  fewer frames, which are worth nothing but time);
 - `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
   pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
@@ -234,7 +235,7 @@ class EncoderForecaster(nn.Module):
         shown = slice(middle if dense else -1, None)
         logits, last = [self.draw([h[:, shown] for h in encoded], past[:, shown])], past[:, -1:]
         for _ in range(n_future - 1):
-            # not detached: gradients pass through the frames as well
+            # not detached: gradients pass through the frames as well, if not through their block matching
             before, last = last, torch.sigmoid(logits[-1][:, -1:])
             hidden_states, states = self.encode(last, before, states)
             logits.append(self.draw(hidden_states, last))

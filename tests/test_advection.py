@@ -69,6 +69,7 @@ def test_autocast_leaves_it_in_fp32(advect):
 @pytest.mark.parametrize("kind", ["no_compiler", "large_patch", "float64", "mixed"])
 def test_where_the_compiled_twin_cannot_serve_it_is_plain(kind, monkeypatch):
     monkeypatch.setattr(advection, "Advect", None)
+    monkeypatch.setattr(advection, "run", None)
     patch, exact = (64 if kind == "large_patch" else 4), (torch.float64 if kind == "float64" else torch.float32)
     frames, weights = torch.rand(1, 1, 64, 64, dtype=exact), torch.rand(1, 64 // patch, 64 // patch, 9, dtype=exact)
     if kind == "no_compiler":
@@ -78,6 +79,7 @@ def test_where_the_compiled_twin_cannot_serve_it_is_plain(kind, monkeypatch):
             advection.advect(frames, weights.double(), patch)
     else:
         assert torch.equal(advection.advect(frames, weights, patch), advection.plain_advect(frames, weights, patch))
+        assert (advection.block_match(frames, frames, patch, 3).argmax(1) == 4).all()  # at rest
 
 
 @pytest.mark.parametrize("exact", [torch.float32, torch.float64], ids=["compiled", "plain"])
@@ -91,6 +93,15 @@ def test_block_matching_finds_a_move(exact):
     move = (4 - 2) * 9 + 4 + 3
     assert (likely[0, move, 2:, :-2] > 0.99).all()  # at the border, frames[0] is noise
     assert (likely[1, move] < 0.5).all()
+
+
+@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.float32), (torch.bfloat16,) * 2], ids=["mixed", "bf16"])
+def test_block_matching_is_never_in_bf16(kinds):
+    frames, before = (torch.rand(1, 1, 32, 32).to(kind) for kind in kinds)
+    with torch.autocast("cpu", torch.bfloat16):
+        likely = advection.block_match(frames, before, 4, 5)
+    assert likely.dtype == torch.float32
+    assert torch.equal(likely, advection.block_match(frames.float(), before.float(), 4, 5))
 
 
 def test_block_matching_of_a_black_past_knows_nothing():
@@ -108,7 +119,7 @@ def test_compiled_matching_is_plain(shape, patch, K, threads, monkeypatch):
 
 
 def test_block_matching_passes_no_gradient():
-    frames = torch.rand(1, 1, 8, 8, requires_grad=True)
+    frames = torch.rand(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)  # the compiled twin could pass none
     assert not advection.block_match(frames, frames.roll(1, -1), 4, 5).requires_grad
 
 

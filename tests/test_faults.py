@@ -928,8 +928,14 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
         assert tuple(map(len, splits)) == (10_000, 4, 4) and splits[2].split == "test"
         assert 40 < len(splits[0].digits) <= 64  # of 32 pairs
         assert name == f"stand-in array, trained on new sequences of {len(splits[0].digits)} digits cut out of it"
+        scored = main.Knobs(data="recut", train_sequences=7, eval_only=True)
+        training, *_, same = main.load_data(scored)
+        assert (len(training), same) == (7, name)
+        assert main.load_data(dataclasses.replace(scored, weights="a.pt"))[-1] == "stand-in array"
+        setup = main.Setup(scored, None, name, *[None] * 5)
+        assert setup.validated == "validation split of the stand-in array"
         np.save("raw/mnist_test_seq.npy", np.zeros((30, 12, 64, 64), np.uint8))  # someone's own, to be tested on
         with pytest.raises(DataError, match=r"\(30, 1, 64, 64\), but fresh ones are \(20, 1, 64, 64\)"):
             main.load_data(main.Knobs(data="fresh"))
-        with pytest.raises(DataError, match=r"mnist_test_seq.npy has no two digits to cut out .* --data array"):
+        with pytest.raises(DataError, match=r"mnist_test_seq.npy has no sequences of 20 .* --data array"):
             main.load_data(main.Knobs(data="recut"))

@@ -468,8 +468,8 @@ def test_forecast_by_hand(options, fast):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"feedback": True}, {"feedback": True, "reach": 4}, {"feedback": True, "reach": 4, "search": 4}],
-    ids=["forecaster", "feedback", "reach", "search"],
+    [{}, {"feedback": True, "search": 4}, {"feedback": True, "reach": 4}, {"feedback": True, "search": 4, "reach": 4}],
+    ids=["forecaster", "search", "reach", "search_reach"],
 )
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_fast_network_is_its_plain_twin(dtype, options, monkeypatch):
