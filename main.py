@@ -106,11 +106,11 @@ class Knobs:
     epochs: int = knob(5, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
-    learning_rate: float = knob(0.03, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
+    learning_rate: float = knob(0.04, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
                                 1e-9, 1e37, tried="0.02 to 0.08")  # fmt: skip
     weight_decay: float = knob(0.03, "Muon's; our longer runs had 0.01. Without it, kernels grew tenfold in 14,000 "
                                "steps, and short runs ended higher", 0, 1, tried="0 to 0.1")  # fmt: skip
-    warmup: float = knob(0.05, "fraction of training in which the learning rate rises; then it falls, a cosine to zero",
+    warmup: float = knob(0.05, "fraction of training in which the learning rate rises; then it falls, linearly to zero",
                          0, 1)  # fmt: skip
     grow_from: float = knob(0.4, "fraction of training after which the horizon grows from one forecast frame",
                             0, 1, tried="0.1 to 1")  # fmt: skip
@@ -197,10 +197,10 @@ def make_optimisers(model, weight_decay, dtype):
 
 
 def learning_rate(knobs, progress):
-    """At a progress in [0, 1): linear warm-up, then a cosine to zero."""
+    """At a progress in [0, 1): linear warm-up, then linear to zero."""
     if progress < knobs.warmup:
         return knobs.learning_rate * progress / knobs.warmup
-    return knobs.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - knobs.warmup) / (1 - knobs.warmup)))
+    return knobs.learning_rate * (1 - progress) / (1 - knobs.warmup)
 
 
 def horizon(knobs, progress):

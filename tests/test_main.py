@@ -614,8 +614,8 @@ def test_frames_beyond_those_used_change_nothing(array, tmp_path):
 
 def test_schedules():
     knobs = main.Knobs(learning_rate=0.02, warmup=0.1, grow_from=0.2, grow_until=0.7, frames_out=11)
-    rates = [main.learning_rate(knobs, p) for p in (0, 0.05, 0.1, 0.55, 1)]
-    assert rates == pytest.approx([0, 0.01, 0.02, 0.01, 0], abs=1e-12)
+    rates = [main.learning_rate(knobs, p) for p in (0, 0.05, 0.1, 0.325, 0.55, 1)]
+    assert rates == pytest.approx([0, 0.01, 0.02, 0.015, 0.01, 0], abs=1e-12)
     assert [main.horizon(knobs, p) for p in (0, 0.2, 0.24, 0.26, 0.46, 0.69, 0.7, 1)] == [1, 1, 1, 2, 6, 10, 11, 11]
     assert main.horizon(dataclasses.replace(knobs, grow_until=0), 0) == 11
     assert main.horizon(dataclasses.replace(knobs, frames_out=1), 0.5) == 1
