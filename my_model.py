@@ -19,13 +19,12 @@ measured.
   future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
 - `dilation`: above the first layer, the taps of the state-to-state kernel are `dilation` patches apart, 2 in main.py.
   When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
-- `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
-  main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
-  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with dense targets of
-  fewer frames, which are worth nothing but time);
 - `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
   pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
+- `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
+  main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
+  frames: a network that need not measure motion can keep count of them (58.7 to 53.8);
 - `dense`: until all forecast frames are trained on, the input's frames after the middle are drawn and scored too: more
   to learn from each sequence.
 """
