@@ -577,10 +577,12 @@ def test_digits_are_cut_out_where_they_are_farthest_apart():
     assert len(twice) == 2  # each different digit once
 
 
-def test_what_is_larger_than_a_digit_is_none():
-    frames = np.zeros((1, 2, 1, 64, 64), np.uint8)
-    frames[0, :, 0, 20:30, :21] = 255  # 21 wide
-    frames[0, 0, 0, 20:30, 40:50] = 100
+def test_what_mnist_would_not_have_is_none():
+    frames = np.zeros((1, 3, 1, 64, 64), np.uint8)
+    frames[0, :2, 0, 20:30, :21] = 255  # 21 wide
+    frames[0, ::2, 0, 20:30, 40:50] = 100
+    frames[0, 2, 0, 20:40, 0] = 255  # 20 wide, but with its centre of mass at an end
+    frames[0, 2, 0, 30, :20] = 1
     (digit,) = digits_of(frames)
     assert (digit == 100).sum() == 100 and digit.sum() == 100 * 100
 
