@@ -95,9 +95,10 @@ def load_data(knobs):
                 say(f"{error}\ngoing on with a stand-in array: the same law, the digits of raw/digits_*.png")
                 stand_in()
     if knobs.data != "fresh":
-        training = MovingMNIST(path, "train", 0 if knobs.data == "recut" else knobs.train_sequences)
         if knobs.data == "recut":
-            training, name = recut(training, name, knobs)
+            training, name = recut(MovingMNIST(path, "train"), name, knobs)
+        else:
+            training = MovingMNIST(path, "train", knobs.train_sequences)
         return training, MovingMNIST(path, "validation"), MovingMNIST(path, "test"), name
     try:
         digits = mnist_digits()
