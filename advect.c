@@ -6,6 +6,12 @@
 #define R (K / 2)
 #define LANES ((K + P + 14) / 16 * 16) /* what a row of weights reaches from a row of the patch, in whole registers */
 
+/* A frame with 2R more lines, each of line pixels and R of them before its own; all that is added is black */
+static void pad(const float *frame, long H, long W, long line, float *restrict F) {
+    memset(F, 0, (H + 2 * R) * line * sizeof(float));
+    for (long y = 0; y < H; y++) memcpy(F + (y + R) * line + R, frame + y * W, W * sizeof(float));
+}
+
 /* scratch (threads, (W + 2R)·(H + 2R)·P): a padded frame as Q[column][row][P], where P pixels from there to the right
    lie side by side. So the P×P pixels that one weight multiplies are one run of memory. */
 void advect_forward(long n, long c, long H, long W, long threads, const float *frames, const float *weights,
@@ -49,9 +55,8 @@ void advect_backward(long n, long c, long H, long W, long threads, const float *
             long offset = image / c * (H / P) * (W / P) * K * K;
             const float *w = weights + offset;
             float *restrict dw = d_weights + offset;
-            memset(F, 0, 2 * size * sizeof(float));
-            for (long y = 0; y < H; y++)
-                memcpy(F + (y + R) * line + R, frames + (image * H + y) * W, W * sizeof(float));
+            pad(frames + image * H * W, H, W, line, F);
+            memset(dF, 0, size * sizeof(float));
             for (long y = 0; y < H; y += P)
                 for (long x = 0; x < W; x += P, w += K * K, dw += K * K)
                     for (long a = 0; a < K; a++) { /* a row of weights at once */
@@ -88,9 +93,7 @@ void match(long n, long c, long H, long W, long threads, const float *before, fl
     for (long part = 0; part < threads; part++)
         for (long image = n * part / threads * c; image < n * (part + 1) / threads * c; image++) {
             float *restrict F = scratch + part * size, *restrict cost = costs + image / c * (H / P) * (W / P) * K * K;
-            memset(F, 0, size * sizeof(float));
-            for (long y = 0; y < H; y++)
-                memcpy(F + (y + R) * line + R, before + (image * H + y) * W, W * sizeof(float));
+            pad(before + image * H * W, H, W, line, F);
             for (long y = 0; y < H; y += P)
                 for (long x = 0; x < W; x += P, cost += K * K)
                     for (long a = 0; a < K; a++) { /* a row of moves at once */
