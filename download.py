@@ -74,6 +74,31 @@ class DownloadError(Exception):
 
 def load_data(knobs):
     """(training, validation, test, name of the data for every output)."""
+    path, name = find_array(knobs)
+    if knobs.data not in ("fresh", "recut"):
+        training = MovingMNIST(path, "train", knobs.train_sequences)
+        return training, MovingMNIST(path, "validation"), MovingMNIST(path, "test"), name
+    if knobs.data == "recut":
+        digits, validation, test_split = recut(path, name), MovingMNIST(path, "validation"), MovingMNIST(path, "test")
+        words = f"new sequences of {len(digits):,} digits cut out of it"
+    else:
+        held_out, digits = training_digits()
+        validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
+        # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
+        test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
+        words = f"fresh sequences of {len(digits):,} digits"
+    training = FreshMovingMNIST(digits, knobs.train_sequences or 10_000, knobs.seed)
+    ours, theirs = map(shape_of, (training, test_split))
+    if ours != theirs:
+        raise DataError(f"{path} has sequences of shape {theirs}, but fresh ones are {ours}; leave out --data fresh "
+                        "to train on it as well, or move it away")  # fmt: skip
+    if not (knobs.eval_only and knobs.weights):
+        name += f", trained on {words}"
+    return training, validation, test_split, name
+
+
+def find_array(knobs):
+    """The array's path, or the array itself where a folder of videos is read, and its name."""
     if knobs.data not in MOVING_MNIST:
         path = Path(knobs.data)
         name = path.name or path.resolve().name
@@ -82,52 +107,40 @@ def load_data(knobs):
         if os.path.isdir(path):  # Path.is_dir raises in a closed folder, and so does exists
             span = knobs.frames_in + knobs.frames_out
             path = videos.read_folder(path, span, knobs.video_size, knobs.video_stride, knobs.video_colour)
-    elif os.path.exists(path := Path("raw/mnist_test_seq.npy")):
-        name = "Moving MNIST array" if length(path) == ARRAY.size else path.name  # someone's own
+        return path, name
+    path = Path("raw/mnist_test_seq.npy")
+    if os.path.exists(path):
+        return path, "Moving MNIST array" if length(path) == ARRAY.size else path.name  # or someone's own
+    path = Path("raw/moving_mnist_standin.npy")
+    if os.path.exists(path) and not os.path.exists("raw/mnist_test_seq.npy.gz"):
+        say("raw/mnist_test_seq.npy is not there: using the stand-in (python download.py fetches the real one)")
     else:
-        path, name = Path("raw/moving_mnist_standin.npy"), "stand-in array"
-        if os.path.exists(path) and not os.path.exists("raw/mnist_test_seq.npy.gz"):
-            say("raw/mnist_test_seq.npy is not there: using the stand-in (python download.py fetches the real one)")
-        else:
-            try:
-                path, name = moving_mnist_array(), "Moving MNIST array"
-            except DownloadError as error:
-                say(f"{error}\ngoing on with a stand-in array: the same law, the digits of raw/digits_*.png")
-                stand_in()
-    if knobs.data != "fresh":
-        if knobs.data == "recut":
-            training, name = recut(MovingMNIST(path, "train"), name, knobs)
-        else:
-            training = MovingMNIST(path, "train", knobs.train_sequences)
-        return training, MovingMNIST(path, "validation"), MovingMNIST(path, "test"), name
+        try:
+            return moving_mnist_array(), "Moving MNIST array"
+        except DownloadError as error:
+            say(f"{error}\ngoing on with a stand-in array: the same law, the digits of raw/digits_*.png")
+            stand_in()
+    return path, "stand-in array"
+
+
+def recut(path, name):
+    """The digits that the array's training split shows. DataError."""
+    training = MovingMNIST(path, "train")
+    digits = digits_of(training.frames) if shape_of(training) == (20, 1, 64, 64) else ()
+    if len(digits) < 2:
+        raise DataError(f"{name} has no sequences of 20 frames of 64×64 from which two digits could be cut; "
+                        "train on it by --data array")  # fmt: skip
+    return digits
+
+
+def training_digits():
+    """Of MNIST's, or of those that are here: (a twelfth, for validation, that no training sequence shows; the rest)."""
     try:
         digits = mnist_digits()
     except DownloadError as error:
         say(f"{error}\ngoing on with the 10,000 training digits of raw/digits_train.png")
         digits = digit_sheet(SHEETS / "digits_train.png")
-    held_out = len(digits) // 12  # for validation: digits that no training sequence shows
-    training = FreshMovingMNIST(digits[held_out:], knobs.train_sequences or 10_000, knobs.seed)
-    validation = FreshMovingMNIST(digits[:held_out], 900, 2**40)  # a seed of its own
-    # of the official array, all sequences: training has seen none. The stand-in has its training digits in the rest
-    test_split = MovingMNIST(path, "test" if name == "stand-in array" else "all")
-    ours, theirs = map(shape_of, (training, test_split))
-    if ours != theirs:
-        raise DataError(f"{path} has sequences of shape {theirs}, but fresh ones are {ours}; leave out --data fresh "
-                        "to train on it as well, or move it away")  # fmt: skip
-    if not (knobs.eval_only and knobs.weights):
-        name += f", trained on fresh sequences of {len(training.digits):,} digits"
-    return training, validation, test_split, name
-
-
-def recut(training, name, knobs):
-    """New sequences of the digits that the array's training split shows, and the data's name. DataError."""
-    digits = digits_of(training.frames) if shape_of(training) == (20, 1, 64, 64) else ()
-    if len(digits) < 2:
-        raise DataError(f"{name} has no sequences of 20 frames of 64×64 from which two digits could be cut; "
-                        "train on it by --data array")  # fmt: skip
-    if not (knobs.eval_only and knobs.weights):
-        name += f", trained on new sequences of {len(digits):,} digits cut out of it"
-    return FreshMovingMNIST(digits, knobs.train_sequences or 10_000, knobs.seed), name
+    return np.split(digits, [len(digits) // 12])
 
 
 def moving_mnist_array(folder="raw"):
