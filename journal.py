@@ -33,7 +33,7 @@ from machine import RANK, from_rank_0, say
 from moving_mnist import FreshMovingMNIST, MovingMNIST, shape_of
 
 NETWORK = ("model", "hidden", "kernel_size", "state_kernel_size", "dilation", "patch", "peephole", "head", "feedback",
-           "search", "reach")  # fmt: skip
+           "search", "reach", "sheets")  # fmt: skip
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
 DRAWN = "train_loss", "val_loss", "val_mse_per_frame", *(f"val_mse_{who}" for who in BASELINES)  # of a row of log.csv
 # see checkpoint.like

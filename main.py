@@ -92,7 +92,7 @@ class Knobs:
     dilation: int = knob(2, "of the state-to-state kernels above the first layer: from tap to tap; the paper's: 1 "
                          "(my_model only)", 1, 255, tried="1 to 3")  # fmt: skip
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
-    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next five)")
+    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next six)")
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
                                  "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 512")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
@@ -101,6 +101,8 @@ class Knobs:
                           "moved; the paper's: 0, it is not", 0, 64, tried="0, 4")  # fmt: skip
     reach: int = knob(4, "pixels up to which the head can move the frame before, patch by patch; the paper's: 0, it "
                          "cannot (with feedback only)", 0, 64, tried="0, 4")  # fmt: skip
+    sheets: int = knob(2, "into which that frame is taken apart, each moved on its own, so that what overlaps goes its "
+                          "ways; 1: it is moved as a whole", 1, 16, tried="1, 2")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well")
 
     epochs: int = knob(5, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
@@ -138,7 +140,7 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size
-        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "dense"
+        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "sheets", "dense"
         options = {name: getattr(knobs, name) for name in names}
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()

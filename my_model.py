@@ -6,7 +6,7 @@ All its hidden states together, through one convolution, give the frames.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
-Changes from the paper, and why. (The last six are off in `EncoderForecaster()`, the paper's network, and on in
+Changes from the paper, and why. (The last seven are off in `EncoderForecaster()`, the paper's network, and on in
 main.py.) Gains are in validation MSE, that of the head's first layer in test MSE; records/README.md has how they were
 measured.
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
@@ -22,6 +22,10 @@ measured.
 - `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
   pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
+- `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
+  that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). A pixel belongs to the sheet that
+  was expected to show it: from the middle of the input on, each sheet keeps what moved as it should (52.6 to
+  50.4);
 - `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
   main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
   frames: a network that need not measure motion can keep count of them (58.7 to 53.8);
@@ -36,6 +40,7 @@ from torch import nn
 from advection import advect, block_match
 from fast_convlstm import FastConvLSTM
 
+DOUBT = 0.05  # what a sheet is expected to show at least
 MOTION = 16  # channels of the motion that block matching finds
 
 
@@ -167,6 +172,7 @@ class EncoderForecaster(nn.Module):
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
     search: pixels up to which each patch is looked for in the frame before; the paper: 0, it is not.
     reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
+    sheets: into how many the last frame is taken apart, each moved by weights of its own.
     dense: in training mode, draw the frame after each input frame from the middle on: (B, T // 2 + n_future, C, H, W).
     Raises ValueError for an even kernel, a layer without channels, a reach without feedback, n_future below 1,
     frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
@@ -185,6 +191,7 @@ class EncoderForecaster(nn.Module):
         feedback=False,
         search=0,
         reach=0,
+        sheets=1,
         dense=False,
         fast=True,
     ):
@@ -194,6 +201,7 @@ class EncoderForecaster(nn.Module):
         if reach and not feedback:
             raise ValueError(f"reach {reach} needs feedback, as it moves the frame drawn before; set reach to 0")
         self.channels, self.patch, self.search, self.reach, self.dense = channels, patch, search, reach, dense
+        self.sheets = sheets
         pixels = channels * patch * patch
         self.motion = nn.Conv2d((2 * search + 1) ** 2, MOTION, 1) if search else None
         options = kernel_size, state_kernel_size or kernel_size, peephole
@@ -208,14 +216,15 @@ class EncoderForecaster(nn.Module):
             k = 1 if head_layers else 3
             head_layers += nn.Conv2d(n_in, n, k, padding=k // 2), nn.GELU()
             n_in = n
-        # logits; with a reach also the share of the moved frame in them, and the weights of the moves
-        self.outputs = [pixels, pixels, (2 * reach + 1) ** 2] if reach else [pixels]
+        # logits; with a reach also the share of the moved frame in them, and the weights of each sheet's moves
+        moves = (2 * reach + 1) ** 2
+        self.outputs = [pixels, pixels, sheets * moves] if reach else [pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
             if reach:  # the first forecast is the last frame, blurred
                 draw.bias.zero_()
                 draw.bias[pixels : 2 * pixels] = 1.0
-                draw.bias[2 * pixels + self.outputs[2] // 2] = 2.0
+                draw.bias[2 * pixels + moves // 2 :: moves] = 2.0
             else:
                 draw.bias.fill_(-3.0)  # frames start nearly black, as they are
         self.head = nn.Sequential(*head_layers, draw)
@@ -229,15 +238,21 @@ class EncoderForecaster(nn.Module):
             if dense:  # the encoder's states before the last draw the input's frames after the middle
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, middle:-1], y), 1) for x, y in pairs]
-            return self.draw(hidden_states)
+            return self.draw(hidden_states)[0]
+        drawn_from = lambda some, sheets: self.draw([h[:, some] for h in encoded], past[:, some], sheets)
+        sheets = None
+        if self.sheets > 1 and not dense and middle < past.shape[1] - 1:
+            with torch.no_grad():  # only which pixels are whose
+                _, sheets = drawn_from(slice(middle, -1), None)
         # the state after the last input already draws the first forecast frame, so one step less remains
-        shown = slice(middle if dense else -1, None)
-        logits, last = [self.draw([h[:, shown] for h in encoded], past[:, shown])], past[:, -1:]
+        drawn, sheets = drawn_from(slice(middle if dense else -1, None), sheets)
+        logits, last = [drawn], past[:, -1:]
         for _ in range(n_future - 1):
             # not detached: gradients pass through the frames as well, if not through their block matching
             before, last = last, torch.sigmoid(logits[-1][:, -1:])
             hidden_states, states = self.encode(last, before, states)
-            logits.append(self.draw(hidden_states, last))
+            drawn, sheets = self.draw(hidden_states, last, sheets)
+            logits.append(drawn)
         return torch.cat(logits, 1)
 
     def encode(self, frames, before, states):
@@ -253,20 +268,38 @@ class EncoderForecaster(nn.Module):
         """(B, T, C, H, W) → (B, T, C·P², H/P, W/P)."""
         return F.pixel_unshuffle(frames.flatten(0, 1), self.patch).unflatten(0, frames.shape[:2])
 
-    def draw(self, hidden_states, last=None):
-        """Each layer's hidden states (B, T, Ch, H/P, W/P) and the frames they saw last → logits (B, T, C, H, W)."""
+    def draw(self, hidden_states, frames=None, sheets=None):
+        """Hidden states → frames.
+
+        Each layer's (B, T, Ch, H/P, W/P), the frames (B, T, C, H, W) that they saw last, and what each sheet was to
+        show of the first (None: all) → logits (B, T, C, H, W), and what each sheet is expected to show next.
+        """
         B, T = hidden_states[0].shape[:2]
         # to the head as images, time before batch, as the layers lay them out in memory: (T·B, sum of Ch, H/P, W/P)
-        as_images = lambda x: x.transpose(0, 1).flatten(0, 1)
-        drawn = self.head(torch.cat([as_images(h) for h in hidden_states], 1)).split(self.outputs, 1)
+        as_images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
+        drawn = self.head(as_images).split(self.outputs, 1)
         logits = F.pixel_shuffle(drawn[0], self.patch)
         if self.reach:
-            last = as_images(last)
             share = F.pixel_shuffle(drawn[1], self.patch)
-            weights = drawn[2].permute(0, 2, 3, 1).to(last.dtype).softmax(-1)
-            moved = advect(last, weights, self.patch)
-            logits = logits + share * torch.logit(moved.clamp(0.02, 0.98))  # those of 0 and 1 are infinite
-        return logits.unflatten(0, (T, B)).transpose(0, 1)
+            weights = drawn[2].unflatten(1, (self.sheets, -1)).permute(0, 1, 3, 4, 2)
+            weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
+            moved = []
+            for frame, w in zip(frames.unbind(1), weights.unflatten(0, (T, B)), strict=True):
+                sheets = self.move(frame, sheets, w)
+                moved.append(sheets.amax(1))
+            logits = logits + share * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # those of 0 and 1 are infinite
+        return logits.unflatten(0, (T, B)).transpose(0, 1), sheets
+
+    def move(self, frame, expected, weights):
+        """A frame (B, C, H, W) as sheets, moved: what each is expected to show next (B, S, C, H, W).
+
+        A pixel belongs to the sheet that was expected to show it, and to others in proportion; to all, if none was.
+        """
+        sheets = frame[:, None].expand(-1, self.sheets, -1, -1, -1)
+        if expected is not None:
+            expected = expected.detach() + DOUBT  # a gradient through it gains nothing
+            sheets = sheets * (expected / expected.amax(1, keepdim=True))
+        return advect(sheets.flatten(0, 1), weights.flatten(0, 1), self.patch).unflatten(0, sheets.shape[:2])
 
     def check(self, past, n_future):
         if n_future < 1:

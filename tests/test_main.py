@@ -57,6 +57,7 @@ FILES = [
     "main.py",
     "my_model.py",
 ]
+RECIPE = {"head": (8,), "feedback": True, "search": 4, "reach": 4, "sheets": 2}  # main.py's network, with a small head
 
 
 def results(folder):
@@ -110,7 +111,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
         for name, score in scores.items():
             assert score["unit"] == metrics.METRICS[name][1]
             assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
-    model = EncoderForecaster(1, (8,), 3, head=(8,), feedback=True, search=4, reach=4, fast=False)  # the plain twin
+    model = EncoderForecaster(1, (8,), 3, fast=False, **RECIPE)  # the plain twin
     best = torch.load(folder / "best.pt")
     model.load_state_dict(best["model"])
     past, truth = split(array, TEST)
@@ -130,9 +131,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
 
 def test_first_lines_say_what_runs(reference):
     first = reference[1].split("epoch")[0]
-    parameters = sum(
-        p.numel() for p in EncoderForecaster(1, (8,), 3, head=(8,), feedback=True, search=4, reach=4).parameters()
-    )
+    parameters = sum(p.numel() for p in EncoderForecaster(1, (8,), 3, **RECIPE).parameters())
     for fact in (f"my_model, {parameters:,} parameters", "device    ", "1 process,", "1 threads", "fp32", "1×16×16",
                  f"torch {torch.__version__}", "squares.npy: 46 training, 5 validation, 6 test"):  # fmt: skip
         assert fact in first
@@ -520,8 +519,12 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
 
 def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     """Those whose other defaults, of my_model.py and torch, would do as well."""
-    model = main.build(main.Knobs(dilation=3, search=2, reach=5), 1)
-    assert [layer.cell.dilation for layer in model.encoder] == [1, 3] and (model.search, model.reach) == (2, 5)
+    model = main.build(main.Knobs(dilation=3, search=2, reach=5, sheets=3), 1)
+    assert [layer.cell.dilation for layer in model.encoder] == [1, 3] and (model.search, model.reach, model.sheets) == (
+        2,
+        5,
+        3,
+    )
     folder = here(array, tmp_path, epochs=1, train_sequences=10, weight_decay=0.07)
     (group,) = torch.load(folder / "last.pt")["optimisers"][0]["param_groups"]
     assert group["weight_decay"] == 0.07

@@ -13,7 +13,7 @@ from conftest import skip_without_compiler
 import advection
 import fast_convlstm
 from fast_convlstm import FastConvLSTM
-from my_model import ConvLSTM, ConvLSTMCell, EncoderForecaster
+from my_model import DOUBT, ConvLSTM, ConvLSTMCell, EncoderForecaster
 
 DTYPES = [torch.float32, torch.bfloat16]  # those that have compiled gates
 
@@ -372,20 +372,23 @@ def join_by_hand(patches, P):
     return frames
 
 
-def advected_by_hand(drawn, shown, P, reach):
-    """The head's (B, 2·C·P² + K², H/P, W/P) and the patches that were shown (B, C·P², H/P, W/P) → patches of logits."""
+def advected_by_hand(drawn, shown, expected, P, reach):
+    """The head's (B, 2·C·P² + S·K², H/P, W/P), the patches that were shown (B, C·P², H/P, W/P), and S sheets
+    (B, C, H, W) that had been expected → patches of logits, and the sheets that are expected next."""
     n, K = shown.shape[1], 2 * reach + 1
     frame = join_by_hand(shown, P)
-    moved = torch.zeros_like(frame)
     B, _, H, W = frame.shape
-    for b, y, x in product(range(B), range(H), range(W)):
-        weights = torch.exp(drawn[b, 2 * n :, y // P, x // P])
+    sure = torch.stack(expected).max(0).values
+    moved = [torch.zeros_like(frame) for _ in expected]
+    for s, b, y, x in product(range(len(expected)), range(B), range(H), range(W)):
+        weights = torch.exp(drawn[b, 2 * n + s * K * K :, y // P, x // P][: K * K])
+        sheet = frame[b] * (expected[s][b] + 0.05) / (sure[b] + 0.05)
         for k, weight in enumerate(weights / weights.sum()):
             row, column = y + k // K - reach, x + k % K - reach
             if 0 <= row < H and 0 <= column < W:
-                moved[b, :, y, x] += weight * frame[b, :, row, column]
-    moved = cut_by_hand(moved[:, None], P)[:, 0].clamp(0.02, 0.98)
-    return drawn[:, :n] + drawn[:, n : 2 * n] * torch.log(moved / (1 - moved))
+                moved[s][b, :, y, x] += weight * sheet[:, row, column]
+    most = cut_by_hand(torch.stack(moved).max(0).values[:, None], P)[:, 0].clamp(0.02, 0.98)
+    return drawn[:, :n] + drawn[:, n : 2 * n] * torch.log(most / (1 - most)), moved
 
 
 def motion_by_hand(frames, before, P, search):
@@ -411,6 +414,8 @@ def forecast_by_hand(model, past, n_future):
     x = cut_by_hand(past, P)
     zeros = lambda layer: x.new_zeros(B, layer.cell.hidden, *x.shape[-2:])
     states, drawn = [(zeros(layer), zeros(layer)) for layer in model.encoder], []
+    blank = [torch.zeros_like(past[:, 0])] * model.sheets
+    sheets = blank[:]
 
     def step(stack, below, before):
         shown = below
@@ -423,10 +428,14 @@ def forecast_by_hand(model, past, n_future):
             states[k] = layer.cell(below, states[k])
             below = states[k][0]
         patches = model.head(torch.cat([h for h, _ in states], 1))
-        return advected_by_hand(patches, shown, P, model.reach) if model.reach else patches
+        if model.reach:
+            patches, sheets[:] = advected_by_hand(patches, shown, sheets, P, model.reach)
+        return patches
 
     every, last = model.dense and model.training, torch.zeros_like(x[:, 0])
     for t in range(T):
+        if t == (T - 1) // 2:
+            sheets[:] = blank  # what was before is forgotten
         patches, last = step(model.encoder, x[:, t], last), x[:, t]
         if every and (T - 1) // 2 <= t < T - 1:
             drawn.append(patches)
@@ -451,6 +460,8 @@ OPTIONS = [
     pytest.param({"feedback": True, "dilation": 2, "hidden": (3, 4, 2)}, id="feedback_dilation"),
     pytest.param({"feedback": True, "reach": 1, "head": (4,)}, id="reach"),
     pytest.param({"feedback": True, "reach": 2, "dense": True, "channels": 2}, id="reach_dense"),
+    pytest.param({"feedback": True, "reach": 1, "sheets": 2, "channels": 2}, id="sheets"),
+    pytest.param({"feedback": True, "reach": 1, "sheets": 3, "dense": True, "search": 1}, id="three_sheets_dense"),
     pytest.param({"search": 1, "hidden": (3, 4)}, id="search"),
     pytest.param({"feedback": True, "search": 2, "reach": 1, "dense": True, "channels": 2}, id="search_reach_dense"),
 ]
@@ -468,13 +479,13 @@ def test_forecast_by_hand(options, fast):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"feedback": True, "search": 4}, {"feedback": True, "reach": 4}, {"feedback": True, "search": 4, "reach": 4}],
-    ids=["forecaster", "search", "reach", "search_reach"],
+    [{}, {"search": 4}, {"reach": 4}, {"reach": 4, "sheets": 2}, {"search": 4, "reach": 4, "sheets": 2}],
+    ids=["forecaster", "search", "reach", "sheets", "search_sheets"],
 )
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_fast_network_is_its_plain_twin(dtype, options, monkeypatch):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = EncoderForecaster(hidden=(16, 8), head=(8,), dense=True, **options).to(exact)
+    model = EncoderForecaster(hidden=(16, 8), head=(8,), dense=True, feedback=bool(options), **options).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     results, library = [], advection.library
     for fast in (False, True):
@@ -520,14 +531,29 @@ def test_every_state_is_copied_from_encoder_to_forecaster(fast):
         assert not torch.equal(h, c) and torch.equal(h, state[0]) and torch.equal(c, state[1])
 
 
-@pytest.mark.parametrize(("search", "reach"), [(0, 0), (0, 2), (2, 2)])
-def test_feedback_has_no_second_stack(search, reach):
-    model = small(hidden=(3, 4), feedback=True, search=search, reach=reach)
+@pytest.mark.parametrize(("search", "reach", "sheets"), [(0, 0, 1), (0, 2, 1), (2, 2, 1), (0, 2, 2)])
+def test_feedback_has_no_second_stack(search, reach, sheets):
+    model = small(hidden=(3, 4), feedback=True, search=search, reach=reach, sheets=sheets)
     assert not any(name.startswith("forecaster") for name in model.state_dict())
     past = torch.rand(1, 3, 1, 8, 8)
     forecast = model(past, 4)
     drawn = torch.sigmoid(forecast[:, :1])  # is what the model goes on with, as if it had been seen
     torch.testing.assert_close(model(torch.cat((past, drawn), 1), 3), forecast[:, 1:])
+
+
+def test_sheets_part_what_moves_apart():
+    """Two bars cross. Told how each moves, either sheet ends with one bar, and is moved on with it alone."""
+    model = EncoderForecaster(hidden=(4,), feedback=True, reach=2, sheets=2)
+    down, right = torch.zeros(2, 6, 1, 1, 16, 16)
+    for t in range(6):
+        down[t, ..., 2 * t : 2 * t + 2, 4:12], right[t, ..., 4:12, t + 5] = 1, 1
+    weights = torch.zeros(1, 2, 4, 4, 25)
+    weights[:, 0, ..., 0 * 5 + 2] = 1  # from two rows above
+    weights[:, 1, ..., 2 * 5 + 1] = 1  # from one column to the left
+    expected = None
+    for t in range(5):
+        expected = model.move(torch.maximum(down[t], right[t]), expected, weights)
+    torch.testing.assert_close(expected[0], torch.stack((down[5, 0], right[5, 0])), rtol=0, atol=DOUBT)
 
 
 def test_a_reach_without_feedback_is_refused():
