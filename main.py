@@ -101,8 +101,9 @@ class Knobs:
                           "moved; the paper's: 0, it is not", 0, 64, tried="0, 4")  # fmt: skip
     reach: int = knob(4, "pixels up to which the head can move the frame before, patch by patch; the paper's: 0, it "
                          "cannot (with feedback only)", 0, 64, tried="0, 4")  # fmt: skip
-    sheets: int = knob(2, "into which that frame is taken apart, each moved on its own, so that what overlaps goes its "
-                          "ways; 1: it is moved as a whole", 1, 16, tried="1, 2")  # fmt: skip
+    sheets: int = knob(2, "the head takes the frame before apart into so many, each moved by weights of its own, so "
+                          "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
+                       tried="1, 2")  # fmt: skip
     dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well")
 
     epochs: int = knob(5, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")

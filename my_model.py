@@ -22,13 +22,13 @@ measured.
 - `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
   pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
-- `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
-  that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). A pixel belongs to the sheet that
-  was expected to show it: from the middle of the input on, each sheet keeps what moved as it should (52.6 to
-  50.4);
 - `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
   main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
   frames: a network that need not measure motion can keep count of them (58.7 to 53.8);
+- `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
+  that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
+  been expected to show, from the middle of the input on, and the larger value is drawn: they are of bright things on
+  black (45.8 to 44.0);
 - `dense`: until all forecast frames are trained on, the input's frames after the middle are drawn and scored too: more
   to learn from each sequence.
 """
@@ -40,7 +40,7 @@ from torch import nn
 from advection import advect, block_match
 from fast_convlstm import FastConvLSTM
 
-DOUBT = 0.05  # what a sheet is expected to show at least
+DOUBT = 0.05  # added to what each sheet is expected to show, so that none loses a pixel for good
 MOTION = 16  # channels of the motion that block matching finds
 
 
@@ -172,10 +172,10 @@ class EncoderForecaster(nn.Module):
     feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
     search: pixels up to which each patch is looked for in the frame before; the paper: 0, it is not.
     reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
-    sheets: into how many the last frame is taken apart, each moved by weights of its own.
+    sheets: into how many the last frame is taken apart for that, each moved by weights of its own.
     dense: in training mode, draw the frame after each input frame from the middle on: (B, T // 2 + n_future, C, H, W).
-    Raises ValueError for an even kernel, a layer without channels, a reach without feedback, n_future below 1,
-    frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
+    Raises ValueError for an even kernel, a layer without channels, a reach without feedback or sheets, n_future below
+    1, frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
     """
 
     def __init__(
@@ -200,8 +200,10 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
         if reach and not feedback:
             raise ValueError(f"reach {reach} needs feedback, as it moves the frame drawn before; set reach to 0")
+        if sheets < 1:
+            raise ValueError(f"sheets is {sheets}; expected at least 1")
         self.channels, self.patch, self.search, self.reach, self.dense = channels, patch, search, reach, dense
-        self.sheets = sheets
+        self.sheets = sheets if reach else 1
         pixels = channels * patch * patch
         self.motion = nn.Conv2d((2 * search + 1) ** 2, MOTION, 1) if search else None
         options = kernel_size, state_kernel_size or kernel_size, peephole
@@ -232,26 +234,27 @@ class EncoderForecaster(nn.Module):
     def forward(self, past, n_future):
         self.check(past, n_future)
         dense, middle = self.dense and self.training, (past.shape[1] - 1) // 2
-        encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
+        black = torch.zeros_like(past[:, :1])
+        encoded, states = self.encode(past, black, [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
             if dense:  # the encoder's states before the last draw the input's frames after the middle
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, middle:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)[0]
-        drawn_from = lambda some, sheets: self.draw([h[:, some] for h in encoded], past[:, some], sheets)
-        sheets = None
+        drawn_from = lambda some, expected: self.draw([h[:, some] for h in encoded], past[:, some], expected)
+        expected = black.expand(-1, self.sheets, -1, -1, -1)  # of each sheet
         if self.sheets > 1 and not dense and middle < past.shape[1] - 1:
             with torch.no_grad():  # only which pixels are whose
-                _, sheets = drawn_from(slice(middle, -1), None)
+                _, expected = drawn_from(slice(middle, -1), expected)
         # the state after the last input already draws the first forecast frame, so one step less remains
-        drawn, sheets = drawn_from(slice(middle if dense else -1, None), sheets)
+        drawn, expected = drawn_from(slice(middle if dense else -1, None), expected)
         logits, last = [drawn], past[:, -1:]
         for _ in range(n_future - 1):
             # not detached: gradients pass through the frames as well, if not through their block matching
             before, last = last, torch.sigmoid(logits[-1][:, -1:])
             hidden_states, states = self.encode(last, before, states)
-            drawn, sheets = self.draw(hidden_states, last, sheets)
+            drawn, expected = self.draw(hidden_states, last, expected)
             logits.append(drawn)
         return torch.cat(logits, 1)
 
@@ -268,11 +271,11 @@ class EncoderForecaster(nn.Module):
         """(B, T, C, H, W) → (B, T, C·P², H/P, W/P)."""
         return F.pixel_unshuffle(frames.flatten(0, 1), self.patch).unflatten(0, frames.shape[:2])
 
-    def draw(self, hidden_states, frames=None, sheets=None):
-        """Hidden states → frames.
+    def draw(self, hidden_states, frames=None, expected=None):
+        """Hidden states → frames. With a reach also of the frames that they saw last, and what was expected of those.
 
-        Each layer's (B, T, Ch, H/P, W/P), the frames (B, T, C, H, W) that they saw last, and what each sheet was to
-        show of the first (None: all) → logits (B, T, C, H, W), and what each sheet is expected to show next.
+        Each layer's (B, T, Ch, H/P, W/P), frames (B, T, C, H, W), what each sheet was expected to show of the first of
+        them (B, S, C, H, W) → logits (B, T, C, H, W), what each sheet is expected to show next.
         """
         B, T = hidden_states[0].shape[:2]
         # to the head as images, time before batch, as the layers lay them out in memory: (T·B, sum of Ch, H/P, W/P)
@@ -285,21 +288,19 @@ class EncoderForecaster(nn.Module):
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
             moved = []
             for frame, w in zip(frames.unbind(1), weights.unflatten(0, (T, B)), strict=True):
-                sheets = self.move(frame, sheets, w)
-                moved.append(sheets.amax(1))
+                expected = self.move(frame, expected, w)
+                moved.append(expected.amax(1))
             logits = logits + share * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # those of 0 and 1 are infinite
-        return logits.unflatten(0, (T, B)).transpose(0, 1), sheets
+        return logits.unflatten(0, (T, B)).transpose(0, 1), expected
 
     def move(self, frame, expected, weights):
-        """A frame (B, C, H, W) as sheets, moved: what each is expected to show next (B, S, C, H, W).
+        """A frame (B, C, H, W), taken apart by what each sheet was expected to show of it, and moved: as expected next.
 
-        A pixel belongs to the sheet that was expected to show it, and to others in proportion; to all, if none was.
+        A pixel goes to the sheet of which it was expected most, and to the others in proportion; to all, if to none.
         """
-        sheets = frame[:, None].expand(-1, self.sheets, -1, -1, -1)
-        if expected is not None:
-            expected = expected.detach() + DOUBT  # a gradient through it gains nothing
-            sheets = sheets * (expected / expected.amax(1, keepdim=True))
-        return advect(sheets.flatten(0, 1), weights.flatten(0, 1), self.patch).unflatten(0, sheets.shape[:2])
+        share = expected.detach() + DOUBT
+        parts = frame[:, None] * (share / share.amax(1, keepdim=True))
+        return advect(parts.flatten(0, 1), weights.flatten(0, 1), self.patch).unflatten(0, parts.shape[:2])
 
     def check(self, past, n_future):
         if n_future < 1:

@@ -132,8 +132,8 @@ def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.5)
     axes.set_ylim(-0.4, 9.1)
-    ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, …"
-    for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.25, ours)):
+    ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, sheets=2, …"
+    for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.35, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     axes.text(12.7, 8.8, "same name, same colour: same weights", fontsize=10, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
@@ -182,6 +182,11 @@ def encoder_forecaster(path):
                 start = x - 0.45 if x == 5.9 else x - 0.9
                 arrow(axes, (start, y - 0.85), (x - 0.9, y - 0.85), (x - 0.9, head), (x - 0.75, head), colour=green)
             axes.text(4.9, head, "moved", ha="right", va="center", fontsize=10, color=green)
+            for x0, x1 in ((6.1, 8.0), (8.4, 10.1)):
+                arrow(axes, (x0, head + 0.21), (x0, head + 0.4), (x1, head + 0.4), (x1, head + 0.21), colour=green)
+            arrow(axes, (4.3, head + 0.4), (5.7, head + 0.4), (5.7, head + 0.21), colour=green, dashed=True)
+            axes.text(7.05, head + 0.4, "sheets", ha="center", va="bottom", fontsize=10, color=green)
+            axes.text(4.25, head + 0.4, "sheets, from $x_5$ on", ha="right", va="center", fontsize=10, color=green)
             violet = "#6a4c93"
             arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), colour=violet)
             axes.text(0.95, y - 1.2, "at each step: motion since the frame before", fontsize=10, color=violet)
@@ -190,7 +195,8 @@ def encoder_forecaster(path):
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
         "with search=4, the first layer has 16 channels of input more: how the patches moved since the frame before\n"
-        "with reach=4, 16 + 81 channels more: how much the moved frame counts in a pixel, and the weights of 9×9 moves"
+        "with reach=4 and sheets=2, the head has 16 + 2·81 channels more: how much the moved frame counts in a pixel,\n"
+        "and the weights of the 9×9 moves of each of the two sheets that the frame is taken apart into"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

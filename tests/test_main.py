@@ -520,11 +520,8 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
 def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     """Those whose other defaults, of my_model.py and torch, would do as well."""
     model = main.build(main.Knobs(dilation=3, search=2, reach=5, sheets=3), 1)
-    assert [layer.cell.dilation for layer in model.encoder] == [1, 3] and (model.search, model.reach, model.sheets) == (
-        2,
-        5,
-        3,
-    )
+    assert [layer.cell.dilation for layer in model.encoder] == [1, 3]
+    assert (model.search, model.reach, model.sheets) == (2, 5, 3)
     folder = here(array, tmp_path, epochs=1, train_sequences=10, weight_decay=0.07)
     (group,) = torch.load(folder / "last.pt")["optimisers"][0]["param_groups"]
     assert group["weight_decay"] == 0.07
