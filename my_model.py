@@ -247,6 +247,7 @@ class EncoderForecaster(nn.Module):
         if self.sheets > 1 and not dense and middle < past.shape[1] - 1:
             with torch.no_grad():  # only which pixels are whose
                 _, expected = drawn_from(slice(middle, -1), expected)
+            torch.clear_autocast_cache()  # torch 2.10 would use the weights that were cast in there, without gradients
         # the state after the last input already draws the first forecast frame, so one step less remains
         drawn, expected = drawn_from(slice(middle if dense else -1, None), expected)
         logits, last = [drawn], past[:, -1:]
