@@ -245,9 +245,11 @@ class EncoderForecaster(nn.Module):
         drawn_from = lambda some, expected: self.draw([h[:, some] for h in encoded], past[:, some], expected)
         expected = black.expand(-1, self.sheets, -1, -1, -1)  # of each sheet
         if self.sheets > 1 and not dense and middle < past.shape[1] - 1:
-            with torch.no_grad():  # only which pixels are whose
+            # only which pixels are whose. Torch 2.10 would keep the weights that are cast in here, without gradients
+            kind = past.device.type
+            no_cache = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+            with torch.no_grad(), no_cache:
                 _, expected = drawn_from(slice(middle, -1), expected)
-            torch.clear_autocast_cache()  # torch 2.10 would use the weights that were cast in there, without gradients
         # the state after the last input already draws the first forecast frame, so one step less remains
         drawn, expected = drawn_from(slice(middle if dense else -1, None), expected)
         logits, last = [drawn], past[:, -1:]
