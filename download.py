@@ -79,7 +79,8 @@ def load_data(knobs):
         training = MovingMNIST(path, "train", knobs.train_sequences)
         return training, MovingMNIST(path, "validation"), MovingMNIST(path, "test"), name
     if knobs.data == "recut":
-        digits, validation, test_split = recut(path, name), MovingMNIST(path, "validation"), MovingMNIST(path, "test")
+        digits = cut_digits(path, name)
+        validation, test_split = MovingMNIST(path, "validation"), MovingMNIST(path, "test")
         words = f"new sequences of {len(digits):,} digits cut out of it"
     else:
         held_out, digits = training_digits()
@@ -123,7 +124,7 @@ def find_array(knobs):
     return path, "stand-in array"
 
 
-def recut(path, name):
+def cut_digits(path, name):
     """The digits that the array's training split shows. DataError."""
     training = MovingMNIST(path, "train")
     digits = digits_of(training.frames) if shape_of(training) == (20, 1, 64, 64) else ()

@@ -301,8 +301,8 @@ class EncoderForecaster(nn.Module):
 
         A pixel goes to the sheet of which it was expected most, and to the others in proportion; to all, if to none.
         """
-        share = expected.detach() + DOUBT
-        parts = frame[:, None] * (share / share.amax(1, keepdim=True))
+        claims = expected.detach() + DOUBT
+        parts = frame[:, None] * (claims / claims.amax(1, keepdim=True))
         return advect(parts.flatten(0, 1), weights.flatten(0, 1), self.patch).unflatten(0, parts.shape[:2])
 
     def check(self, past, n_future):

@@ -481,8 +481,15 @@ def test_forecast_by_hand(options, fast):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"search": 4}, {"reach": 4}, {"reach": 4, "sheets": 2}, {"search": 4, "reach": 4, "sheets": 2}],
-    ids=["forecaster", "search", "reach", "sheets", "search_sheets"],
+    [
+        {},
+        {"search": 4},
+        {"reach": 4},
+        {"search": 4, "reach": 4},
+        {"reach": 4, "sheets": 2},
+        {"search": 4, "reach": 4, "sheets": 2},
+    ],
+    ids=["forecaster", "search", "reach", "search_reach", "sheets", "search_sheets"],
 )
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_fast_network_is_its_plain_twin(dtype, options, monkeypatch):
