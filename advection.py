@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import native
 
-LARGEST_PATCH = 32  # of the compiled twins, one of which has one on its stack
+LARGEST_PATCH = 32  # of the compiled twins, which keep one on the stack
 
 
 def advect(frames, weights, patch):
@@ -40,8 +40,8 @@ def plain_advect(frames, weights, patch):
 def block_match(frames, before, patch, K):
     """frames and those before them (N, C, H, W), K odd → how likely each move is, (N, K², H/P, W/P), of sum 1.
 
-    A softmax of minus the squared difference to the frame before, so moved, over the patch and its eight neighbours:
-    a patch alone is often a straight edge, which looks the same wherever it moves along itself.
+    A softmax over moves of minus the squared difference between the frame and the one before, moved, over the patch and
+    its eight neighbours: a patch alone is often a straight edge, which looks the same wherever it moves along itself.
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # drawn frames may be bf16, too coarse for an exponent
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()

@@ -4,7 +4,7 @@
     python main.py --epochs 20 --hidden 128,64,64    any knob below is a flag
     torchrun --standalone --nproc_per_node=2 main.py several processes, the same result up to rounding
 
-Everything lands in results/<model>/ (of --eval_only --weights, results/weights_<name>/), comparisons in results/.
+Everything lands in results/<model>/ (of --eval_only --weights, results/weights_…/), comparisons in results/.
 Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
@@ -156,8 +156,8 @@ def build(knobs, channels):
 class Muon(torch.optim.Muon):
     """torch's Muon on convolution kernels: each is one matrix, (output channels, everything else).
 
-    torch computes its steps in bf16, which a CPU without a bf16 unit emulates: most of the time of a training step.
-    Here they are in the dtype of training; those in bf16 are torch's, with its default options, bit by bit.
+    torch computes its steps in bf16, which a CPU without a bf16 unit emulates; that takes most of a training step.
+    Here they are in the dtype of training; those in bf16 are torch's, with its default options, bit for bit.
     """
 
     def __init__(self, kernels, dtype, weight_decay):
@@ -215,8 +215,8 @@ def horizon(knobs, progress):
 
 
 def cost(knobs, progress):
-    """Of a step at this progress, in input frames. A forecast frame that waits for the one before takes longer: on
-    two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
+    """What a step costs at this progress, in input frames. A forecast frame waits for the one before, and takes longer:
+    on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
     return knobs.frames_in + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * horizon(knobs, progress)
 

@@ -24,7 +24,7 @@ measured.
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
 - `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
   main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
-  frames: a network that need not measure motion can keep count of them (58.7 to 53.8);
+  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with later `dense` targets);
 - `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
   that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
   been expected to show, from the middle of the input on, and the larger value is drawn: they are of bright things on
@@ -97,7 +97,7 @@ class ConvLSTMCell(nn.Module):
 class ConvLSTM(nn.Module):
     """One layer over time: the cell, once a frame. `fast=False` runs exactly that; `fast=True` its twin.
 
-    The twin never calls the cell: main.py builds without it where `twin_agrees` finds that they differ.
+    The twin never calls the cell: main.py does without it where `twin_agrees` finds that they differ.
     """
 
     def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True, dilation=1, fast=True):
@@ -174,7 +174,7 @@ class EncoderForecaster(nn.Module):
     reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
     sheets: into how many the last frame is taken apart for that, each moved by weights of its own.
     dense: in training mode, draw the frame after each input frame from the middle on: (B, T // 2 + n_future, C, H, W).
-    Raises ValueError for an even kernel, a layer without channels, a reach without feedback or sheets, n_future below
+    Raises ValueError for an even kernel, a layer without channels, a reach without feedback, sheets or n_future below
     1, frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
     """
 
@@ -226,7 +226,7 @@ class EncoderForecaster(nn.Module):
             if reach:  # the first forecast is the last frame, blurred
                 draw.bias.zero_()
                 draw.bias[pixels : 2 * pixels] = 1.0
-                draw.bias[2 * pixels + moves // 2 :: moves] = 2.0
+                draw.bias[2 * pixels + moves // 2 :: moves] = 2.0  # each sheet's move by nothing
             else:
                 draw.bias.fill_(-3.0)  # frames start nearly black, as they are
         self.head = nn.Sequential(*head_layers, draw)
@@ -238,14 +238,14 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, black, [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if dense:  # the encoder's states before the last draw the input's frames after the middle
+            if dense:  # the encoder's states from the middle to the last but one draw the input's frames after them
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, middle:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)[0]
         drawn_from = lambda some, expected: self.draw([h[:, some] for h in encoded], past[:, some], expected)
         expected = black.expand(-1, self.sheets, -1, -1, -1)  # of each sheet
         if self.sheets > 1 and not dense and middle < past.shape[1] - 1:
-            # only which pixels are whose. Torch 2.10 would keep the weights that are cast in here, without gradients
+            # only for what is expected. Torch 2.10 would cache the weights that are cast in here, without gradients
             kind = past.device.type
             no_cache = torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
             with torch.no_grad(), no_cache:
@@ -275,7 +275,7 @@ class EncoderForecaster(nn.Module):
         return F.pixel_unshuffle(frames.flatten(0, 1), self.patch).unflatten(0, frames.shape[:2])
 
     def draw(self, hidden_states, frames=None, expected=None):
-        """Hidden states → frames. With a reach also of the frames that they saw last, and what was expected of those.
+        """Hidden states → logits. With a reach, also from the frames that they saw last and what was expected of those.
 
         Each layer's (B, T, Ch, H/P, W/P), frames (B, T, C, H, W), what each sheet was expected to show of the first of
         them (B, S, C, H, W) → logits (B, T, C, H, W), what each sheet is expected to show next.
@@ -297,9 +297,9 @@ class EncoderForecaster(nn.Module):
         return logits.unflatten(0, (T, B)).transpose(0, 1), expected
 
     def move(self, frame, expected, weights):
-        """A frame (B, C, H, W), taken apart by what each sheet was expected to show of it, and moved: as expected next.
+        """A frame (B, C, H, W), taken apart by what each sheet was expected to show, and moved: what it shows next.
 
-        A pixel goes to the sheet of which it was expected most, and to the others in proportion; to all, if to none.
+        A pixel goes whole to the sheet that was most expected to show it, to others in proportion; to all, if none was.
         """
         claims = expected.detach() + DOUBT
         parts = frame[:, None] * (claims / claims.amax(1, keepdim=True))
