@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import native
 
-LARGEST_PATCH = 32  # of the compiled twins, which keep one on the stack
+LARGEST_PATCH = 32  # of the compiled twins: one keeps a whole patch on its stack
 
 
 def advect(frames, weights, patch):

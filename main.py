@@ -215,7 +215,7 @@ def horizon(knobs, progress):
 
 
 def cost(knobs, progress):
-    """What a step costs at this progress, in input frames. A forecast frame waits for the one before, and takes longer:
+    """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
     on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
     return knobs.frames_in + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * horizon(knobs, progress)

@@ -297,7 +297,7 @@ class EncoderForecaster(nn.Module):
         return logits.unflatten(0, (T, B)).transpose(0, 1), expected
 
     def move(self, frame, expected, weights):
-        """A frame (B, C, H, W), taken apart by what each sheet was expected to show, and moved: what it shows next.
+        """A frame (B, C, H, W), taken apart by what each sheet was expected to show, and moved: what each shows next.
 
         A pixel goes whole to the sheet that was most expected to show it, to others in proportion; to all, if none was.
         """
