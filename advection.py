@@ -105,8 +105,9 @@ class Advect(torch.autograd.Function):
         return d_frames, d_weights, None
 
 
-def run(function, patch, frames, weights, *others):
+def run(function, patch, frames, of_moves, *others):
+    """A function of advect.c; of_moves (N, H/P, W/P, K²), the weights or the costs."""
     H, W = frames.shape[-2:]
-    K, threads = kernel_size(weights), torch.get_num_threads()
-    scratch = frames.new_empty(threads, (H + K) * (W + 2 * K + patch + 16) * max(2, patch))  # more than either needs
-    function(*native.arguments(*frames.shape, threads, frames, weights, *others, scratch))
+    K, threads = kernel_size(of_moves), torch.get_num_threads()
+    scratch = frames.new_empty(threads, (H + K) * (W + 2 * K + patch + 16) * max(2, patch))  # more than any needs
+    function(*native.arguments(*frames.shape, threads, frames, of_moves, *others, scratch))

@@ -71,10 +71,11 @@ def load(path, advice="give another file to --weights"):
     raise CheckpointError(f"{path} is damaged or no checkpoint of this script; {advice}")
 
 
-def lock(folder):
-    """Hold the results folder for this process, until it ends however it ends; a second run is refused.
+def lock(folder, names="*"):
+    """Hold the folder for this process, until it ends however it ends; a second run is refused.
 
-    Files that killed runs left half written are removed. Where the file system has no locks, none is held.
+    Files of these names that killed runs left half written are removed. Where the file system has no locks, none is
+    held.
     """
     file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 (stays open as long as the run)
     try:
@@ -91,11 +92,11 @@ def lock(folder):
     except OSError:
         pass  # a file system without locks
     else:
-        sweep(folder)
+        sweep(folder, names)
     return file
 
 
-def sweep(folder, names="*", seconds=0):
+def sweep(folder, names, seconds=0):
     """Remove what killed runs left half written of these files, where it is older than so many seconds."""
     for stray in Path(folder).glob(f"{names}.[0-9]*.tmp"):
         with suppress(OSError):

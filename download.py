@@ -62,7 +62,7 @@ DIGITS = File("train-images-idx3-ubyte", 47_040_016, "6bbc9ace898e44ae57da46a324
 ))  # fmt: skip
 
 MOVING_MNIST = "array", "fresh", "recut"  # as --data has it; all else is your own
-SHEETS = Path(__file__).with_name("raw")
+RAW = Path(__file__).with_name("raw")
 SEQUENCES = 10_000  # of the stand-in, as in the official array
 TIMEOUT = 10  # seconds without an answer or a byte
 CHUNK = 1 << 18  # bytes
@@ -140,7 +140,7 @@ def training_digits():
         digits = mnist_digits()
     except DownloadError as error:
         say(f"{error}\ngoing on with the 10,000 training digits of raw/digits_train.png")
-        digits = digit_sheet(SHEETS / "digits_train.png")
+        digits = digit_sheet(RAW / "digits_train.png")
     return np.split(digits, [len(digits) // 12])
 
 
@@ -156,7 +156,9 @@ def mnist_digits(folder="raw"):
 
 def digit_sheet(path):
     """The digits (n, 28, 28), uint8, of a contact sheet with 100 a row. DownloadError."""
-    sheet = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if Path(path).is_file() else None
+    content = Path(path).read_bytes() if Path(path).is_file() else b""
+    # not cv2.imread, which on Windows cannot open every path
+    sheet = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE) if content else None
     if sheet is None or sheet.shape[0] % 28 or sheet.shape[1] != 100 * 28:
         raise DownloadError(f"{path} is missing or damaged; `git checkout {path}` brings it back")
     return sheet.reshape(-1, 28, 100, 28).swapaxes(1, 2).reshape(-1, 28, 28)
@@ -168,10 +170,10 @@ def stand_in(folder="raw"):
     Test digits are in its last tenth only, the test split. If the file is there, it is left as it is.
     """
     path = Path(folder) / "moving_mnist_standin.npy"
-    with alone_in(path.parent):
+    with alone_for(path):
         if path.exists():
             return path
-        train, test = (digit_sheet(SHEETS / f"digits_{name}.png") for name in ("train", "test"))
+        train, test = (digit_sheet(RAW / f"digits_{name}.png") for name in ("train", "test"))
         array, tenth = np.empty((20, SEQUENCES, 64, 64), np.uint8), SEQUENCES // 10
         for k in tqdm(range(10), "generating", disable=None):
             sequences = generate(test if k == 9 else train, tenth, seed=(150204681, k))  # (B, T, 1, H, W)
@@ -192,7 +194,7 @@ def fetch(file, folder):
         return path
     parts = {url: folder / f"{url.rpartition('/')[2]}.part" for url in file.urls}
     failures = []
-    with alone_in(folder):
+    with alone_for(path):
         if length(path) == file.size:  # by now
             return path
         for source, local in (({by_hand: by_hand} if by_hand.exists() else {}) | parts).items():
@@ -213,13 +215,14 @@ def fetch(file, folder):
     )
 
 
-def alone_in(folder):
-    """For `with`: one process at a time works in the folder. The others wait, then find the work done."""
+def alone_for(path):
+    """For `with`: one process at a time makes files in the path's folder. The others wait, then find the work done."""
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for attempt in count():
             try:
-                return checkpoint.lock(folder)
+                return checkpoint.lock(folder, path.name)
             except checkpoint.CheckpointError:
                 if attempt == 0:
                     print(f"waiting for another process that fetches into {folder}", file=sys.stderr)

@@ -28,12 +28,10 @@ import figures
 from compare import compare
 from download import MOVING_MNIST
 from evaluate import BASELINES, CROSS_ENTROPY, curve, cut, draw, draw_ranked, table, test, write_results
-from knobs import wrong
+from knobs import names_under, wrong
 from machine import RANK, from_rank_0, say
 from moving_mnist import FreshMovingMNIST, MovingMNIST, shape_of
 
-NETWORK = ("model", "hidden", "kernel_size", "state_kernel_size", "dilation", "patch", "peephole", "head", "feedback",
-           "search", "reach", "sheets")  # fmt: skip
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
 DRAWN = "train_loss", "val_loss", "val_mse_per_frame", *(f"val_mse_{who}" for who in BASELINES)  # of a row of log.csv
 # see checkpoint.like
@@ -78,12 +76,13 @@ def starting_weights(knobs):
             with suppress(checkpoint.CheckpointError):
                 path = last if str(checkpoint.load(last)["knobs"].get("weights")) == knobs.weights else path
     given = from_rank_0(checkpoint.load(path) if RANK == 0 else None)
-    if silent := [name for name in NETWORK if name not in given["knobs"]]:
+    names = names_under("model", knobs)
+    if silent := [name for name in names if name not in given["knobs"]]:
         raise checkpoint.CheckpointError(
             f"{path} is of an earlier version of this script, without {', '.join(silent)}; "
             "add what it trained with to its knobs, or give another --out or --weights"
         )
-    network = {name: given["knobs"][name] for name in NETWORK}
+    network = {name: given["knobs"][name] for name in names}
     for f in dataclasses.fields(knobs):
         if f.name in network and (problem := wrong(f, network[f.name])):
             raise checkpoint.CheckpointError(f"{path} is of no network of this script: {problem}")
@@ -256,7 +255,7 @@ def conclude(setup, model, step, test_split):
                "frames_in": knobs.frames_in, "frames_out": knobs.frames_out, "validation": setup.validated,
                "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
                "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip
-    if knobs.data in MOVING_MNIST:
+    if knobs.data in MOVING_MNIST and first.shape[2:] == (1, 64, 64):  # someone's own file may lie there instead
         results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device, knobs.patch)
     if RANK == 0:
         if knobs.eval_only:

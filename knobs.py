@@ -36,6 +36,15 @@ def parse(Knobs, arguments, description=None):
     return knobs
 
 
+def names_under(heading, knobs):
+    """The fields of a group."""
+    above, names = None, []
+    for f in dataclasses.fields(knobs):
+        above = f.metadata["group"] or above
+        names += [f.name] if above == heading else []
+    return names
+
+
 def wrong(field, value):
     """A sentence on what is wrong with the value of a field of Knobs, or None."""
     about, several = field.metadata, isinstance(field.default, tuple)

@@ -42,6 +42,7 @@ def choose_device(wanted, precision):
         units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
         native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit found"
     bf16 = native if precision == "auto" else precision == "bf16"
+    torch.backends.cudnn.allow_tf32 = bf16  # or convolutions in fp32 would round their factors to 10 bits
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
     why = why if precision == "auto" else "chosen by knob"
     return device, autocast, f"{'bf16' if bf16 else 'fp32'} ({why})"

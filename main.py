@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import advection
 import checkpoint
 import convlstm
 import figures
@@ -83,6 +84,7 @@ class Knobs:
     augment: bool = knob(False, "until all frames are trained on, flip and transpose training sequences; in 4 and 6 "
                                 "epochs no gain")  # fmt: skip
 
+    # --weights brings all of this group along
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
     hidden: tuple[int, ...] = knob((64, 64), "hidden channels of each layer, bottom to top (not seq2seq); the "
@@ -92,7 +94,7 @@ class Knobs:
     dilation: int = knob(2, "of the state-to-state kernels above the first layer: from tap to tap; the paper's: 1 "
                          "(my_model only)", 1, 255, tried="1 to 3")  # fmt: skip
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
-    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next six)")
+    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next five)")
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
                                  "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 512")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
@@ -104,7 +106,6 @@ class Knobs:
     sheets: int = knob(2, "the head takes the frame before apart into so many, each moved by weights of its own, so "
                           "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
                        tried="1, 2")  # fmt: skip
-    dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well")
 
     epochs: int = knob(5, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
@@ -119,6 +120,8 @@ class Knobs:
                             0, 1, tried="0.1 to 1")  # fmt: skip
     grow_until: float = knob(0.9, "fraction of training after which all forecast frames are trained on. 0 = always all",
                              0, 1, tried="0.25 to 1")  # fmt: skip
+    dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well "
+                             "(my_model only)")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -151,6 +154,15 @@ def build(knobs, channels):
     if knobs.model == "convlstm":
         return convlstm.ConvLSTMForecaster(channels, knobs.hidden, knobs.kernel_size, knobs.patch)
     return convlstm.Seq2SeqForecaster(channels)
+
+
+def not_compiled(knobs, bf16):
+    """Of my_model on this CPU: each C file that is not in use, and its plain twins."""
+    if not compiled(bf16):
+        yield "gates.c", "gates_forward and gates_backward in fast_convlstm.py"
+    moves = {2 * pixels + 1 for pixels in (knobs.search, knobs.reach) if pixels}
+    if not all(advection.library(knobs.patch, k) for k in moves):
+        yield "advect.c", "plain_advect and plain_match in advection.py (patches of at most 32 pixels)"
 
 
 class Muon(torch.optim.Muon):
@@ -362,38 +374,39 @@ def model_for(knobs, training, data):
 def main(knobs):
     device, autocast, precision = choose_device(knobs.device, knobs.precision)
     join(device)
-    knobs, given, weights = starting_weights(knobs)
+    knobs, given, origin = starting_weights(knobs)
     folder = Path(knobs.out) / knobs.model
     if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
-        whose = weights.resolve().parts[-3:-1] if weights.stem in ("best", "last") else ()  # names that every run has
-        folder = Path(knobs.out) / "_".join(("weights", *whose, weights.stem))
+        _, *folders = origin.resolve().parent.parts
+        whose = folders[-2:] if origin.stem in ("best", "last") else ()  # names that every run has
+        folder = Path(knobs.out) / "_".join(("weights", *whose, origin.stem))
     if RANK == 0:
         _held = checkpoint.claim(folder)  # as long as this name lives
     training, validation, test_split, data = load_data(knobs)
     knobs = follow_data(knobs, training)
     if knobs.eval_only and not knobs.weights:
-        refuse_other_data(knobs, training, validation, data, given, weights)
+        refuse_other_data(knobs, training, validation, data, given, origin)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
         )
     model = model_for(knobs, training, data)
     if given:
-        load_weights(model, given["model"], weights)
+        load_weights(model, given["model"], origin)
     model.to(device)
     setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
 
     parameters = sum(p.numel() for p in model.parameters())
     threads, processes = torch.get_num_threads(), "1 process" if WORLD == 1 else f"{WORLD} processes"
-    origin = f", from {weights}, step {given['step']:,}" if given else ""
-    say(f"model     {knobs.model}, {parameters:,} parameters{origin}")
+    start = f", from {origin}, step {given['step']:,}" if given else ""
+    say(f"model     {knobs.model}, {parameters:,} parameters{start}")
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     bf16 = precision.startswith("bf16")
-    if device.type == "cpu" and knobs.model == "my_model" and not compiled(bf16):
-        say("          gates not compiled, and several times as slow: needs gcc on Linux and x86, and a gates.c that")
-        say("          says the same as gates_forward and gates_backward in fast_convlstm.py")
+    for source, twins in not_compiled(knobs, bf16) if device.type == "cpu" and knobs.model == "my_model" else ():
+        say(f"          {source} is not in use, and its part several times as slow: it needs gcc on Linux and x86, and")
+        say(f"          to say the same as {twins}")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
@@ -442,8 +455,9 @@ if __name__ == "__main__":
         words = "out of memory", "can't allocate memory", "not enough memory"
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
-        end(1, f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. "
-               "The last checkpoint, if there is one, is intact")  # fmt: skip
+        last = Path(knobs.out) / knobs.model / "last.pt"
+        end(1, f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. If {last} is "
+               f"there, it is intact: give another --out, and --weights {last} to start from it")  # fmt: skip
     except OSError as error:  # of print, as files have a sentence of their own
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

@@ -115,7 +115,7 @@ def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
         ((8, 10, 1, 64, 64), 10),
         ((8, 10, 1, 96, 96), 10),
     ]
-    digits = download.digit_sheet(download.SHEETS / "digits_test.png")
+    digits = download.digit_sheet(download.RAW / "digits_test.png")
     ink_squared = np.square(generate(digits, 8, 0, n_frames=40)[:, 10:] / 255).sum((2, 3, 4)).mean(0)
     for part, n in ("as in training", 10), ("20 frames", 20), ("30 frames", 30):
         np.testing.assert_allclose(results[part]["black"], ink_squared[:n])
@@ -132,6 +132,10 @@ def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
     assert list(fewer) == list(results)[:-1] and "beyond    96×96 pixels: not possible (" in capsys.readouterr().out
     none = beyond.beyond(tmp_path, "my_model", lambda past, n: past.view(1), 10, 10, torch.device("cpu"), n_sequences=8)
     assert none == {} and beyond.table(none)
+    with monkeypatch.context() as without_digits:
+        without_digits.setattr(download, "RAW", tmp_path)
+        assert beyond.beyond(tmp_path, "my_model", forecast, 10, 10, torch.device("cpu")) == {}
+        assert "digits_test.png is missing or damaged" in capsys.readouterr().out
     monkeypatch.setattr(beyond, "WORLD", 2)
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         beyond.beyond(tmp_path, "my_model", of_one_size, 10, 10, torch.device("cpu"), n_sequences=8)

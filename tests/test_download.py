@@ -515,7 +515,7 @@ def small_stand_in(monkeypatch, tmp_path):
     for name, greys in ("train", range(1, 101)), ("test", range(101, 201)):
         sheet = np.repeat(np.array([greys], np.uint8), 28, axis=1).repeat(28, axis=0)
         assert cv2.imwrite(str(tmp_path / f"digits_{name}.png"), sheet)
-    monkeypatch.setattr(download, "SHEETS", tmp_path)
+    monkeypatch.setattr(download, "RAW", tmp_path)
     monkeypatch.setattr(download, "SEQUENCES", 40)
 
 
@@ -547,7 +547,7 @@ def test_stand_in_is_made_once_and_the_same_everywhere(small_stand_in, tmp_path)
 
 
 def test_stand_in_waits_for_another_process(small_stand_in, folder, monkeypatch):
-    other = download.alone_in(folder)
+    other = download.alone_for(folder / "any")
 
     def end(_):
         (folder / "moving_mnist_standin.npy").write_bytes(b"the other's")
@@ -555,6 +555,14 @@ def test_stand_in_waits_for_another_process(small_stand_in, folder, monkeypatch)
 
     monkeypatch.setattr(time, "sleep", end)
     assert download.stand_in(folder).read_bytes() == b"the other's"
+
+
+def test_strays_of_others_are_left_alone(small_stand_in, folder):
+    """The folder may be anyone's: python download.py /tmp."""
+    ours, others = folder / "moving_mnist_standin.npy.123.tmp", folder / "upload.2024.tmp"
+    ours.write_bytes(b"half"), others.write_bytes(b"whole")
+    download.stand_in(folder)
+    assert not ours.exists() and others.read_bytes() == b"whole"
 
 
 def test_stand_in_on_a_full_disk(small_stand_in, folder, monkeypatch):
@@ -568,7 +576,7 @@ def test_stand_in_on_a_full_disk(small_stand_in, folder, monkeypatch):
 
 
 def test_stand_in_without_sheets(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(download, "SHEETS", tmp_path)
+    monkeypatch.setattr(download, "RAW", tmp_path)
     with pytest.raises(download.DownloadError, match=r"digits_train\.png is missing or damaged"):
         download.stand_in(folder)
     assert names(folder) == []

@@ -742,6 +742,7 @@ def test_memory_that_runs_out_in_the_third_step(short, reference, array, tmp_pat
     knobs = {"data": array, "out": tmp_path, "save_minutes": 1e-6}
     _, err = finish(start(*flags(**knobs), launcher=launcher), 1)
     assert "main.py: out of memory at batch_size 5; lower it, " in err
+    assert f"--weights {tmp_path}/my_model/last.pt to start from it" in err
     here(**knobs)
     assert "going on at step 2" in capsys.readouterr().out
     assert (tmp_path / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()

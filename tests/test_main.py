@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import re
@@ -40,7 +41,7 @@ import fast_convlstm
 import main
 import metrics
 import my_model
-from knobs import parse
+from knobs import names_under, parse
 from moving_mnist import Sequences
 from my_model import EncoderForecaster
 
@@ -50,12 +51,15 @@ FILES = [
     *PICTURES,
     "forecast.npy",
     "log.csv",
+    "timing.csv",
     "config.json",
     "metrics.json",
     "last.pt",
     "best.pt",
     "main.py",
     "my_model.py",
+    "advection.py",
+    "convlstm.py",
 ]
 RECIPE = {"head": (8,), "feedback": True, "search": 4, "reach": 4, "sheets": 2}  # main.py's network, with a small head
 
@@ -368,6 +372,31 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert log(tuned)[-1]["val_mse_per_frame"] == pytest.approx(log(trained)[-1]["val_mse_per_frame"], rel=1e-3)
 
 
+def test_every_knob_of_the_network_comes_with_its_weights():
+    """One that did not would silently score another network than was trained."""
+    network = {"model"} | {*inspect.signature(EncoderForecaster).parameters} & {*vars(main.Knobs())} - {"dense"}
+    assert set(names_under("model", main.Knobs())) == network and len(network) == 12
+
+
+def test_weights_near_the_root_are_scored_within_out(array, tmp_path, monkeypatch):
+    """A folder's name joined to it by / would lead out of there."""
+    trained = here(array, tmp_path, epochs=1, train_sequences=10)
+    monkeypatch.setattr(Path, "resolve", lambda self: Path("/") / self.name)
+    here(array, tmp_path / "scored", weights=trained / "best.pt", eval_only=True)
+    assert [path.name for path in (tmp_path / "scored").iterdir()] == ["weights_best"]
+
+
+def test_what_is_not_compiled_is_named(monkeypatch):
+    skip_without_compiler()
+    named = lambda **knobs: [source for source, _ in main.not_compiled(main.Knobs(**knobs), bf16=False)]
+    assert named() == named(reach=0) == named(patch=64, reach=0, search=0) == []
+    assert named(patch=64) == ["advect.c"]
+    monkeypatch.setattr(fast_convlstm.native, "build", lambda *args: None)
+    monkeypatch.setattr(fast_convlstm, "gate_functions", fast_convlstm.gate_functions.__wrapped__)
+    monkeypatch.setattr(main.advection, "library", main.advection.library.__wrapped__)
+    assert named() == ["gates.c", "advect.c"] and named(reach=0, search=0) == ["gates.c"]
+
+
 def test_the_seed_decides(array, tmp_path):
     few = {"epochs": 1, "train_sequences": 5, "precision": "auto", "frames_out": 2}
     digests = [results(here(array, tmp_path / str(k), seed=seed, **few))["weights"] for k, seed in enumerate((1, 1, 2))]
@@ -396,7 +425,7 @@ def test_minutes_instead_of_epochs(tmp_path):
     last = torch.load(folder / "last.pt")
     assert last["step"] == last["steps"] > 13
     assert 1 < last["seconds"] < 9  # the pace is guessed from ten steps, and other work disturbs it
-    assert 0 <= log(folder)[-1]["learning_rate"] < 0.03 * 0.01  # of the default
+    assert 0 <= log(folder)[-1]["learning_rate"] < 0.01 * main.Knobs.learning_rate
 
 
 def test_the_pace_is_of_the_steps_that_are_left(capsys):
