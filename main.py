@@ -107,7 +107,7 @@ class Knobs:
                           "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
                        tried="1, 2")  # fmt: skip
 
-    epochs: int = knob(5, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
+    epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.04, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
@@ -120,8 +120,8 @@ class Knobs:
                             0, 1, tried="0.1 to 1")  # fmt: skip
     grow_until: float = knob(0.9, "fraction of training after which all forecast frames are trained on. 0 = always all",
                              0, 1, tried="0.25 to 1")  # fmt: skip
-    dense: bool = knob(True, "until all frames are trained on, score the input's frames after the middle as well "
-                             "(my_model only)")  # fmt: skip
+    dense: bool = knob(True, "until all frames are forecast in training, the others lengthen the input, of which those "
+                             "after the middle of frames_in are scored too (my_model only)")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -144,7 +144,7 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size
-        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "sheets", "dense"
+        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "sheets"
         options = {name: getattr(knobs, name) for name in names}
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()
@@ -226,11 +226,18 @@ def horizon(knobs, progress):
     return 1 + int(max(0.0, grown) * (knobs.frames_out - 1))
 
 
+def inputs(knobs, n_future):
+    """Frames that a training step sees: with dense targets all but those it forecasts, as every frame is a target."""
+    dense = knobs.dense and knobs.model == "my_model"
+    return knobs.frames_in + (knobs.frames_out - n_future if dense else 0)
+
+
 def cost(knobs, progress):
     """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
     on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
-    return knobs.frames_in + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * horizon(knobs, progress)
+    n_future, one = horizon(knobs, progress), 1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0
+    return inputs(knobs, n_future) + one * n_future
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
@@ -284,17 +291,17 @@ def train(setup, run, model, optimisers):
         index = order[k * knobs.batch_size :][: knobs.batch_size]
         frames = setup.training[index[RANK::WORLD]]
         n_future = horizon(knobs, progress)
-        growing = n_future < knobs.frames_out
-        if knobs.augment and growing:
+        n_past = inputs(knobs, n_future)
+        if knobs.augment and n_future < knobs.frames_out:
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
-        model.dense = knobs.dense and growing
-        past, future = cut(frames, knobs.frames_in, n_future, device)
+        past, future = cut(frames, n_past, n_future, device)
+        dense = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         net.train()
         with setup.autocast():
-            logits = net(past, n_future).float()
-        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # dense draws those after the middle, too
+            logits = net(past, n_future, *dense).float()
+        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # dense ones too
         # the mean over the whole batch, though each process has a part of it
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes

@@ -374,7 +374,7 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
 
 def test_every_knob_of_the_network_comes_with_its_weights():
     """One that did not would silently score another network than was trained."""
-    network = {"model"} | {*inspect.signature(EncoderForecaster).parameters} & {*vars(main.Knobs())} - {"dense"}
+    network = {"model"} | {*inspect.signature(EncoderForecaster).parameters} & {*vars(main.Knobs())}
     assert set(names_under("model", main.Knobs())) == network and len(network) == 12
 
 
@@ -634,6 +634,28 @@ def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
     assert 0 < group["lr"] < 0.01
 
 
+@pytest.mark.parametrize(
+    ("changes", "scored"),
+    [
+        ({"grow_from": 1}, [(t, 1) for t in range(3, 10)]),
+        ({"grow_from": 1, "dense": False}, [(6, 1)]),
+        ({"grow_from": 0, "grow_until": 1}, [*((t, 1) for t in range(3, 9)), (8, 2)]),
+        ({"grow_from": 0, "grow_until": 1, "dense": False}, [(6, 1), (6, 2)]),
+        ({"grow_until": 0}, [(6, 1), (6, 2), (6, 3), (6, 4)]),
+    ],
+)
+def test_what_a_step_is_scored_on(changes, scored, array, tmp_path):
+    """Of each frame: how many input frames it is drawn from, and how far behind the last of them it lies."""
+    folder = here(array, tmp_path, epochs=1, train_sequences=5, batch_size=5, reach=0, augment=False, **changes)
+    torch.manual_seed(0)
+    model = main.build(parse(main.Knobs, flags(array, tmp_path, reach=0)), 1)
+    frames = torch.from_numpy(np.concatenate(split(array, slice(0, 5)), 1)[:, :, None]).float()
+    cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    with torch.no_grad():
+        losses = [cross_entropy(model(frames[:, :t], lead)[:, -1], frames[:, t + lead - 1]) for t, lead in scored]
+    assert log(folder)[-1]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
 def test_frames_beyond_those_used_change_nothing(array, tmp_path):
     np.save(tmp_path / "short.npy", np.load(array)[: FRAMES_IN + FRAMES_OUT])
     ends = [here(data, tmp_path / data.stem, epochs=1) for data in (array, tmp_path / "short.npy")]
@@ -649,6 +671,9 @@ def test_schedules():
     assert main.horizon(dataclasses.replace(knobs, grow_until=0), 0) == 11
     assert main.horizon(dataclasses.replace(knobs, frames_out=1), 0.5) == 1
     assert [main.horizon(dataclasses.replace(knobs, grow_until=0.2), p) for p in (0.1, 0.2)] == [1, 11]  # at once
+    assert [main.inputs(knobs, n_future) for n_future in (1, 6, 11)] == [20, 15, 10]
+    for change in ({"dense": False}, {"model": "convlstm"}):
+        assert main.inputs(dataclasses.replace(knobs, **change), 1) == 10
 
 
 def test_help_has_every_knob(capsys):

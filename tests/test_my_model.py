@@ -408,7 +408,7 @@ def motion_by_hand(frames, before, P, search):
     return likely / likely.sum(1, keepdim=True)
 
 
-def forecast_by_hand(model, past, n_future):
+def forecast_by_hand(model, past, n_future, first):
     """Patches, one cell call a layer and frame, the head frame by frame, and patches put together again."""
     P, B, T = model.patch, len(past), past.shape[1]
     x = cut_by_hand(past, P)
@@ -432,12 +432,12 @@ def forecast_by_hand(model, past, n_future):
             patches, sheets[:] = advected_by_hand(patches, shown, sheets, P, model.reach)
         return patches
 
-    every, last = model.dense and model.training, torch.zeros_like(x[:, 0])
+    last = torch.zeros_like(x[:, 0])
     for t in range(T):
-        if t == (T - 1) // 2:
+        if t == ((T - 1) // 2 if first is None else first):
             sheets[:] = blank  # what was before is forgotten
         patches, last = step(model.encoder, x[:, t], last), x[:, t]
-        if every and (T - 1) // 2 <= t < T - 1:
+        if first is not None and first <= t < T - 1:
             drawn.append(patches)
     for t in range(n_future):
         if model.forecaster is not None:
@@ -453,18 +453,18 @@ OPTIONS = [
     pytest.param({}, id="plain_head"),
     pytest.param({"peephole": False, "hidden": (4,)}, id="one_layer_no_peephole"),
     pytest.param({"head": (5,), "state_kernel_size": 1}, id="deep_head_1x1_state"),
-    pytest.param({"dense": True, "hidden": (2, 4, 3), "kernel_size": 5}, id="dense_three_layers"),
-    pytest.param({"channels": 3, "head": (4, 6), "dense": True, "patch": 4}, id="colour_dense_deep_head"),
+    pytest.param({"hidden": (2, 4, 3), "kernel_size": 5}, id="three_layers"),
+    pytest.param({"channels": 3, "head": (4, 6), "patch": 4}, id="colour_deep_head"),
     pytest.param({"feedback": True, "head": (4,), "hidden": (3, 4)}, id="feedback"),
-    pytest.param({"feedback": True, "dense": True, "channels": 2}, id="feedback_dense"),
+    pytest.param({"feedback": True, "channels": 2}, id="feedback_two_channels"),
     pytest.param({"feedback": True, "dilation": 2, "hidden": (3, 4, 2)}, id="feedback_dilation"),
     pytest.param({"feedback": True, "reach": 1, "head": (4,)}, id="reach"),
-    pytest.param({"feedback": True, "reach": 2, "dense": True, "channels": 2}, id="reach_dense"),
+    pytest.param({"feedback": True, "reach": 2, "channels": 2}, id="reach_two_channels"),
     pytest.param({"feedback": True, "reach": 1, "sheets": 2, "channels": 2}, id="sheets"),
-    pytest.param({"feedback": True, "reach": 1, "sheets": 3, "dense": True, "search": 1}, id="three_sheets_dense"),
+    pytest.param({"feedback": True, "reach": 1, "sheets": 3, "search": 1}, id="three_sheets_search"),
     pytest.param({"feedback": True, "reach": 0, "sheets": 2}, id="sheets_without_reach"),
     pytest.param({"search": 1, "hidden": (3, 4)}, id="search"),
-    pytest.param({"feedback": True, "search": 2, "reach": 1, "dense": True, "channels": 2}, id="search_reach_dense"),
+    pytest.param({"feedback": True, "search": 2, "reach": 1, "channels": 2}, id="search_reach"),
 ]
 
 
@@ -474,9 +474,9 @@ def test_forecast_by_hand(options, fast):
     model = small(fast=fast, **options).double()
     for T in (4, 1, 3) if model.sheets > 1 else (4,):
         past = torch.rand(2, T, model.channels, 8, 12, dtype=torch.float64)
-        for train in (True, False):
-            model.train(train)
-            torch.testing.assert_close(model(past, 3), forecast_by_hand(model, past, 3), rtol=0, atol=1e-12)
+        for first in {None, 0, (T - 1) // 2, T - 1}:
+            expected = forecast_by_hand(model, past, 3, first)
+            torch.testing.assert_close(model(past, 3, first), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_forecast_by_hand(options, fast):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_fast_network_is_its_plain_twin(dtype, options, monkeypatch):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = EncoderForecaster(hidden=(16, 8), head=(8,), dense=True, feedback=bool(options), **options).to(exact)
+    model = EncoderForecaster(hidden=(16, 8), head=(8,), feedback=bool(options), **options).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     results, library = [], advection.library
     for fast in (False, True):
@@ -502,7 +502,7 @@ def test_fast_network_is_its_plain_twin(dtype, options, monkeypatch):
             layer.fast = fast
         monkeypatch.setattr(advection, "library", library if fast else lambda patch, K: None)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(past, 4)
+            logits = model(past, 4, 2)
             gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
         names = [name for name, _ in model.named_parameters()]
         results.append({"logits": logits} | dict(zip(names, gradients, strict=True)))
@@ -588,28 +588,26 @@ def test_every_encoder_layer_matters():
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 def test_dense_frames_look_at_the_past_only(fast, feedback):
     T, n_future = 4, 2
-    model = small(dense=True, head=(4,), feedback=feedback, fast=fast)
+    model = small(head=(4,), feedback=feedback, fast=fast)
     past = torch.rand(1, T, 1, 8, 8, requires_grad=True)
     for k in range(2 + n_future):  # drawn from frames 0 to 1 + k
-        drawn = model(past, n_future)[:, k]
+        drawn = model(past, n_future, 1)[:, k]
         (gradient,) = torch.autograd.grad(drawn.square().sum(), past)
         seen = gradient.abs().amax((0, 2, 3, 4)) > 0
         assert seen.tolist() == [frame <= 1 + k for frame in range(T)]
 
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
-def test_dense_draws_the_frames_after_the_middle_of_the_input_too(feedback):
-    model, past = small(dense=True, feedback=feedback), torch.rand(2, 5, 1, 8, 8)
-    dense = model(past, 3)
+def test_dense_draws_the_frames_after_the_first_input_too(feedback):
+    model, past = small(feedback=feedback), torch.rand(2, 5, 1, 8, 8)
+    dense = model(past, 3, 2)
     assert dense.shape == (2, 2 + 3, 1, 8, 8)
-    model.dense = False
     torch.testing.assert_close(dense[:, -3:], model(past, 3))
-    model.dense = True
+    torch.testing.assert_close(model(past, 3, 0)[:, 2:], dense)
     other = torch.cat((past[:, :4], torch.rand(2, 1, 1, 8, 8)), 1)
-    torch.testing.assert_close(dense[:, :2], model(other, 3)[:, :2])  # later frames change nothing
-    assert model(past[:, :1], 3).shape == (2, 3, 1, 8, 8)
-    assert torch.equal(model.eval()(past, 3), model(past, 3)) and model(past, 3).shape == (2, 3, 1, 8, 8)
-    torch.testing.assert_close(model(past, 3), dense[:, -3:])
+    torch.testing.assert_close(dense[:, :2], model(other, 3, 2)[:, :2])  # later frames change nothing
+    assert model(past[:, :1], 3, 0).shape == (2, 3, 1, 8, 8)
+    torch.testing.assert_close(model.eval()(past, 3, 2), dense)
 
 
 @pytest.mark.parametrize(
@@ -641,15 +639,16 @@ def test_sequences_of_a_batch_do_not_touch():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_one_training_step(options, autocast):
+@pytest.mark.parametrize("first", [None, 1])
+def test_one_training_step(options, autocast, first):
     model = EncoderForecaster(**{"hidden": (8, 6), "kernel_size": 3, "patch": 2} | options)
     T, n_future = 4, 3
     sequences = (torch.rand(4, T + n_future, model.channels, 8, 8) > 0.7).float()
-    past, truth = sequences[:, :T], sequences[:, 2 if model.dense else T :]
+    past, truth = sequences[:, :T], sequences[:, T if first is None else first + 1 :]
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = model(past, n_future)
+            logits = model(past, n_future, first)
         return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="sum") / len(truth)
 
     before = loss()
