@@ -219,7 +219,7 @@ def learning_rate(knobs, progress):
 
 
 def horizon(knobs, progress):
-    """Forecast frames trained on at this progress: near frames teach motion, and they are cheap."""
+    """Forecast frames trained on at this progress: near frames teach motion and, without dense targets, are cheap."""
     if progress >= knobs.grow_until:
         return knobs.frames_out
     grown = (progress - knobs.grow_from) / max(1e-9, knobs.grow_until - knobs.grow_from)
@@ -227,7 +227,7 @@ def horizon(knobs, progress):
 
 
 def inputs(knobs, n_future):
-    """Frames that a training step sees: with dense targets all but those it forecasts, as every frame is a target."""
+    """Input frames of a training step: with dense targets all that it does not forecast, as most are targets too."""
     dense = knobs.dense and knobs.model == "my_model"
     return knobs.frames_in + (knobs.frames_out - n_future if dense else 0)
 
@@ -236,8 +236,8 @@ def cost(knobs, progress):
     """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
     on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
-    n_future, one = horizon(knobs, progress), 1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0
-    return inputs(knobs, n_future) + one * n_future
+    n_future = horizon(knobs, progress)
+    return inputs(knobs, n_future) + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * n_future
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
@@ -296,12 +296,12 @@ def train(setup, run, model, optimisers):
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))
         past, future = cut(frames, n_past, n_future, device)
-        dense = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
+        first = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         net.train()
         with setup.autocast():
-            logits = net(past, n_future, *dense).float()
-        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # dense ones too
+            logits = net(past, n_future, *first).float()
+        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # from the one after the first on
         # the mean over the whole batch, though each process has a part of it
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes

@@ -27,11 +27,11 @@ measured.
   frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with later `dense` targets);
 - `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
   that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
-  been expected to show, from the middle of the input on, and the larger value is drawn: they are of bright things on
+  been expected to show, from the fifth input frame on, and the larger value is drawn: they are of bright things on
   black (45.8 to 44.0);
-- dense targets, `first`: until all forecast frames are trained on, those that are not yet lengthen the input, and its
-  frames from the sixth on are drawn and scored too: more to learn from each sequence, and from a longer memory (50.4 to
-  46.3, at equal sequences).
+- dense targets, `first`: until all forecast frames are trained on, the input's frames from the sixth on are drawn and
+  scored too, and frames not yet forecast lengthen it: more to learn from each sequence, and from a longer memory (the
+  longer input: 50.4 to 46.3, at equal sequences).
 """
 
 import torch
@@ -231,10 +231,14 @@ class EncoderForecaster(nn.Module):
         self.head = nn.Sequential(*head_layers, draw)
 
     def forward(self, past, n_future, first=None):
-        """first: also draw the frame after each input frame from that one on: (B, T - 1 - first + n_future, C, H, W)"""
+        """first: also draw the frame after each input frame from that one on: (B, T - 1 - first + n_future, C, H, W).
+
+        The sheets part from there on, too; without a first, from the middle.
+        """
         self.check(past, n_future)
-        last = past.shape[1] - 1
-        start = (last // 2 if self.sheets > 1 else last) if first is None else first  # sheets need some frames to part
+        start, last = first, past.shape[1] - 1
+        if first is None:
+            start = last // 2 if self.sheets > 1 else last  # sheets need some frames to part
         black = torch.zeros_like(past[:, :1])
         encoded, states = self.encode(past, black, [None] * len(self.encoder))
         if self.forecaster is not None:

@@ -678,8 +678,8 @@ def test_training_stops_before_a_step_that_would_spoil_the_weights(what, array, 
         model = build(*arguments)
         forward, calls = model.forward, iter(range(10**6))
 
-        def bad_after_an_epoch(*frames):
-            logits = forward(*frames)
+        def bad_after_an_epoch(*inputs):
+            logits = forward(*inputs)
             if model.training and torch.is_grad_enabled() and next(calls) >= STEPS:
                 if what.startswith("loss"):
                     return logits * 0 + (math.nan if what == "loss nan" else 3e38)

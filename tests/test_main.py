@@ -674,6 +674,10 @@ def test_schedules():
     assert [main.inputs(knobs, n_future) for n_future in (1, 6, 11)] == [20, 15, 10]
     for change in ({"dense": False}, {"model": "convlstm"}):
         assert main.inputs(dataclasses.replace(knobs, **change), 1) == 10
+    # a frame that is fed back costs 1.3 input frames
+    assert main.cost(knobs, 0) == pytest.approx(20 + 1.3)
+    assert main.cost(dataclasses.replace(knobs, dense=False), 0) == pytest.approx(10 + 1.3)
+    assert main.cost(dataclasses.replace(knobs, feedback=False), 0.5) == 10 + 11
 
 
 def test_help_has_every_knob(capsys):

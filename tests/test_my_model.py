@@ -598,7 +598,7 @@ def test_dense_frames_look_at_the_past_only(fast, feedback):
 
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["forecaster", "feedback"])
-def test_dense_draws_the_frames_after_the_first_input_too(feedback):
+def test_from_the_first_on_the_input_is_drawn_too(feedback):
     model, past = small(feedback=feedback), torch.rand(2, 5, 1, 8, 8)
     dense = model(past, 3, 2)
     assert dense.shape == (2, 2 + 3, 1, 8, 8)
@@ -607,7 +607,6 @@ def test_dense_draws_the_frames_after_the_first_input_too(feedback):
     other = torch.cat((past[:, :4], torch.rand(2, 1, 1, 8, 8)), 1)
     torch.testing.assert_close(dense[:, :2], model(other, 3, 2)[:, :2])  # later frames change nothing
     assert model(past[:, :1], 3, 0).shape == (2, 3, 1, 8, 8)
-    torch.testing.assert_close(model.eval()(past, 3, 2), dense)
 
 
 @pytest.mark.parametrize(
