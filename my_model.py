@@ -24,7 +24,7 @@ measured.
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
 - `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
   main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
-  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with later `dense` targets);
+  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with later dense targets);
 - `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
   that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
   been expected to show, from the fifth input frame on, and the larger value is drawn: they are of bright things on
@@ -257,7 +257,7 @@ class EncoderForecaster(nn.Module):
             drawn, expected = self.draw(hidden_states, frame, expected)
             logits.append(drawn)
         logits = torch.cat(logits, 1)
-        return logits[:, -n_future:] if first is None else logits
+        return logits[:, -n_future:] if first is None else logits  # None: earlier ones were for the sheets
 
     def encode(self, frames, before, states):
         """The encoder over frames (B, T, C, H, W), and the one before them (B, 1, C, H, W): as unroll."""
