@@ -169,7 +169,7 @@ def grid(path, rows, title, most=10):
     columns = min(max(len(frames) for _, frames in rows.values()), most)
     picture = np.full((56 + len(rows) * high, 110 + columns * wide, 3), 255, np.uint8)
     size = picture.shape[1] / DPI, picture.shape[0] / DPI
-    figure = plt.figure(figsize=size, layout="none")
+    figure = plt.figure(figsize=size, dpi=DPI, layout="none")  # as it is saved, so that pixels are pixels
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for r, (name, (first, frames)) in enumerate(rows.items()):

@@ -167,6 +167,15 @@ def test_models_are_compared_over_time_sequences_and_frames(monkeypatch):
     assert colours[0] == colours[1] == colours[2]  # a model's is the same in each panel
 
 
+def test_a_long_name_of_a_row_fits(monkeypatch):
+    figure = drawn(monkeypatch, figures.grid, {"weights_of_a_long_name": (1, flat(0, 5))}, "title")
+    name = figure.axes[0].texts[0]
+    figure.set_dpi(figures.DPI)  # at which it is saved
+    assert name.get_text() == "weights_of_a_long_name"
+    assert name.get_window_extent(figure.canvas.get_renderer()).x0 >= 0
+    assert figure.bbox.size.round().tolist() == list(figure.axes[0].images[0].get_size()[::-1])
+
+
 def test_a_long_title_fits(monkeypatch):
     title = "a name that is long, trained on fresh sequences: " * 3
     grid = drawn(monkeypatch, figures.grid, {"truth": (1, flat(0, 5))}, title)
