@@ -476,7 +476,9 @@ def test_forecast_by_hand(options, fast):
         past = torch.rand(2, T, model.channels, 8, 12, dtype=torch.float64)
         for first in {None, 0, (T - 1) // 2, T - 1}:
             expected = forecast_by_hand(model, past, 3, first)
-            torch.testing.assert_close(model(past, 3, first), expected, rtol=0, atol=1e-12)
+            for train in (True, False):
+                model.train(train)
+                torch.testing.assert_close(model(past, 3, first), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -607,6 +609,8 @@ def test_from_the_first_on_the_input_is_drawn_too(feedback):
     other = torch.cat((past[:, :4], torch.rand(2, 1, 1, 8, 8)), 1)
     torch.testing.assert_close(dense[:, :2], model(other, 3, 2)[:, :2])  # later frames change nothing
     assert model(past[:, :1], 3, 0).shape == (2, 3, 1, 8, 8)
+    assert torch.equal(model.eval()(past, 3), model(past, 3)) and model(past, 3).shape == (2, 3, 1, 8, 8)
+    torch.testing.assert_close(model(past, 3), dense[:, -3:])
 
 
 @pytest.mark.parametrize(
