@@ -119,7 +119,7 @@ def find_array(knobs):
         try:
             return moving_mnist_array(), "Moving MNIST array"
         except DownloadError as error:
-            say(f"{error}\ngoing on with a stand-in array: the same law, the digits of raw/digits_*.png")
+            say(f"no official array: going on with a stand-in, made of raw/digits_*.png by the same law, as\n{error}")
             stand_in()
     return path, "stand-in array"
 
@@ -139,7 +139,7 @@ def training_digits():
     try:
         digits = mnist_digits()
     except DownloadError as error:
-        say(f"{error}\ngoing on with the 10,000 training digits of raw/digits_train.png")
+        say(f"not all of MNIST: going on with the 10,000 training digits of raw/digits_train.png, as\n{error}")
         digits = digit_sheet(RAW / "digits_train.png")
     return np.split(digits, [len(digits) // 12])
 

@@ -101,7 +101,8 @@ def compare(path, histories, curves, validation, test):
         axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    draw_curves(by_frame, curves)
+    words = {name: f"{name} (no log)" for name, history in histories.items() if not history}  # only scored
+    draw_curves(by_frame, {words.get(name, name): curve for name, curve in curves.items()})
     by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None), title=test.replace(", ", ",\n"))
     for axes in figure.axes:
         fit(axes.title, 0.28 * figure.bbox.width)

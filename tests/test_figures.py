@@ -167,6 +167,12 @@ def test_models_are_compared_over_time_sequences_and_frames(monkeypatch):
     assert colours[0] == colours[1] == colours[2]  # a model's is the same in each panel
 
 
+def test_weights_that_were_only_scored_are_named_so(monkeypatch):
+    histories, curves = {"a": HISTORY, "weights_b": []}, {"a": [1, 2], "weights_b": [3, 4]}
+    *_, by_frame = drawn(monkeypatch, figures.compare, histories, curves, "of a", "of b").axes
+    assert lines(by_frame) == {"a": [[1, 2], [1, 2]], "weights_b (no log)": [[1, 2], [3, 4]]}
+
+
 def test_a_long_name_of_a_row_fits(monkeypatch):
     figure = drawn(monkeypatch, figures.grid, {"weights_of_a_long_name": (1, flat(0, 5))}, "title")
     name = figure.axes[0].texts[0]
