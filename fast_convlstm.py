@@ -84,7 +84,7 @@ def one_step(forward, backward, dtype):
 def gate_functions(device_type, dtype):
     """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above.
 
-    They stand above as well where gates.c says something else, as when one of the two has been edited.
+    As they stand above also where gates.c disagrees with them, as after an edit of one of the two.
     """
     plain = gates_forward, gates_backward
     supported = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)

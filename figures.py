@@ -72,7 +72,7 @@ def loss(path, history, baselines, title):
 def per_frame(path, panels):
     """panels: title → name → one value a forecast frame."""
     n = len(panels)
-    figure, (row,) = plt.subplots(1, n, figsize=(3.4 * n + 3.4 * (n == 1), 4), sharey=True, squeeze=False)
+    figure, (row,) = plt.subplots(1, n, figsize=(3.4 * max(n, 2), 4), sharey=True, squeeze=False)
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         draw_curves(axes, curves)
         axes.set_title(title)

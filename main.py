@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,13 +77,13 @@ class Knobs:
                      group="data")  # fmt: skip
     train_sequences: int = knob(0, "use only the first N training sequences; 0 = all (fresh, recut: N an epoch; 0 = "
                                 "10,000)", 0, 10**6, tried="8 to 10000")  # fmt: skip
-    frames_in: int = knob(10, "frames the model sees", 2, tried="2 to 10")
+    frames_in: int = knob(10, "input frames of a forecast", 2, tried="2 to 10")
     frames_out: int = knob(10, "frames it forecasts and is scored on", 1, tried="2 to 40")
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "of a folder: take every Nth frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
-    augment: bool = knob(False, "until all frames are trained on, flip and transpose training sequences; in 4 and 6 "
-                                "epochs no gain")  # fmt: skip
+    augment: bool = knob(False, "flip and transpose training sequences, until all forecast frames are trained on (with "
+                                "--grow_until 0 never); in 4 and 6 epochs no gain")  # fmt: skip
 
     # --weights brings all of this group along
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
@@ -120,8 +121,8 @@ class Knobs:
                             0, 1, tried="0.1 to 1")  # fmt: skip
     grow_until: float = knob(0.9, "fraction of training after which all forecast frames are trained on. 0 = always all",
                              0, 1, tried="0.25 to 1")  # fmt: skip
-    dense: bool = knob(True, "until all frames are forecast in training, the others lengthen the input, of which those "
-                             "after the middle of frames_in are scored too (my_model only)")  # fmt: skip
+    dense: bool = knob(True, "what training does not forecast yet is input; until it forecasts all, each input frame "
+                             "after the middle of frames_in is a target too (my_model only)")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -135,7 +136,8 @@ class Knobs:
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
 
 
-FIRST_LOOK = 50  # steps to the first evaluation and pictures: seconds, on most machines
+FIRST_LOOK = 50  # steps to an early evaluation and pictures: seconds, on most machines
+LOOKS = 100  # evaluations, at most: after every epoch, or, where epochs are small, after several
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a fraction of Muon's
 
@@ -227,7 +229,7 @@ def horizon(knobs, progress):
 
 
 def inputs(knobs, n_future):
-    """Input frames of a training step: with dense targets all that it does not forecast, as most are targets too."""
+    """Input frames of a training step: with dense targets, all that it does not forecast."""
     dense = knobs.dense and knobs.model == "my_model"
     return knobs.frames_in + (knobs.frames_out - n_future if dense else 0)
 
@@ -328,7 +330,8 @@ def train(setup, run, model, optimisers):
             seconds_a_step += seconds / len(TIMED)
         if step - first_step == TIMED[-1]:
             announce_pace(run, seconds_a_step, knobs, bar)
-        if run["step"] % steps_per_epoch == 0 or run["step"] in (FIRST_LOOK, run["steps"]):
+        epochs_a_look = max(1, -(-run["steps"] // (LOOKS * steps_per_epoch)))
+        if run["step"] % (epochs_a_look * steps_per_epoch) == 0 or run["step"] in (FIRST_LOOK, run["steps"]):
             speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
             try:
@@ -374,6 +377,8 @@ def model_for(knobs, training, data):
         with torch.no_grad():  # a dry run on one sequence
             model(cut(training[np.arange(1)], knobs.frames_in, 0)[0], 1)
     except ValueError as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise"):
+            raise  # Python's, not the network's: a bug in an edited one
         raise DataError(str(error)) from error
     return model
 
@@ -412,8 +417,8 @@ def main(knobs):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     bf16 = precision.startswith("bf16")
     for source, twins in not_compiled(knobs, bf16) if device.type == "cpu" and knobs.model == "my_model" else ():
-        say(f"          {source} is not in use, and its part several times as slow: it needs gcc on Linux and x86, and")
-        say(f"          to say the same as {twins}")
+        say(f"          {source} is not in use, and its part several times as slow: it needs gcc on Linux and x86,")
+        say(f"          and to agree with {twins}")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
@@ -462,9 +467,11 @@ if __name__ == "__main__":
         words = "out of memory", "can't allocate memory", "not enough memory"
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
-        last = Path(knobs.out) / knobs.model / "last.pt"
-        end(1, f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. If {last} is "
-               f"there, it is intact: give another --out, and --weights {last} to start from it")  # fmt: skip
+        end(
+            1,
+            f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. The last.pt "
+            f"under {knobs.out}, if there is one, is intact: --weights that file, and another --out, start from it",
+        )
     except OSError as error:  # of print, as files have a sentence of their own
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

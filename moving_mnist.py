@@ -55,6 +55,8 @@ def open_array(path):
 class Sequences:
     """frames (T, N, C, H, W), uint8: `dataset[index array]` → uint8 tensor (B, T, C, H, W)."""
 
+    split = "all"  # which part of the data, for titles
+
     def __init__(self, frames):
         self.frames = frames
 

@@ -29,8 +29,8 @@ measured.
   that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
   been expected to show, from the fifth input frame on, and the larger value is drawn: they are of bright things on
   black (45.8 to 44.0);
-- dense targets, `first`: until all forecast frames are trained on, the input's frames from the sixth on are drawn and
-  scored too, and frames not yet forecast lengthen it: more to learn from each sequence, and from a longer memory (the
+- dense targets, `first`: training starts with 19 input frames and one to forecast, and shifts to 10 and 10; until then
+  every input frame from the sixth on is a target too: more to learn from each sequence, and from a longer memory (the
   longer input: 50.4 to 46.3, at equal sequences).
 """
 
@@ -123,7 +123,8 @@ class ConvLSTM(nn.Module):
         dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
         c_dtype = torch.promote_types(dtype, torch.float32)
         cast = lambda w: w if w.dtype == dtype else w.to(dtype, memory_format=torch.channels_last)
-        weights = None if x is None else cast(cell.input_to_state), cast(cell.state_to_state), cell.bias.to(dtype)
+        input_to_state = None if x is None else cast(cell.input_to_state)
+        weights = input_to_state, cast(cell.state_to_state), cell.bias.to(dtype)
         peephole = state[0].new_zeros(3, cell.hidden) if cell.peephole is None else cell.peephole
         h, c = (s.permute(0, 2, 3, 1) for s in state)
         x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from my_model import EncoderForecaster
+from my_model import ConvLSTMCell, EncoderForecaster
 
 SMALL = {"hidden": (8, 4), "kernel_size": 3, "patch": 2}
 
@@ -25,6 +25,12 @@ def test_bare_convolutions_are_those_of_a_training_step():
     head = 3 * 2 * 3 * (2 * 8 * 8 * 12 * 4)  # forward and two gradients, frames, batch, one 1×1 convolution
     bare = operations(bench.bare_convolutions(2, 3, 8, (8, 4), 4, 3, torch.float32))
     assert bare == pytest.approx(of_the_model - head, rel=0.05)
+
+
+def test_an_edited_cell_is_timed_as_it_stands(monkeypatch):
+    assert all(layer.fast for layer in bench.my_model(1, **SMALL).encoder)
+    monkeypatch.setattr(ConvLSTMCell, "forward", lambda self, x, state: state)
+    assert not any(layer.fast for layer in bench.my_model(1, **SMALL).encoder)
 
 
 @pytest.mark.parametrize("name", bench.CONTENDERS)

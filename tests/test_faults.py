@@ -35,6 +35,7 @@ import main
 from knobs import parse
 from machine import DeviceError, choose_device
 from moving_mnist import DataError, MovingMNIST
+from my_model import ConvLSTMCell
 
 # Knobs
 
@@ -712,6 +713,16 @@ def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("my_model/*.pt"))
 
 
+def test_a_bug_in_an_edited_cell_is_no_sentence(array, tmp_path, monkeypatch):
+    def three_gates(self, x, state):
+        i, f, o = state[0].chunk(4, 1)
+        return f * o, i
+
+    monkeypatch.setattr(ConvLSTMCell, "forward", three_gates)
+    with pytest.raises(ValueError, match="values to unpack"):
+        here(array, tmp_path)
+
+
 # Processes
 
 
@@ -742,7 +753,7 @@ def test_memory_that_runs_out_in_the_third_step(short, reference, array, tmp_pat
     knobs = {"data": array, "out": tmp_path, "save_minutes": 1e-6}
     _, err = finish(start(*flags(**knobs), launcher=launcher), 1)
     assert "main.py: out of memory at batch_size 5; lower it, " in err
-    assert f"--weights {tmp_path}/my_model/last.pt to start from it" in err
+    assert f"last.pt under {tmp_path}, if there is one, is intact: --weights that file, and another --out" in err
     here(**knobs)
     assert "going on at step 2" in capsys.readouterr().out
     assert (tmp_path / "my_model" / "metrics.json").read_bytes() == (reference[0] / "metrics.json").read_bytes()

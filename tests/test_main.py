@@ -435,6 +435,12 @@ def test_the_pace_is_of_the_steps_that_are_left(capsys):
     assert "3 sequences/s: 100 more steps of 8 will take about 5 min" in capsys.readouterr().out
 
 
+def test_many_small_epochs_are_evaluated_a_few_times(array, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "LOOKS", 2)
+    folder = here(array, tmp_path, epochs=5, train_sequences=10)  # of two steps
+    assert [row["step"] for row in log(folder)] == [6, 10]
+
+
 @pytest.mark.parametrize(("frames", "halves"), [(16, (8, 8)), (7, (4, 3))])
 def test_shorter_sequences_are_halved(frames, halves, tmp_path, capsys):
     np.save(tmp_path / "short.npy", moving_squares(57)[:frames])
