@@ -174,6 +174,8 @@ def main():
     parser.add_argument("--scaling", action="store_true", help="growth of my_model's training step instead")
     arguments = parser.parse_args()
     rows = scaling(arguments.rounds) if arguments.scaling else compare(arguments.rounds)
+    if not twin_agrees():
+        print("ConvLSTMCell and fast_convlstm.py differ: my_model is timed as the cell stands, without its fast twin")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     versus = "" if arguments.scaling else f"{'of the first':>14}"
     print(f"{'work':18}{'batch':>6}  {'':26}{'ms':>9}{'sequences/s':>13}{'peak MiB':>10}{versus}")

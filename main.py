@@ -128,7 +128,7 @@ class Knobs:
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
     eval_only: bool = knob(False, "train nothing: score and draw best.pt, or --weights in a folder of their own")
     weights: str = knob("", "start from these weights: a best.pt; they bring the knobs of their network along")
-    save_minutes: float = knob(2.0, "minutes between checkpoints inside an epoch", 0, 1e6)
+    save_minutes: float = knob(2.0, "minutes between checkpoints; each evaluation makes one, too", 0, 1e6)
 
     seed: int = knob(0, "of weights, order, augmentation and new sequences", 0, 2**63 - 1, group="system",
                      tried="0 to 2")  # fmt: skip
@@ -137,7 +137,6 @@ class Knobs:
 
 
 FIRST_LOOK = 50  # steps to an early evaluation and pictures: seconds, on most machines
-LOOKS = 100  # evaluations, at most: after every epoch, or, where epochs are small, after several
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a fraction of Muon's
 
@@ -260,6 +259,12 @@ def announce_pace(run, seconds_a_step, knobs, bar):
                   f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
 
 
+def look_after(step, steps, steps_per_epoch):
+    """Whether to evaluate: early, at the end, after each epoch or, if that has few steps, each hundredth of the run."""
+    every = max(steps_per_epoch, min(FIRST_LOOK, steps // 100))
+    return step in (FIRST_LOOK, steps) or (steps > 0 and step % every == 0)
+
+
 def diverged(what, rate, last_loss, folder):
     last, advice = folder / "last.pt", "start over with a lower --learning_rate"
     if last.exists():
@@ -330,8 +335,7 @@ def train(setup, run, model, optimisers):
             seconds_a_step += seconds / len(TIMED)
         if step - first_step == TIMED[-1]:
             announce_pace(run, seconds_a_step, knobs, bar)
-        epochs_a_look = max(1, -(-run["steps"] // (LOOKS * steps_per_epoch)))
-        if run["step"] % (epochs_a_look * steps_per_epoch) == 0 or run["step"] in (FIRST_LOOK, run["steps"]):
+        if look_after(run["step"], run["steps"], steps_per_epoch):
             speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
             try:
@@ -377,8 +381,9 @@ def model_for(knobs, training, data):
         with torch.no_grad():  # a dry run on one sequence
             model(cut(training[np.arange(1)], knobs.frames_in, 0)[0], 1)
     except ValueError as error:
-        if not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise"):
-            raise  # Python's, not the network's: a bug in an edited one
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        if Path(where.filename).parent != Path(__file__).parent or not (where.line or "").startswith("raise"):
+            raise  # Python's or torch's, not the network's: a bug in an edited one
         raise DataError(str(error)) from error
     return model
 

@@ -98,7 +98,7 @@ class ConvLSTMCell(nn.Module):
 class ConvLSTM(nn.Module):
     """One layer over time: the cell, once a frame. `fast=False` runs exactly that; `fast=True` its twin.
 
-    The twin never calls the cell: main.py does without it where `twin_agrees` finds that they differ.
+    The twin never calls the cell: main.py and bench.py do without it where `twin_agrees` finds that they differ.
     """
 
     def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True, dilation=1, fast=True):

@@ -28,9 +28,10 @@ def test_bare_convolutions_are_those_of_a_training_step():
 
 
 def test_an_edited_cell_is_timed_as_it_stands(monkeypatch):
-    assert all(layer.fast for layer in bench.my_model(1, **SMALL).encoder)
+    build, _ = bench.CONTENDERS["my_model, fp32"]
+    assert all(layer.fast for layer in build(1, **SMALL).encoder)
     monkeypatch.setattr(ConvLSTMCell, "forward", lambda self, x, state: state)
-    assert not any(layer.fast for layer in bench.my_model(1, **SMALL).encoder)
+    assert not any(layer.fast for layer in build(1, **SMALL).encoder)
 
 
 @pytest.mark.parametrize("name", bench.CONTENDERS)

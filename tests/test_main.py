@@ -435,10 +435,25 @@ def test_the_pace_is_of_the_steps_that_are_left(capsys):
     assert "3 sequences/s: 100 more steps of 8 will take about 5 min" in capsys.readouterr().out
 
 
-def test_many_small_epochs_are_evaluated_a_few_times(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "LOOKS", 2)
-    folder = here(array, tmp_path, epochs=5, train_sequences=10)  # of two steps
-    assert [row["step"] for row in log(folder)] == [6, 10]
+@pytest.mark.parametrize(
+    ("steps", "steps_per_epoch", "expected"),
+    [
+        (90, 30, [30, 50, 60, 90]),
+        (4000, 1, [40, 50, *range(80, 4001, 40)]),  # ten sequences for minutes
+        (12_000, 60, [50, *range(60, 12_001, 60)]),
+        (0, 1, [50]),  # as the clock will tell
+    ],
+)
+def test_evaluations_are_few_where_epochs_are_small(steps, steps_per_epoch, expected):
+    assert [s for s in range(1, 1 + (steps or 100)) if main.look_after(s, steps, steps_per_epoch)] == expected
+
+
+def test_sequences_of_ones_own_are_trained_on(array, tmp_path, monkeypatch):
+    frames = np.load(array)[:, :, None]
+    splits = [Sequences(frames[:, first:last]) for first, last in ((0, 40), (40, 48), (48, 57))]
+    monkeypatch.setattr(main, "load_data", lambda knobs: (*splits, "squares"))
+    found = results(here("squares", tmp_path, epochs=1))
+    assert (found["data"], found["split"], found["sequences"]) == ("squares", "all", 9) and "beyond" not in found
 
 
 @pytest.mark.parametrize(("frames", "halves"), [(16, (8, 8)), (7, (4, 3))])

@@ -58,7 +58,7 @@ def test_the_commands_are_these():
     """So that a new one is not forgotten below."""
     assert fenced() == [
         "python3 -m venv .venv && . .venv/bin/activate",
-        "pip install torch --index-url https://download.pytorch.org/whl/cpu    # only without a GPU: saves gigabytes",
+        "pip install torch --index-url https://download.pytorch.org/whl/cpu",
         "pip install -r requirements.txt && python main.py",
         "pip install -r requirements-dev.txt && python -m pytest",
         "python main.py --eval_only --weights records/long.pt",
