@@ -50,21 +50,20 @@ def fit(text, width):
 
 def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
     seen = [row["sequences"] / 1000 for row in history]
     kinds = ("train_loss", "train", "train (frames trained on)"), ("val_loss", "validation", "validation")
     for key, split, label in kinds:
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
     left.set(xlim=(0, None), ylim=(0, 1.05 * max(row[key] for row in history for key in ("train_loss", "val_loss"))))
-    left.legend()
     errors = [row["val_mse_per_frame"] for row in history]
-    right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"], label="validation")
+    right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"])
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
     right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)")
     right.set(xlim=(0, None), ylim=(0, None), title=f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
-    right.legend()
+    figure.legend(loc="outside lower center", ncols=5, columnspacing=1.2, handlelength=1.5)
     fit(left.title, 0.45 * figure.bbox.width)
     write(figure, path)
 
