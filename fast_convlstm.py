@@ -63,8 +63,7 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
     di, df, dg = dc_next * g * i * (1 - i), dc_next * c * f * (1 - f), dc_next * i * (1 - g * g)
     z.copy_(torch.cat((di, df, do, dg), 1))
     dc.copy_(dc_next * f + peephole[0] * di + peephole[1] * df)
-    for total, part in zip(sums[0], (di, df, do, dg, di * c, df * c, do * c_next), strict=True):
-        total += part.sum(0)
+    sums[0] += torch.stack((di, df, do, dg, di * c, df * c, do * c_next)).sum(1)
 
 
 def one_step(forward, backward, dtype):
