@@ -33,6 +33,11 @@ def choose_device(wanted, precision):
         torch.cuda.set_device(device)
         capability = torch.cuda.get_device_capability()
         native, why = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
+        try:
+            torch.zeros(1, device=device)
+        except RuntimeError as error:  # a driver that fails, or a GPU for which this torch has no kernels
+            raise DeviceError(f"this torch cannot compute on the GPU, of {why}: {str(error).splitlines()[0]}; "
+                              "install a torch for it (pytorch.org), or set device to cpu") from error  # fmt: skip
     elif kind == "mps":
         native, why = False, "mps"
     else:

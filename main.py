@@ -364,7 +364,7 @@ def follow_data(knobs, training):
     return dataclasses.replace(knobs, frames_in=n - n // 2, frames_out=n // 2)
 
 
-def model_for(knobs, training, data):
+def model_for(knobs, training, data, device):
     """The model, once the knobs fit the data and the model fits both; else a DataError says what does not."""
     n_frames, channels, height, width = shape_of(training)
     if n_frames < knobs.frames_in + knobs.frames_out:
@@ -377,9 +377,9 @@ def model_for(knobs, training, data):
                         f"{len(training)} (training sequences)")  # fmt: skip
     torch.manual_seed(knobs.seed)
     try:
-        model = build(knobs, channels)
+        model = build(knobs, channels).to(device)
         with torch.no_grad():  # a dry run on one sequence
-            model(cut(training[np.arange(1)], knobs.frames_in, 0)[0], 1)
+            model(cut(training[np.arange(1)], knobs.frames_in, 0, device)[0], 1)
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         if Path(where.filename).parent != Path(__file__).parent or not (where.line or "").startswith("raise"):
@@ -391,6 +391,8 @@ def model_for(knobs, training, data):
 def main(knobs):
     device, autocast, precision = choose_device(knobs.device, knobs.precision)
     join(device)
+    if (first := from_rank_0(precision).split()[0]) != precision.split()[0]:
+        raise DeviceError(f"this process trains in {precision}, the first in {first}; set precision to fp32")
     knobs, given, origin = starting_weights(knobs)
     folder = Path(knobs.out) / knobs.model
     if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
@@ -407,10 +409,9 @@ def main(knobs):
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
         )
-    model = model_for(knobs, training, data)
+    model = model_for(knobs, training, data, device)
     if given:
         load_weights(model, given["model"], origin)
-    model.to(device)
     setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
 
     parameters = sum(p.numel() for p in model.parameters())
@@ -467,9 +468,9 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
         lost = "closed by peer", "reset by peer", "Broken pipe"  # gloo's words; nccl has an error of its own
         if isinstance(error, dist.DistError) or any(words in str(error) for words in lost):
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            end(1, f"main.py, rank {RANK}: another process ended ({why}); its message says why")
-        words = "out of memory", "can't allocate memory", "not enough memory"
+            why = " ".join(str(error).split()) or type(error).__name__
+            end(1, f"main.py, rank {RANK}: lost the other processes ({why}); if one has ended, its message says why")
+        words = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Invalid buffer size"
         if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
             raise
         end(

@@ -106,6 +106,28 @@ def test_more_processes_than_gpus(monkeypatch):
         choose_device("auto", "auto")
 
 
+def test_a_gpu_without_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+
+    def zeros(*shape, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    words = "this torch cannot compute on the GPU, of compute capability 6.1: .*no kernel image.* the device; install"
+    with pytest.raises(DeviceError, match=words):
+        choose_device("auto", "auto")
+
+
+def test_processes_of_two_precisions(array, tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "from_rank_0", lambda value: "bf16 (AMX-BF16)")
+    words = r"trains in fp32 \(chosen by knob\), the first in bf16; set precision to fp32"
+    with pytest.raises(DeviceError, match=words):
+        here(array, tmp_path)
+
+
 # Data
 
 
@@ -744,6 +766,7 @@ def test_a_refusal_is_a_sentence(changes, status, sentence, array, tmp_path):
         "torch.empty(2**60)",  # a RuntimeError
         "numpy.empty(2**59)",  # a MemoryError with words of its own
         "(_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'))",
+        "(_ for _ in ()).throw(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate'))",
     ],
 )
 def test_memory_that_runs_out_in_the_third_step(short, reference, array, tmp_path, capsys):
@@ -802,7 +825,8 @@ def test_a_lost_process_is_a_sentence(array, tmp_path):
         f"import torch\ndef step(self): {lost}\ntorch.optim.AdamW.step = step",
     )
     _, err = finish(start(*flags(array, tmp_path), launcher=launcher), 1)
-    assert err.strip().endswith("another process ended (NCCL error: remote process exited); its message says why")
+    words = "lost the other processes (NCCL error: remote process exited more); if one has ended, its message says why"
+    assert err.strip().endswith(words)
 
 
 def test_a_process_that_does_not_know_its_rank(monkeypatch):
@@ -851,7 +875,7 @@ def test_a_refusal_of_two_processes(array, tmp_path):
     (tmp_path / "my_model" / "last.pt").write_text("damaged")
     errors = [finish(process, 1)[1] for process in two(flags(array, tmp_path), launcher=ABORTS_AT_SHUTDOWN)]
     assert "main.py, rank 0: " in errors[0] and "last.pt is damaged" in errors[0]
-    assert "main.py, rank 1: another process ended (" in errors[1] and "its message says why" in errors[1]
+    assert "main.py, rank 1: lost the other processes (" in errors[1] and "its message says why" in errors[1]
 
 
 def test_two_processes_stop(array, tmp_path):
@@ -860,7 +884,7 @@ def test_two_processes_stop(array, tmp_path):
     wait((tmp_path / "my_model" / "last.pt").exists, both[0])
     both[0].send_signal(signal.SIGTERM)
     assert "stopped; this goes on: the same torchrun command" in finish(both[0], 143)[1]
-    assert "another process ended (" in finish(both[1], 1)[1]
+    assert "lost the other processes (" in finish(both[1], 1)[1]
 
 
 def test_one_of_two_processes_dies(array, tmp_path):
