@@ -58,9 +58,9 @@ def plain_match(frames, before, patch, K):
     H, W = frames.shape[-2:]
     before = F.pad(before, [K // 2] * 4)
     costs = []
-    for row in range(K):  # and all columns at once: on a GPU, few large steps take less time than many small ones
+    for row in range(K):  # and all columns at once, as a GPU wants few large steps
         moved = before[..., row : row + H, :].unfold(3, W, 1)  # (N, C, H, K, W), a view
-        squares = (frames[..., None, :] - moved).square().sum(1)
+        squares = (frames[..., None, :] - moved).square_().sum(1)
         costs.append(patch**2 * F.avg_pool2d(squares.transpose(1, 2), patch))  # (N, K, H/P, W/P)
     return torch.cat(costs, 1).permute(0, 2, 3, 1)
 

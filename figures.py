@@ -58,12 +58,12 @@ def loss(path, history, baselines, title):
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
     left.set(xlim=(0, None), ylim=(0, 1.05 * max(row[key] for row in history for key in ("train_loss", "val_loss"))))
     errors = [row["val_mse_per_frame"] for row in history]
-    right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"])
+    right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"], label="validation")
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
     right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)")
     right.set(xlim=(0, None), ylim=(0, None), title=f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
-    figure.legend(loc="outside lower center", ncols=5, columnspacing=1.2, handlelength=1.5)
+    figure.legend(handles=[*left.lines, *right.lines[1:]], loc="outside lower center", ncols=3)
     fit(left.title, 0.45 * figure.bbox.width)
     write(figure, path)
 

@@ -30,14 +30,17 @@ def choose_device(wanted, precision):
                           f"start at most one process a GPU: --nproc_per_node={gpus}")  # fmt: skip
     device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        torch.cuda.set_device(device)
-        capability = torch.cuda.get_device_capability()
-        native, why = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
         try:
+            torch.cuda.set_device(device)
             torch.zeros(1, device=device)
         except RuntimeError as error:  # a driver that fails, or a GPU for which this torch has no kernels
-            raise DeviceError(f"this torch cannot compute on the GPU, of {why}: {str(error).splitlines()[0]}; "
-                              "install a torch for it (pytorch.org), or set device to cpu") from error  # fmt: skip
+            if "out of memory" in str(error):
+                raise  # main.py has a sentence of its own for that
+            why = str(error).partition("\n")[0]
+            raise DeviceError(f"this torch cannot compute on the GPU: {why}; install a torch for it (pytorch.org), or "
+                              "set device to cpu") from error  # fmt: skip
+        capability = torch.cuda.get_device_capability()
+        native, why = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
     elif kind == "mps":
         native, why = False, "mps"
     else:

@@ -392,7 +392,7 @@ def main(knobs):
     device, autocast, precision = choose_device(knobs.device, knobs.precision)
     join(device)
     if (first := from_rank_0(precision).split()[0]) != precision.split()[0]:
-        raise DeviceError(f"this process trains in {precision}, the first in {first}; set precision to fp32")
+        raise DeviceError(f"this process computes in {precision}, the first in {first}; set precision to fp32")
     knobs, given, origin = starting_weights(knobs)
     folder = Path(knobs.out) / knobs.model
     if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
@@ -466,18 +466,18 @@ if __name__ == "__main__":
     except (DataError, DeviceError, DownloadError, checkpoint.CheckpointError, FloatingPointError) as error:
         end(1, f"main.py{f', rank {RANK}' if WORLD > 1 else ''}: {error}")
     except (MemoryError, RuntimeError) as error:  # of which torch.OutOfMemoryError is one, but not on a CPU
+        words = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "ALLOCATION_FAILED"
+        if isinstance(error, MemoryError) or any(w in str(error) for w in words):
+            end(
+                1,
+                f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. The last.pt "
+                f"under {knobs.out}, if there is one, is intact: --weights that file, and another --out, start from it",
+            )
         lost = "closed by peer", "reset by peer", "Broken pipe"  # gloo's words; nccl has an error of its own
-        if isinstance(error, dist.DistError) or any(words in str(error) for words in lost):
-            why = " ".join(str(error).split()) or type(error).__name__
-            end(1, f"main.py, rank {RANK}: lost the other processes ({why}); if one has ended, its message says why")
-        words = "out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Invalid buffer size"
-        if isinstance(error, RuntimeError) and not any(w in str(error) for w in words):
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in lost)):
             raise
-        end(
-            1,
-            f"main.py: out of memory at batch_size {knobs.batch_size}; lower it, hidden or frames_out. The last.pt "
-            f"under {knobs.out}, if there is one, is intact: --weights that file, and another --out, start from it",
-        )
+        why = " ".join(str(error).partition("Exception raised from")[0].split()) or type(error).__name__  # no C++ stack
+        end(1, f"main.py, rank {RANK}: lost the other processes ({why}); if one has ended, its message says why")
     except OSError as error:  # of print, as files have a sentence of their own
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

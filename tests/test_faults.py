@@ -106,26 +106,24 @@ def test_more_processes_than_gpus(monkeypatch):
         choose_device("auto", "auto")
 
 
-def test_a_gpu_without_kernels(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        ("CUDA error: no kernel image is available\nmore", DeviceError, "GPU: .* image is available; install a torch"),
+        ("", DeviceError, "GPU: ; install a torch"),
+        ("CUDA error: out of memory", RuntimeError, "^CUDA error: out of memory$"),  # of which main.py makes a sentence
+    ],
+)
+def test_a_gpu_that_cannot_be_used(error, kind, sentence, monkeypatch):
+    def zeros(*shape, device):
+        raise RuntimeError(error)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-
-    def zeros(*shape, device):
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
-
     monkeypatch.setattr(torch, "zeros", zeros)
-    words = "this torch cannot compute on the GPU, of compute capability 6.1: .*no kernel image.* the device; install"
-    with pytest.raises(DeviceError, match=words):
+    with pytest.raises(kind, match=sentence):
         choose_device("auto", "auto")
-
-
-def test_processes_of_two_precisions(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "from_rank_0", lambda value: "bf16 (AMX-BF16)")
-    words = r"trains in fp32 \(chosen by knob\), the first in bf16; set precision to fp32"
-    with pytest.raises(DeviceError, match=words):
-        here(array, tmp_path)
 
 
 # Data
@@ -861,13 +859,21 @@ def test_an_output_that_cannot_be_printed(array, tmp_path):
     assert process.wait() == 1 and "main.py: cannot print: Broken pipe" in err and "Traceback" not in err
 
 
-def two(command, **launcher):
+def two(*commands, **launcher):
     """Two processes of one run, without torchrun, which would stop the one where the other fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(*command, RANK=str(k), LOCAL_RANK=str(k), **world, **launcher) for k in (0, 1)]
+    return [start(*commands[-k], RANK=str(k), LOCAL_RANK=str(k), **world, **launcher) for k in (0, 1)]
+
+
+def test_two_processes_of_two_precisions(array, tmp_path):
+    """As on two machines, one of them without a bf16 unit: their weights would part."""
+    both = two(*(flags(array, tmp_path, precision=precision) for precision in ("bf16", "fp32")))
+    first, second = (finish(process, 1)[1] for process in both)
+    assert "rank 1: this process computes in fp32 (chosen by knob), the first in bf16; set precision to fp32" in second
+    assert "rank 0: lost the other processes (" in first
 
 
 def test_a_refusal_of_two_processes(array, tmp_path):

@@ -148,6 +148,17 @@ def test_losses_are_those_of_the_history(monkeypatch):
     assert left.get_ylim()[0] == right.get_ylim()[0] == left.get_xlim()[0] == 0
 
 
+def test_the_legend_of_losses_lies_inside(monkeypatch):
+    errors_of_large_frames = dict.fromkeys(("black", "copy_last", "optical_flow"), 123_456.0)
+    figure = drawn(monkeypatch, figures.loss, LONGER, errors_of_large_frames, "title")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width and 0 <= box.y0 < box.y1
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["train (frames trained on)", "validation"]
+    assert len(legend.get_texts()) == 5
+
+
 def test_curves_of_forecasts_are_those_given(monkeypatch):
     (axes,) = drawn(monkeypatch, figures.per_frame, {"of b": {"my_model": [1, 2], "copy_last": [2, 5]}}).axes
     assert lines(axes) == {"my_model": [[1, 2], [1, 2]], "last frame copied": [[1, 2], [2, 5]]}

@@ -76,7 +76,7 @@ def typed(copy):
 
     @functools.cache
     def once(number):
-        words = f"{fenced()[number].split(' && ')[-1]} {SHORTER[number]}".split()
+        words = f"{fenced()[number].split(' && ')[-1]} {SHORTER[number]} --device cpu".split()
         ran = subprocess.run([sys.executable, *words[1:]], cwd=copy, env=ENVIRONMENT, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
 
