@@ -5,7 +5,8 @@
 
 The work is the paper's network, 128-64-64 hidden, 5×5, patches of 4, on 10 + 10 frames of 64×64. Contenders take
 turns, and the median of each is shown; compare ratios of one run, never seconds of two. The reference carries
-no peepholes and convolves a zero input in its forecaster's first layer (144 channels for 128).
+no peepholes and convolves a zero input in its forecaster's first layer (144 channels for 128). All is done on an NVIDIA
+GPU where torch finds one (fp32 convolutions in TF32, torch's default there), else on the CPU.
 """
 
 import argparse
@@ -26,11 +27,12 @@ from convlstm import ConvLSTMForecaster
 from machine import choose_device
 from my_model import EncoderForecaster, twin_agrees
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAPER = {"hidden": (128, 64, 64), "kernel_size": 5, "patch": 4}
 
 
 def bf16():
-    return torch.autocast("cpu", torch.bfloat16)
+    return torch.autocast(DEVICE, torch.bfloat16)
 
 
 def my_model(channels, **network):
@@ -48,7 +50,7 @@ CONTENDERS = {
 
 def here():
     """Of the contenders, those of a precision that this machine multiplies."""
-    native = choose_device("cpu", "auto")[2].startswith("bf16")
+    native = choose_device(DEVICE, "auto")[2].startswith("bf16")
     return [name for name in CONTENDERS if native or "bf16" not in name]
 
 
@@ -56,9 +58,9 @@ def step_of(name, batch, frames=10, size=64, training=True, **network):
     """A function that does one training step, or one forecast, of the named contender."""
     torch.manual_seed(0)
     build, autocast = CONTENDERS[name]
-    model = build(1, **{**PAPER, **network})
+    model = build(1, **{**PAPER, **network}).to(DEVICE)
     optimiser = torch.optim.AdamW(model.parameters())
-    past, future = torch.rand(2, batch, frames, 1, size, size)
+    past, future = torch.rand(2, batch, frames, 1, size, size, device=DEVICE)
 
     def forecast():
         with torch.inference_mode(), autocast():
@@ -81,6 +83,8 @@ def take_turns(functions, rounds):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
+            if DEVICE == "cuda":  # which has only been told what to do
+                torch.cuda.synchronize()
             if r > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
@@ -96,7 +100,7 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
 
     def operands(n_in, n, b):
         shape = ((b, n_in, size, size), (b, 4 * n, size, size), (4 * n, n_in, k, k))
-        return [torch.randn(s).to(dtype).contiguous(memory_format=torch.channels_last) for s in shape]
+        return [torch.randn(s).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last) for s in shape]
 
     work = [(operands(n_in, n, b), times, needs_dx) for n_in, n, b, times, needs_dx in calls]
 
@@ -111,7 +115,9 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
 
 
 def peak_so_far():
-    """Bytes of this process. Not Linux's ru_maxrss, which a child inherits from its parent."""
+    """Bytes of this process, or of its tensors on the GPU. Not Linux's ru_maxrss, which a child has from its parent."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     import resource
@@ -176,7 +182,8 @@ def main():
     rows = scaling(arguments.rounds) if arguments.scaling else compare(arguments.rounds)
     if not twin_agrees():
         print("ConvLSTMCell and fast_convlstm.py differ: my_model is timed as the cell stands, without its fast twin")
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     versus = "" if arguments.scaling else f"{'of the first':>14}"
     print(f"{'work':18}{'batch':>6}  {'':26}{'ms':>9}{'sequences/s':>13}{'peak MiB':>10}{versus}")
     first = {}
@@ -186,7 +193,7 @@ def main():
         ratio = "" if arguments.scaling else f"{reference / row['seconds']:13.2f}x"
         print(f"{row['work']:18}{row['batch']:6}  {row['name']:26}{row['seconds'] * 1e3:9.1f}"
               f"{row['batch'] / row['seconds']:13.1f}{memory:>10}{ratio}")  # fmt: skip
-    facts = {"machine": f"{platform.system()} {platform.machine()}", "torch": torch.__version__, "rows": rows}
+    facts = {"machine": f"{platform.system()} {machine}", "torch": torch.__version__, "rows": rows}
     Path("scaling.json" if arguments.scaling else "bench.json").write_text(json.dumps(facts, indent=1))
     if arguments.scaling:
         figures.scaling(Path("scaling.png"), rows)
