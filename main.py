@@ -84,6 +84,9 @@ class Knobs:
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
     augment: bool = knob(False, "flip and transpose training sequences, until all forecast frames are trained on (with "
                                 "--grow_until 0 never); in 4 and 6 epochs no gain")  # fmt: skip
+    overlay: int = knob(0, "lay so many other training sequences over each, the larger value on top: fewer as the "
+                           "horizon grows, at last none. For bright things on black", 0, 16,
+                        tried="0 to 3")  # fmt: skip
 
     # --weights brings all of this group along
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
@@ -233,6 +236,11 @@ def inputs(knobs, n_future):
     return knobs.frames_in + (knobs.frames_out - n_future if dense else 0)
 
 
+def overlays(knobs, n_future):
+    """Training sequences laid over each: fewer as the horizon grows, and none when all frames are trained on."""
+    return math.ceil(knobs.overlay * (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1))
+
+
 def cost(knobs, progress):
     """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
     on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
@@ -299,6 +307,9 @@ def train(setup, run, model, optimisers):
         frames = setup.training[index[RANK::WORLD]]
         n_future = horizon(knobs, progress)
         n_past = inputs(knobs, n_future)
+        shape = overlays(knobs, n_future), len(index)
+        for others in np.random.default_rng((knobs.seed, step, 4)).integers(len(setup.training), size=shape):
+            frames = torch.maximum(frames, setup.training[others[RANK::WORLD]])
         if knobs.augment and n_future < knobs.frames_out:
             draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
             frames = augment(frames, draws[RANK::WORLD].astype(bool))

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -42,7 +43,7 @@ import main
 import metrics
 import my_model
 from knobs import names_under, parse
-from moving_mnist import Sequences
+from moving_mnist import MovingMNIST, Sequences
 from my_model import EncoderForecaster
 
 PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst")]
@@ -317,6 +318,17 @@ def test_two_machines(array, tmp_path):
         for k, first in zip("12", speaks, strict=True)
     ]
     assert "this run has ended" in "".join([finish(machine)[0] for machine in again])  # the other has to be told
+
+
+def test_processes_share_what_is_overlaid(array, tmp_path):
+    """The same partners whatever the processes; of one epoch, as rounding grows faster with more to see."""
+    changes = {"epochs": 1, "train_sequences": 20, "overlay": 2}
+    finish(start(*flags(array, tmp_path / "two", **changes), launcher=TORCHRUN))
+    ours, theirs = (
+        torch.load(f / "last.pt") for f in (tmp_path / "two" / "my_model", here(array, tmp_path, **changes))
+    )
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=2e-6)
+    assert ours["history"][-1]["train_loss"] == pytest.approx(theirs["history"][-1]["train_loss"], abs=1e-6)
 
 
 def test_processes_share_the_batch(reference, of_two_processes):
@@ -643,6 +655,23 @@ def test_augmented_until_all_frames_are_trained_on(array, tmp_path, monkeypatch,
     monkeypatch.setattr(main, "augment", lambda batch, symmetries: batches.append(symmetries.shape) or batch)
     here(array, tmp_path, epochs=1, train_sequences=20, augment=asked, grow_until=0.7)  # progress 1/8, 3/8, 5/8, 7/8
     assert batches == [(5, 3)] * expected
+
+
+@pytest.mark.parametrize(("overlay", "expected"), [(0, [0, 0, 0, 0]), (1, [1, 1, 1, 0]), (2, [2, 2, 1, 0])])
+def test_overlaid_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, overlay, expected):
+    """Each sequence is the larger value of itself and of so many others; of some, no fewer make it up."""
+    batches, cut = [], main.cut
+    monkeypatch.setattr(main, "cut", lambda frames, *others: batches.append(frames) or cut(frames, *others))
+    knobs = {"epochs": 1, "train_sequences": 20, "augment": False, "grow_until": 0.7, "overlay": overlay}
+    here(array, tmp_path, **knobs)  # progress 1/8, 3/8, 5/8, 7/8, with 1, 1, 3 and 4 forecast frames
+    known = list(MovingMNIST(array, "train")[np.arange(20)])
+    made_of = lambda frames, n: any(
+        torch.equal(frames, torch.stack(some).amax(0)) for some in itertools.combinations_with_replacement(known, n)
+    )
+    batches = [batch for batch in batches if len(batch) == 5]  # no dry run on one sequence
+    for batch, n in zip(batches, expected, strict=True):
+        assert all(made_of(frames, 1 + n) for frames in batch)
+        assert n == 0 or not all(made_of(frames, n) for frames in batch)
 
 
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
