@@ -108,7 +108,7 @@ class FreshMovingMNIST:
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
-        rng = np.random.default_rng((self.seed, epoch, 3))  # 1, 2, 4: order, augmentation, overlays
+        rng = np.random.default_rng((self.seed, epoch, 3))  # 1, 2, 4: order, augmentation, overlays, in main.py
         self.chosen = rng.integers(len(self.digits), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
 
