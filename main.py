@@ -63,7 +63,7 @@ from machine import (
     stop_on_signals,
     sum_over_processes,
 )
-from moving_mnist import DataError, augment, shape_of
+from moving_mnist import AUGMENTATION, ORDER, OVERLAYS, DataError, augment, shape_of
 from my_model import EncoderForecaster, twin_agrees
 
 
@@ -83,10 +83,10 @@ class Knobs:
     video_stride: int = knob(1, "of a folder: take every Nth frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
     augment: bool = knob(False, "flip and transpose training sequences, until all forecast frames are trained on (with "
-                                "--grow_until 0 never); in 4 and 6 epochs no gain")  # fmt: skip
+                                "--grow_until 0 never); no gain in 4 and 6 epochs")  # fmt: skip
     overlay: int = knob(0, "lay so many other training sequences over each, the larger value on top: fewer as the "
-                           "horizon grows, at last none. For bright things on black", 0, 16,
-                        tried="0 to 3")  # fmt: skip
+                           "horizon grows, none once all forecast frames are trained on (with --grow_until 0 never). "
+                           "For bright things on black", 0, 16, tried="0 to 3")  # fmt: skip
 
     # --weights brings all of this group along
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
@@ -124,8 +124,8 @@ class Knobs:
                             0, 1, tried="0.1 to 1")  # fmt: skip
     grow_until: float = knob(0.9, "fraction of training after which all forecast frames are trained on. 0 = always all",
                              0, 1, tried="0.25 to 1")  # fmt: skip
-    dense: bool = knob(True, "what training does not forecast yet is input; until it forecasts all, each input frame "
-                             "after the middle of frames_in is a target too (my_model only)")  # fmt: skip
+    dense: bool = knob(True, "until all forecast frames are trained on, those that are not yet are input, and each "
+                             "input frame after the middle of frames_in is a target too (my_model only)")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -133,7 +133,7 @@ class Knobs:
     weights: str = knob("", "start from these weights: a best.pt; they bring the knobs of their network along")
     save_minutes: float = knob(2.0, "minutes between checkpoints; each evaluation makes one, too", 0, 1e6)
 
-    seed: int = knob(0, "of weights, order, augmentation and new sequences", 0, 2**63 - 1, group="system",
+    seed: int = knob(0, "of weights, order, augmentation, overlays and new sequences", 0, 2**63 - 1, group="system",
                      tried="0 to 2")  # fmt: skip
     device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
@@ -241,6 +241,21 @@ def overlays(knobs, n_future):
     return math.ceil(knobs.overlay * (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1))
 
 
+def batch_of(setup, step, index, n_future):
+    """Training sequences (n, T, C, H, W), overlaid and augmented: those of index that are this process's part."""
+    knobs, mine = setup.knobs, slice(RANK, None, WORLD)
+
+    def draw(stream, high, *size):
+        return np.random.default_rng((knobs.seed, step, stream)).integers(high, size=size)
+
+    frames = setup.training[index[mine]]
+    for others in draw(OVERLAYS, len(setup.training), overlays(knobs, n_future), len(index)):
+        frames = torch.maximum(frames, setup.training[others[mine]])
+    if knobs.augment and n_future < knobs.frames_out:
+        frames = augment(frames, draw(AUGMENTATION, 2, len(index), 3)[mine].astype(bool))
+    return frames
+
+
 def cost(knobs, progress):
     """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
     on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
@@ -288,38 +303,33 @@ def train(setup, run, model, optimisers):
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     first_step, saved, seconds_a_step, last_loss = run["step"], time.perf_counter(), 0.0, "none since the start"
     timed_from, seconds_before = run["step"], run["seconds"]
-    quiet = True if RANK else None  # None: shown in a terminal, but not in a file
-    bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=quiet, leave=False)
+    disable = bool(RANK) or None  # None: shown in a terminal, but not in a file
+    bar = tqdm(total=run["steps"] or None, initial=first_step, unit="step", disable=disable, leave=False)
     while run["step"] < run["steps"] or not run["steps"]:  # 0: max_minutes has not been turned into steps yet
         step, tick = run["step"], time.perf_counter()
         epoch, k = divmod(step, steps_per_epoch)
         if k == 0 or step == first_step:
-            order = np.random.default_rng((knobs.seed, epoch, 1)).permutation(len(setup.training))
+            order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
         # until the steps are settled, a small one: warm-up has just begun
         progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10
         torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
-        for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = group.get("part", 1) * rate
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group.get("part", 1) * rate
 
         index = order[k * knobs.batch_size :][: knobs.batch_size]
-        frames = setup.training[index[RANK::WORLD]]
         n_future = horizon(knobs, progress)
         n_past = inputs(knobs, n_future)
-        shape = overlays(knobs, n_future), len(index)
-        for others in np.random.default_rng((knobs.seed, step, 4)).integers(len(setup.training), size=shape):
-            frames = torch.maximum(frames, setup.training[others[RANK::WORLD]])
-        if knobs.augment and n_future < knobs.frames_out:
-            draws = np.random.default_rng((knobs.seed, step, 2)).integers(2, size=(len(index), 3))
-            frames = augment(frames, draws[RANK::WORLD].astype(bool))
-        past, future = cut(frames, n_past, n_future, device)
+        past, future = cut(batch_of(setup, step, index, n_future), n_past, n_future, device)
+        # dense targets: frames after this one are drawn as well
         first = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         net.train()
         with setup.autocast():
             logits = net(past, n_future, *first).float()
-        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]  # from the one after the first on
+        truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         # the mean over the whole batch, though each process has a part of it
         loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes

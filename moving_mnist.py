@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+ORDER, AUGMENTATION, FRESH, OVERLAYS = 1, 2, 3, 4  # streams of random numbers, of one seed
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
 
 
@@ -108,7 +109,7 @@ class FreshMovingMNIST:
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
-        rng = np.random.default_rng((self.seed, epoch, 3))  # 1, 2, 4: order, augmentation, overlays, in main.py
+        rng = np.random.default_rng((self.seed, epoch, FRESH))
         self.chosen = rng.integers(len(self.digits), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
 

@@ -243,7 +243,7 @@ EVERY_STEP = 1e-6  # minutes between checkpoints: also inside an epoch
 def test_killed_at_random_moments(data, precision, kills, array, tmp_path):
     """In a step, a checkpoint, an evaluation or a picture: the same command ends as if nothing had been."""
     source = data if data == "fresh" else array
-    command = flags(source, tmp_path, save_minutes=EVERY_STEP, precision=precision)
+    command = flags(source, tmp_path, save_minutes=EVERY_STEP, precision=precision, overlay=2)
     assert kill(str(kills), data, command) >= kills - 2
     same(tmp_path / "my_model", tmp_path / "alone" / "my_model")
 
@@ -321,12 +321,11 @@ def test_two_machines(array, tmp_path):
 
 
 def test_processes_share_what_is_overlaid(array, tmp_path):
-    """The same partners whatever the processes; of one epoch, as rounding grows faster with more to see."""
+    """The same partners whatever the processes; one epoch, as rounding grows."""
     changes = {"epochs": 1, "train_sequences": 20, "overlay": 2}
     finish(start(*flags(array, tmp_path / "two", **changes), launcher=TORCHRUN))
-    ours, theirs = (
-        torch.load(f / "last.pt") for f in (tmp_path / "two" / "my_model", here(array, tmp_path, **changes))
-    )
+    one, two = here(array, tmp_path, **changes), tmp_path / "two" / "my_model"
+    ours, theirs = (torch.load(folder / "last.pt") for folder in (two, one))
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=2e-6)
     assert ours["history"][-1]["train_loss"] == pytest.approx(theirs["history"][-1]["train_loss"], abs=1e-6)
 
@@ -659,12 +658,14 @@ def test_augmented_until_all_frames_are_trained_on(array, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(("overlay", "expected"), [(0, [0, 0, 0, 0]), (1, [1, 1, 1, 0]), (2, [2, 2, 1, 0])])
 def test_overlaid_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, overlay, expected):
-    """Each sequence is the larger value of itself and of so many others; of some, no fewer make it up."""
-    batches, cut = [], main.cut
+    """Each sequence is the larger value of itself and of so many others, drawn anew, and some need all of them."""
+    batches, fetched, cut, fetch = [], [], main.cut, MovingMNIST.__getitem__
     monkeypatch.setattr(main, "cut", lambda frames, *others: batches.append(frames) or cut(frames, *others))
+    keep = lambda data, index: data.split == "train" and len(index) == 5 and fetched.append(index)
+    monkeypatch.setattr(MovingMNIST, "__getitem__", lambda data, index: keep(data, index) or fetch(data, index))
     knobs = {"epochs": 1, "train_sequences": 20, "augment": False, "grow_until": 0.7, "overlay": overlay}
     here(array, tmp_path, **knobs)  # progress 1/8, 3/8, 5/8, 7/8, with 1, 1, 3 and 4 forecast frames
-    known = list(MovingMNIST(array, "train")[np.arange(20)])
+    known = MovingMNIST(array, "train")[np.arange(20)]
     made_of = lambda frames, n: any(
         torch.equal(frames, torch.stack(some).amax(0)) for some in itertools.combinations_with_replacement(known, n)
     )
@@ -672,6 +673,13 @@ def test_overlaid_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, 
     for batch, n in zip(batches, expected, strict=True):
         assert all(made_of(frames, 1 + n) for frames in batch)
         assert n == 0 or not all(made_of(frames, n) for frames in batch)
+    fetched = iter(fetched)
+    steps = [list(itertools.islice(fetched, 1 + n)) for n in expected]
+    for batch, (index, *others) in zip(batches, steps, strict=True):
+        assert torch.equal(batch, torch.stack([known[row] for row in (index, *others)]).amax(0))
+    assert sorted(np.concatenate([index for index, *_ in steps])) == list(range(20))  # each itself, once
+    partners = [tuple(row) for _, *others in steps for row in others]
+    assert len(set(partners)) == len(partners) and all(len(set(row)) > 1 for row in partners)
 
 
 def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
@@ -724,6 +732,8 @@ def test_schedules():
     assert [main.inputs(knobs, n_future) for n_future in (1, 6, 11)] == [20, 15, 10]
     for change in ({"dense": False}, {"model": "convlstm"}):
         assert main.inputs(dataclasses.replace(knobs, **change), 1) == 10
+    assert [main.overlays(main.Knobs(overlay=2), n_future) for n_future in (1, 5, 6, 9, 10)] == [2, 2, 1, 1, 0]
+    assert main.overlays(main.Knobs(overlay=2, frames_out=1), 1) == 0
     # a frame that is fed back costs 1.3 input frames
     assert main.cost(knobs, 0) == pytest.approx(20 + 1.3)
     assert main.cost(dataclasses.replace(knobs, dense=False), 0) == pytest.approx(10 + 1.3)
