@@ -103,7 +103,7 @@ def what(results):
 def cells(scores, missing):
     """The mean of each metric, in the order of metrics.METRICS, as text."""
     means = (scores[name]["mean"] if name in scores else None for name in metrics.METRICS)
-    return [missing if mean is None else f"{mean:.4g}" for mean in means]
+    return [missing if mean is None else f"{mean:#.4g}".rstrip(".") for mean in means]
 
 
 def table(results):

@@ -6,9 +6,9 @@ All its hidden states together, through one convolution, give the frames.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
-Changes from the paper, and why. (The last seven are off in `EncoderForecaster()`, the paper's network, and on in
-main.py.) Gains are in validation MSE, that of the head's first layer in test MSE; records/README.md has how they were
-measured.
+Changes from the paper, and why. Those from `head` on are off in `EncoderForecaster()`, the paper's network, and on in
+main.py. Gains are in validation MSE, that of the head's first layer in test MSE, each measured beside the recipe of its
+time, so they do not add up (records/README.md).
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3; with a reach, as the last frame, blurred),
   which saves the first steps;
@@ -58,7 +58,7 @@ class ConvLSTMCell(nn.Module):
     f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
     o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
 
-    A peephole Wc has one number a channel, shared over space, so that H and W stay free.
+    A peephole Wc has one number per channel, shared over space, so that H and W stay free.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -234,7 +234,7 @@ class EncoderForecaster(nn.Module):
     def forward(self, past, n_future, first=None):
         """first: also draw the frame after each input frame from that one on: (B, T - 1 - first + n_future, C, H, W).
 
-        The sheets part from there on, too; without a first, from the middle.
+        It counts from 0. The sheets part from there on, too; without a first, from the middle.
         """
         self.check(past, n_future)
         start, last = first, past.shape[1] - 1

@@ -51,7 +51,7 @@ def cell(path):
     """One time step: what is convolved, what is multiplied, and where the peepholes look."""
     axes = canvas(11, 5.6)
     axes.text(0.3, 5.3, "ConvLSTMCell: one time step of one layer", fontsize=14, weight="bold", va="center")
-    shapes = "Arrows carry (B, Ch, H, W); x has C channels, and what is convolved 4 Ch, until it is cut."
+    shapes = "Arrows carry (B, Ch, H, W), H and W in patches; x has C channels, z has 4 Ch."
     axes.text(0.3, 4.97, shapes, fontsize=10, color=EDGE, va="center")
     gates = {
         "f": (3.1, "σ", "forget"),
@@ -106,8 +106,8 @@ def cell(path):
     axes.text(3.62, 2.1, "$W_{ci}$ ∘", ha="center", va="center", fontsize=10, color=peep)
     arrow(axes, (7.3, rail), (7.3, gate), (7.725, gate), colour=peep, dashed=True)
     axes.text(7.62, gate + 0.5, "$W_{co}$ ∘", ha="center", va="center", fontsize=10, color=peep)
-    axes.text(10.75, 5.3, "blue: convolution     red, dashed: peephole, one number a channel", ha="right", va="center",
-              fontsize=10, color=EDGE)  # fmt: skip
+    key = "blue: convolution     red, dashed: peephole, one number per channel"
+    axes.text(10.75, 5.3, key, ha="right", va="center", fontsize=10, color=EDGE)
     axes.text(10.75, 4.97, "∘: element by element", ha="right", va="center", fontsize=10, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     plt.close()
@@ -135,7 +135,7 @@ def encoder_forecaster(path):
     ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, sheets=2, …"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.35, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
-    axes.text(12.7, 8.8, "same name, same colour: same weights", fontsize=10, color=EDGE, ha="right", va="center")
+    axes.text(12.7, 8.8, "in each half: same name, same weights", fontsize=10, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
         head = y + 0.8 * layers + 0.1

@@ -18,7 +18,9 @@ from conftest import ENVIRONMENT, ROOT
 import main
 from download import DIGITS, digit_sheet
 from figures import LABELS
+from knobs import parse
 from moving_mnist import generate
+from my_model import EncoderForecaster
 
 README = (ROOT / "README.md").read_text()
 SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4,4 --batch_size 4"
@@ -122,6 +124,14 @@ def test_knobs_exist():
     assert len(named) > 12 and named - not_ours <= knobs
 
 
+def test_the_papers_network_has_a_command():
+    (flags,) = re.findall(r"`python main.py (--hidden 128[^`]*)`", README)
+    model = main.build(parse(main.Knobs, flags.split()), channels=1)
+    shapes = lambda model: {name: p.shape for name, p in model.named_parameters()}
+    assert shapes(model) == shapes(EncoderForecaster())
+    assert sum(p.numel() for p in model.parameters()) == 7_585_296  # Shi et al., table 1
+
+
 def test_functions_exist():
     """In the table of changes: `name`, `file.py`."""
     table = README.split("## To change X, edit Y")[1].split("##")[0]
@@ -194,10 +204,11 @@ def test_the_spread_is_that_of_the_records():
     ends = [record(name)["scores"]["my_model"]["mse_per_frame"]["mean"] for name in runs]
     assert README.count(f"{np.mean(ends):.1f} ± {np.std(ends, ddof=1):.1f}") == 2
     configs = [json.loads((ROOT / "records" / name / "config.json").read_text()) for name in runs]
-    knobs = {f.name for f in dataclasses.fields(main.Knobs)} - {"seed", "out"}
+    later = {"overlay"}  # than these records, so it has to be off
+    knobs = {f.name for f in dataclasses.fields(main.Knobs)} - {"seed", "out"} - later
     shipped = json.loads(json.dumps(dataclasses.asdict(main.Knobs())))
-    # a knob that came after a record has to be off
-    assert all(config.get(name, 0) == shipped[name] for config in configs for name in knobs)
+    assert all(config[name] == shipped[name] for config in configs for name in knobs)
+    assert not any(shipped[name] for name in later)
 
 
 def test_speed_is_that_of_the_records():
