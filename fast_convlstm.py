@@ -8,10 +8,11 @@ What makes it fast:
    has a C compiler), with a rational tanh: exp and tanh from the library cost several times the convolution.
 2. The input-to-state convolution of all frames of a call is one call too: nothing in a layer feeds back to its
    input. (A network that is fed with its own frames makes a call of one frame for each.)
-3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and none is transposed: the gates
-   write h and c straight into the sequence, and backward turns the pre-activations into their gradient.
-4. Backward keeps only x, z, h and c, computes the gates again, and collects the state-to-state weight gradient
-   of a call's frames into one convolution.
+3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and only the first layer's input is
+   transposed: the gates write h and c straight into the sequence, and backward turns the pre-activations into
+   their gradient.
+4. Backward keeps only x, z, h and c, computes the gates again (in bf16, from z as rounded), and collects the
+   state-to-state weight gradient of a call's frames into one convolution.
 5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated).
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
@@ -66,12 +67,12 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
     sums[0] += torch.stack((di, df, do, dg, di * c, df * c, do * c_next)).sum(1)
 
 
-def one_step(forward, backward, dtype):
-    """What a pair of gate functions computes from numbers that are always the same."""
+def one_step(forward, backward, dtype, scale):
+    """What a pair of gate functions computes from numbers that are always the same; scale: that of the cell state."""
     N, C, generator = 6, 20, torch.Generator().manual_seed(0)
     draw = lambda n: 2 * torch.randn(N, n * C, generator=generator)
     z, zh, dh, dh_next = (draw(n).to(dtype) for n in (4, 4, 1, 1))
-    c, dc, peephole = draw(1), draw(1), draw(1)[:3]
+    c, dc, peephole = scale * draw(1), draw(1), draw(1)[:3]
     c_before, h, sums = torch.empty_like(c), torch.empty_like(dh), c.new_zeros(torch.get_num_threads(), 7, C)
     forward(z, zh, peephole, c, c_before, h)
     added = z.clone()
@@ -97,8 +98,11 @@ def gate_functions(device_type, dtype):
 
     built = tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
     limit = 1e-2 if dtype == torch.bfloat16 else 1e-4
-    pairs = zip(one_step(*built, dtype), one_step(*plain, dtype), strict=True)
-    return built if all((a - b).abs().max() <= limit * b.abs().max() for a, b in pairs) else plain
+    for scale in (1, 20):
+        for a, b in zip(one_step(*built, dtype, scale), one_step(*plain, dtype, scale), strict=True):
+            if not (a - b).abs().max() <= limit * b.abs().max():
+                return plain
+    return built
 
 
 def compiled(bf16):
@@ -107,7 +111,10 @@ def compiled(bf16):
 
 
 class FastConvLSTM(torch.autograd.Function):
-    """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last h and c."""
+    """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last h and c.
+
+    Backward can run once only, as it overwrites z.
+    """
 
     @staticmethod
     def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole, dilation):
@@ -144,7 +151,8 @@ class FastConvLSTM(torch.autograd.Function):
         to_dh = convolution(turned(state_weight), pixels, dilation=ctx.dilation)
         for t in reversed(range(len(z))):
             gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
-            dh_next = to_dh(z[t])
+            if t or ctx.needs_input_grad[1]:
+                dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
         d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight, ctx.dilation)
@@ -162,7 +170,7 @@ def rows(x):
 
 
 def convolution(weight, pixels, bias=None, dilation=1):
-    """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last; for N·H·W pixels in all calls."""
+    """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last. pixels: N·H·W of all its calls."""
     k = weight.shape[-1]
     if winograd.serves(weight, pixels, dilation):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -173,12 +181,12 @@ def convolution(weight, pixels, bias=None, dilation=1):
 
 
 def turned(weight):
-    """Of the convolution that takes a convolution's dy to its dx: the kernel turned, the channels swapped."""
+    """The weight of the convolution that takes dy to dx: turned by 180°, input and output channels swapped."""
     return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def weight_gradient(dy, x, weight, dilation=1):
-    """Of the convolution of x (N, H, W, C_in) that gave y (N, H, W, C_out)."""
+    """From x (N, H, W, C_in) and the gradient dy (N, H, W, C_out) of its convolution with weight."""
     k = weight.shape[-1]
     if winograd.serves(weight, x[..., 0].numel(), dilation):
         return winograd.weight_gradient(dy, x, k)

@@ -98,7 +98,7 @@ class ConvLSTMCell(nn.Module):
 class ConvLSTM(nn.Module):
     """One layer over time: the cell, once a frame. `fast=False` runs exactly that; `fast=True` its twin.
 
-    The twin never calls the cell: main.py and bench.py do without it where `twin_agrees` finds that they differ.
+    The twin never calls the cell, so main.py and bench.py set fast=False where `twin_agrees` finds that they differ.
     """
 
     def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True, dilation=1, fast=True):
@@ -139,15 +139,17 @@ def twin_agrees():
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for in_channels, peephole, dilation in ((4, True, 1), (4, False, 2), (0, True, 1)):
-            x, state = torch.randn(1, 3, 4, 5, 5).double(), torch.randn(2, 1, 4, 5, 5).double().mul(20).unbind()
+            x, state = torch.randn(1, 3, 4, 5, 5).double(), torch.randn(2, 1, 4, 5, 5).double().mul(20)
+            x.requires_grad_(), state.requires_grad_()
             try:
                 layer = ConvLSTM(in_channels, 4, 3, 3, peephole, dilation).double()
                 for parameter in layer.parameters():
                     nn.init.uniform_(parameter, -1, 1)
+                leaves = [*layer.parameters(), state, *([x] if in_channels else [])]
                 found = []
                 for layer.fast in (True, False):
-                    hidden_states, (_, c) = layer(x if in_channels else None, state, 3)
-                    gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), list(layer.parameters()))
+                    hidden_states, (_, c) = layer(x if in_channels else None, state.unbind(), 3)
+                    gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), leaves)
                     found.append((hidden_states, c, *gradients))
                 if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
                     return False
@@ -234,7 +236,7 @@ class EncoderForecaster(nn.Module):
     def forward(self, past, n_future, first=None):
         """first: also draw the frame after each input frame from that one on: (B, T - 1 - first + n_future, C, H, W).
 
-        It counts from 0. The sheets part from there on, too; without a first, from the middle.
+        It counts from 0. The sheets part from there on, too; without a `first`, from the middle of past.
         """
         self.check(past, n_future)
         start, last = first, past.shape[1] - 1

@@ -573,7 +573,8 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
     only_without = lambda self, x, state: edited(self, x, state) if self.peephole is None else forward(self, x, state)
     clamped = lambda self, x, state: [s.clamp(-9, 9) for s in forward(self, x, state)]  # beyond what c soon reaches
     detached = lambda self, x, state: forward(self, x, (state[0], state[1].detach()))  # the same hidden states
-    for change in (edited, only_without, clamped, detached):
+    cut_off = lambda self, x, state: forward(self, None if x is None else x.detach(), state)  # from the layer below
+    for change in (edited, only_without, clamped, detached, cut_off):
         monkeypatch.setattr(my_model.ConvLSTMCell, "forward", change)
         assert fast() == {False} and "ConvLSTMCell and fast_convlstm.py differ" in capsys.readouterr().out
 
@@ -604,6 +605,11 @@ def test_edited_gates_are_noticed(monkeypatch):
             fast_convlstm.gate_functions.cache_clear()
             assert found() == (False, False, False), (name, result)
         monkeypatch.setattr(fast_convlstm, name, right)
+    right = fast_convlstm.gates_forward
+    clamped = lambda *tensors: (right(*tensors), tensors[3].clamp_(-9, 9))  # beyond what c soon reaches
+    monkeypatch.setattr(fast_convlstm, "gates_forward", clamped)
+    fast_convlstm.gate_functions.cache_clear()
+    assert found() == (False, False, False)
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square
