@@ -92,7 +92,7 @@ def take_turns(functions, rounds):
 
 def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16, k=5, dtype=torch.bfloat16):
     """A function that does the convolutions of one training step and nothing else: forward and both gradients,
-    channels last, input-to-state over all frames at once, state-to-state frame by frame."""
+    channels last, input-to-state over all frames at once, state-to-state frame by frame, weight gradients too."""
     calls = []
     for first in (pixels, 0):  # encoder, forecaster
         for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True):
@@ -126,7 +126,8 @@ def peak_so_far():
 
 
 def peak_memory(name, batch, **work):
-    """Bytes that one training step of the contender needs at its peak, measured in a process of its own."""
+    """Bytes that one training step of the contender needs at its peak, beside weights, their gradients and Adam's
+    moments, measured in a process of its own."""
     code = (
         f"import bench; s = bench.step_of({name!r}, 1, **{work | {'frames': 1}!r}); s(); a = bench.peak_so_far();"
         f"s = bench.step_of({name!r}, {batch}, **{work!r}); s(); s(); print(bench.peak_so_far() - a)"
@@ -193,7 +194,8 @@ def main():
         ratio = "" if arguments.scaling else f"{reference / row['seconds']:13.2f}x"
         print(f"{row['work']:18}{row['batch']:6}  {row['name']:26}{row['seconds'] * 1e3:9.1f}"
               f"{row['batch'] / row['seconds']:13.1f}{memory:>10}{ratio}")  # fmt: skip
-    facts = {"machine": f"{platform.system()} {machine}", "torch": torch.__version__, "rows": rows}
+    facts = {"machine": f"{platform.system()} {machine}", "threads": torch.get_num_threads(),
+             "torch": torch.__version__, "rounds": arguments.rounds, "rows": rows}  # fmt: skip
     Path("scaling.json" if arguments.scaling else "bench.json").write_text(json.dumps(facts, indent=1))
     if arguments.scaling:
         figures.scaling(Path("scaling.png"), rows)
