@@ -35,8 +35,9 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
             curves = {who: curve(f, dataset, frames_in, n, device) for who, f in forecasts.items()}
         except (RuntimeError, ValueError, ArithmeticError) as error:  # an edited network, or too little memory
             if WORLD > 1:
-                raise  # or the sums of the others would take this process's next part for this one
-            say(f"beyond    {case}: not possible ({str(error).splitlines()[0]})")
+                raise  # or the others, which wait to add up this case, would add this process's next one
+            why = str(error).partition("\n")[0]
+            say(f"beyond    {case}: not possible ({why})")
             continue
         lengths = {"as in training": frames_out, double: 2 * frames_out} if case == triple else {}
         for part, frames in {**lengths, case: n}.items():  # the first frames of the long forecasts are the short ones

@@ -1,4 +1,4 @@
-"""Models side by side: every folder under `out` that has results on the same data, by the same metrics."""
+"""Models side by side: every folder under `out` that has results on the same data."""
 
 import csv
 import json

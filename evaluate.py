@@ -39,8 +39,8 @@ def forecaster(model, autocast):
 
 def cut(frames, frames_in, frames_out, device="cpu"):
     """uint8 sequences → (past, truth) in [0, 1]."""
-    frames = frames.to(device).float() / 255
-    return frames[:, :frames_in], frames[:, frames_in : frames_in + frames_out]
+    frames = frames[:, : frames_in + frames_out].to(device).float() / 255
+    return frames[:, :frames_in], frames[:, frames_in:]
 
 
 @torch.inference_mode()
@@ -103,7 +103,8 @@ def what(results):
 def cells(scores, missing):
     """The mean of each metric, in the order of metrics.METRICS, as text."""
     means = (scores[name]["mean"] if name in scores else None for name in metrics.METRICS)
-    return [missing if mean is None else f"{mean:#.4g}".rstrip(".") for mean in means]
+    text = lambda mean: f"{mean:.0f}" if mean >= 1000 else f"{mean:#.4g}"
+    return [missing if mean is None else text(mean) for mean in means]
 
 
 def table(results):

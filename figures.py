@@ -173,7 +173,7 @@ def grid(path, rows, title, most=10):
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for r, (name, (first, frames)) in enumerate(rows.items()):
-        top, some = 56 + r * high, sorted(np.linspace(len(frames) - 1, 0, min(len(frames), most)).astype(int))
+        top, some = 56 + r * high, np.linspace(0, len(frames) - 1, min(len(frames), most)).astype(int)
         label = name.replace(" ", "\n")
         fit(axes.text(96, top + height * scale / 2 + 24, label, ha="right", va="center", fontsize=9), 90)
         for k, t in enumerate(some):

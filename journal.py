@@ -67,7 +67,7 @@ class Setup(NamedTuple):
 
 
 def starting_weights(knobs):
-    """(knobs, the network's as the file of weights has them; its content; its path). Without a file two Nones."""
+    """(knobs, those of the network from the file of weights; its content; its path). Without a file two Nones."""
     if not knobs.weights and not knobs.eval_only:
         return knobs, None, None
     path = Path(knobs.weights or Path(knobs.out) / knobs.model / "best.pt")
@@ -100,7 +100,7 @@ def load_weights(model, weights, path):
 
 
 def data_identity(knobs, training, validation, data):
-    """The data, by all that tells it from another."""
+    """The data's name and size, and a digest of its first validation sequence."""
     shape, sha = "×".join(str(n) for n in shape_of(training)), sha_of_first(validation)
     return f"{knobs.data} ({data}, {len(training):,} sequences of {shape}, sha256 of one {sha})"
 
@@ -163,9 +163,9 @@ def load_optimiser(optimiser, saved):
         raise ValueError("its optimiser has other options")
     kinds = [names for kind, names in MOMENTS.items() if isinstance(optimiser, kind)]  # others keep what they like
     for weight, moments in optimiser.state.items() if kinds else ():
-        if not moments.keys() >= kinds[0]:  # and amsgrad's
+        fit = all(moment.shape in ((), weight.shape) for moment in moments.values())
+        if not (fit and moments.keys() >= kinds[0]):  # and amsgrad's
             raise ValueError("its optimiser has other moments")
-        [moment.expand_as(weight) for moment in moments.values()]  # raises for another weight's
 
 
 def baseline(setup, who):
@@ -271,7 +271,7 @@ def conclude(setup, model, step, test_split):
 
 def report(results):
     """metrics.json, for people."""
-    others = f"\n\n{beyond.table(results['beyond'])}" if "beyond" in results else ""
+    others = f"\n\n{beyond.table(results['beyond'])}" if results.get("beyond") else ""
     return f"{table(results)}{others}\n\nweights   {results['weights']}"
 
 

@@ -15,7 +15,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD > 1 else 0
 
 
 class DeviceError(Exception):
-    """A device that is not there, in one sentence."""
+    """A device that cannot be used, or processes that cannot work together, in one sentence."""
 
 
 def choose_device(wanted, precision):
@@ -24,7 +24,7 @@ def choose_device(wanted, precision):
     found = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = found if wanted == "auto" else wanted
     if kind not in ("cpu", found):
-        raise DeviceError(f"device is {kind!r}, but this run can use only {found}; set device to auto or {found}")
+        raise DeviceError(f"device is {kind!r}, which this run does not find; set device to auto or {found}")
     if kind == "cuda" and (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
         raise DeviceError(f"process {LOCAL_RANK + 1} of this machine finds {gpus} GPUs; "
                           f"start at most one process a GPU: --nproc_per_node={gpus}")  # fmt: skip
@@ -68,7 +68,7 @@ def join(device):
         raise DeviceError(f"WORLD_SIZE is {WORLD}, but {', '.join(missing)} are not set; start it with torchrun")
     try:
         if WORLD > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
     except dist.DistError as error:
         raise DeviceError(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
 

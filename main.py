@@ -385,7 +385,7 @@ def follow_data(knobs, training):
     return dataclasses.replace(knobs, frames_in=n - n // 2, frames_out=n // 2)
 
 
-def model_for(knobs, training, data, device):
+def model_for(knobs, training, data, device, autocast):
     """The model, once the knobs fit the data and the model fits both; else a DataError says what does not."""
     n_frames, channels, height, width = shape_of(training)
     if n_frames < knobs.frames_in + knobs.frames_out:
@@ -399,11 +399,11 @@ def model_for(knobs, training, data, device):
     torch.manual_seed(knobs.seed)
     try:
         model = build(knobs, channels).to(device)
-        with torch.no_grad():  # a dry run on one sequence
+        with torch.no_grad(), autocast():  # a dry run on one sequence
             model(cut(training[np.arange(1)], knobs.frames_in, 0, device)[0], 1)
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        if Path(where.filename).parent != Path(__file__).parent or not (where.line or "").startswith("raise"):
+        if Path(where.filename).parent != Path(figures.__file__).parent or not (where.line or "").startswith("raise"):
             raise  # Python's or torch's, not the network's: a bug in an edited one
         raise DataError(str(error)) from error
     return model
@@ -430,7 +430,7 @@ def main(knobs):
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
         )
-    model = model_for(knobs, training, data, device)
+    model = model_for(knobs, training, data, device, autocast)
     if given:
         load_weights(model, given["model"], origin)
     setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
@@ -474,9 +474,10 @@ def main(knobs):
 
 
 if __name__ == "__main__":
+    # in a file too, a line is there when it is printed; and no character that the terminal lacks ends a run
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     knobs = parse(Knobs, sys.argv[1:], __doc__.splitlines()[0])
     stop_on_signals()
-    sys.stdout.reconfigure(line_buffering=True)  # in a file too, a line is there when it is printed
     try:
         main(knobs)
         if WORLD > 1:

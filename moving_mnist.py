@@ -14,7 +14,7 @@ SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0
 
 
 class DataError(Exception):
-    """An array that cannot be used, in one sentence."""
+    """Data that cannot be used, or not with these knobs, in one sentence."""
 
 
 def open_array(path):

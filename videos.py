@@ -17,7 +17,7 @@ from moving_mnist import DataError
 
 getattr(cv2.utils, "logging", cv2).setLogLevel(2)  # errors only; up to OpenCV 4.12, the function is cv2's own
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
-LARGEST = 2**31  # bytes of frames; while they are put together, memory holds them three times
+LARGEST = 2**31  # bytes of frames; while they are put together, memory holds them up to three times
 
 
 def read_folder(folder, n_frames, size, stride=1, colour=False):
@@ -49,7 +49,7 @@ def read_folder(folder, n_frames, size, stride=1, colour=False):
             raise DataError(f"{path} gives {len(frames)} frames at video_stride {stride}; a sequence needs {n_frames}: "
                             "remove it, or lower video_stride, frames_in or frames_out")  # fmt: skip
         sequences.append(np.stack(frames[: n * n_frames]).reshape(n, n_frames, *frames[0].shape))
-    return np.ascontiguousarray(np.concatenate(sequences).swapaxes(0, 1))
+    return np.concatenate(sequences).swapaxes(0, 1)
 
 
 def decode(path, stride):

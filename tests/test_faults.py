@@ -16,13 +16,27 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
+import sys
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 
 import numpy as np
 import pytest
 import torch
-from conftest import ABORTS_AT_SHUTDOWN, ROOT, STEPS, finish, flags, here, largest_file, mounted, moving_squares, start
+from conftest import (
+    ABORTS_AT_SHUTDOWN,
+    ENVIRONMENT,
+    ROOT,
+    STEPS,
+    finish,
+    flags,
+    here,
+    largest_file,
+    mounted,
+    moving_squares,
+    start,
+)
 from conftest import wait_until as wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -429,10 +443,11 @@ def test_a_checkpoint_of_what_cannot_be(part, value, small, begun):
         begun(state)
 
 
-def test_a_checkpoint_with_the_moments_of_other_weights(small, begun):
+@pytest.mark.parametrize("shape", [(7, 5, 3), (1,)], ids=str)  # the second would be broadcast
+def test_a_checkpoint_with_the_moments_of_other_weights(shape, small, begun):
     for k, name in enumerate(("momentum_buffer", "exp_avg")):
         state = checkpoint.load(small[1] / "last.pt")
-        state["optimisers"][k]["state"][0][name] = torch.zeros(7, 5, 3)
+        state["optimisers"][k]["state"][0][name] = torch.zeros(shape)
         with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt is no checkpoint of this version"):
             begun(state)
 
@@ -744,6 +759,18 @@ def test_a_bug_in_an_edited_cell_is_no_sentence(array, tmp_path, monkeypatch):
 
 
 # Processes
+
+
+def test_a_terminal_without_all_characters(array, tmp_path):
+    out, _ = finish(start(*flags(array, tmp_path, epochs=1, train_sequences=5), PYTHONIOENCODING="ascii"))
+    assert r" frames, 1\xd716\xd716" in out
+
+
+def test_a_refusal_through_a_link(array, tmp_path):
+    (tmp_path / "link").symlink_to(ROOT, target_is_directory=True)
+    command = [sys.executable, str(tmp_path / "link" / "main.py"), *flags(array, tmp_path, kernel_size=4)]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stderr.startswith("main.py: kernel size 4 is even")
 
 
 @pytest.mark.parametrize(
