@@ -151,7 +151,7 @@ class FastConvLSTM(torch.autograd.Function):
         to_dh = convolution(turned(state_weight), pixels, dilation=ctx.dilation)
         for t in reversed(range(len(z))):
             gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
-            if t or ctx.needs_input_grad[1]:
+            if t or ctx.needs_input_grad[1]:  # the first hidden state may be no more than zeros
                 dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
