@@ -33,7 +33,7 @@ import advection
 import checkpoint
 import convlstm
 import figures
-from download import DownloadError, load_data
+from download import MOVING_MNIST, DownloadError, load_data
 from evaluate import CROSS_ENTROPY, cut, evaluate, forecaster
 from fast_convlstm import compiled
 from journal import (
@@ -84,9 +84,10 @@ class Knobs:
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
     augment: bool = knob(False, "flip and transpose training sequences, until all forecast frames are trained on (with "
                                 "--grow_until 0 never); no gain in 4 and 6 epochs")  # fmt: skip
-    overlay: int = knob(0, "lay so many other training sequences over each, the larger value on top: fewer as the "
-                           "horizon grows, none once all forecast frames are trained on (with --grow_until 0 never). "
-                           "For bright things on black", 0, 16, tried="0 to 3")  # fmt: skip
+    overlay: int = knob(-1, "lay so many other training sequences over each, the larger value on top: fewer as the "
+                            "horizon grows, none once all forecast frames are trained on (with --grow_until 0 never). "
+                            "For bright things on black; -1: 2 of Moving MNIST, 0 of your own data", -1, 16,
+                        tried="0 to 3")  # fmt: skip
 
     # --weights brings all of this group along
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
@@ -238,7 +239,8 @@ def inputs(knobs, n_future):
 
 def overlays(knobs, n_future):
     """Training sequences laid over each: fewer as the horizon grows, and none when all frames are trained on."""
-    return math.ceil(knobs.overlay * (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1))
+    most = knobs.overlay if knobs.overlay >= 0 else 2 * (knobs.data in MOVING_MNIST)
+    return math.ceil(most * (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1))
 
 
 def batch_of(setup, step, index, n_future):

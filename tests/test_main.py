@@ -740,6 +740,8 @@ def test_schedules():
         assert main.inputs(dataclasses.replace(knobs, **change), 1) == 10
     assert [main.overlays(main.Knobs(overlay=2), n_future) for n_future in (1, 5, 6, 9, 10)] == [2, 2, 1, 1, 0]
     assert main.overlays(main.Knobs(overlay=2, frames_out=1), 1) == 0
+    of_each_data = [main.overlays(main.Knobs(data=data), 1) for data in ("array", "fresh", "recut", "my_videos.npy")]
+    assert of_each_data == [2, 2, 2, 0]
     # a frame that is fed back costs 1.3 input frames
     assert main.cost(knobs, 0) == pytest.approx(20 + 1.3)
     assert main.cost(dataclasses.replace(knobs, dense=False), 0) == pytest.approx(10 + 1.3)
