@@ -92,24 +92,32 @@ def take_turns(functions, rounds):
 
 def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16, k=5, dtype=torch.bfloat16):
     """A function that does the convolutions of one training step and nothing else: forward and both gradients,
-    channels last, input-to-state over all frames at once, state-to-state frame by frame, weight gradients too."""
-    calls = []
+    channels last, over all frames at once but for what has to go frame by frame, the state-to-state ones and the
+    gradients of their data."""
+    n_all, work = batch * frames, []
+
+    def add(n_in, n, at_once, needs_dx=True):
+        shape = ((n_all, n_in, size, size), (n_all, 4 * n, size, size), (4 * n, n_in, k, k))
+        x, dz, w = (torch.randn(s).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last) for s in shape)
+        work.append((x, dz, w, at_once, needs_dx))
+
     for first in (pixels, 0):  # encoder, forecaster
         for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True):
-            calls += [(n, n, batch, frames, True)] + ([(n_in, n, batch * frames, 1, n_in != pixels)] if n_in else [])
+            add(n, n, batch)
+            if n_in:
+                add(n_in, n, n_all, n_in != pixels)
 
-    def operands(n_in, n, b):
-        shape = ((b, n_in, size, size), (b, 4 * n, size, size), (4 * n, n_in, k, k))
-        return [torch.randn(s).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last) for s in shape]
-
-    work = [(operands(n_in, n, b), times, needs_dx) for n_in, n, b, times, needs_dx in calls]
+    def backward(dz, x, w, wanted):
+        options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, wanted
+        torch.ops.aten.convolution_backward(dz, x, w, *options)
 
     def step():
-        for (x, dz, w), times, needs_dx in work:
-            for _ in range(times):
-                F.conv2d(x, w, padding=k // 2)
-                options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, (needs_dx, True, False)
-                torch.ops.aten.convolution_backward(dz, x, w, *options)
+        for x, dz, w, at_once, needs_dx in work:
+            for x_part, dz_part in zip(x.split(at_once), dz.split(at_once), strict=True):
+                F.conv2d(x_part, w, padding=k // 2)
+                if needs_dx:
+                    backward(dz_part, x_part, w, (True, False, False))
+            backward(dz, x, w, (False, True, False))
 
     return step
 
@@ -126,10 +134,11 @@ def peak_so_far():
 
 
 def peak_memory(name, batch, **work):
-    """Bytes that one training step of the contender needs at its peak, beside weights, their gradients and Adam's
-    moments, measured in a process of its own."""
+    """Bytes that a training step of the contender needs at its peak, with weights, their gradients and Adam's moments:
+    what a process of its own comes to hold beyond torch and the step of a tiny network."""
+    tiny = {"frames": 1, "hidden": (1,)}
     code = (
-        f"import bench; s = bench.step_of({name!r}, 1, **{work | {'frames': 1}!r}); s(); a = bench.peak_so_far();"
+        f"import bench; bench.step_of({name!r}, 1, **{work | tiny!r})(); a = bench.peak_so_far();"
         f"s = bench.step_of({name!r}, {batch}, **{work!r}); s(); s(); print(bench.peak_so_far() - a)"
     )
     run = {"check": True, "capture_output": True, "text": True, "cwd": Path(__file__).parent}
