@@ -97,15 +97,16 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
     n_all, work = batch * frames, []
 
     def add(n_in, n, at_once, needs_dx=True):
+        """needs_dx: of the first frames that go at once; of the later ones, data always need a gradient."""
         shape = ((n_all, n_in, size, size), (n_all, 4 * n, size, size), (4 * n, n_in, k, k))
         x, dz, w = (torch.randn(s).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last) for s in shape)
         work.append((x, dz, w, at_once, needs_dx))
 
     for first in (pixels, 0):  # encoder, forecaster
         for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True):
-            add(n, n, batch)
+            add(n, n, batch, needs_dx=not first)  # the encoder's first hidden state is zero
             if n_in:
-                add(n_in, n, n_all, n_in != pixels)
+                add(n_in, n, n_all, needs_dx=n_in != pixels)
 
     def backward(dz, x, w, wanted):
         options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, wanted
@@ -113,9 +114,9 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
 
     def step():
         for x, dz, w, at_once, needs_dx in work:
-            for x_part, dz_part in zip(x.split(at_once), dz.split(at_once), strict=True):
+            for t, (x_part, dz_part) in enumerate(zip(x.split(at_once), dz.split(at_once), strict=True)):
                 F.conv2d(x_part, w, padding=k // 2)
-                if needs_dx:
+                if needs_dx or t:
                     backward(dz_part, x_part, w, (True, False, False))
             backward(dz, x, w, (False, True, False))
 

@@ -1,4 +1,4 @@
-"""What training never showed: more digits, more frames, a larger canvas, with the baselines beside.
+"""What training never showed: three digits, more frames, a larger canvas, with the baselines beside.
 
 The sequences are generated from the digits of raw/digits_test.png, by the law of the training data.
 """

@@ -118,8 +118,8 @@ def scaling(path, rows):
         some = [row for row in rows if row["grows"] == knob]
         x = [row[knob][0] if knob == "hidden" else row[knob] for row in some]
         for axes, key, scale in (time, "seconds", 1e3), (memory, "bytes", 2**-20):
-            squared = knob == "size" or (knob, key) == ("hidden", "seconds")  # weights are few beside states
-            power, name = (2, "as the square") if squared else (1, "in proportion")
+            # of channels, weights and work grow as the square, states in proportion
+            power, name = (2, "as the square") if knob in ("size", "hidden") else (1, "in proportion")
             y = [row[key] * scale for row in some]
             axes.loglog(x, y, "o-", ms=4, color=COLOURS["validation"], label="measured")
             axes.loglog(x, [y[-1] * (v / x[-1]) ** power for v in x], ":", color=COLOURS["black"], label=name)

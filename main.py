@@ -239,8 +239,7 @@ def inputs(knobs, n_future):
 
 def overlays(knobs, n_future):
     """Training sequences laid over each: fewer as the horizon grows, and none when all frames are trained on."""
-    most = knobs.overlay if knobs.overlay >= 0 else 2 * (knobs.data in MOVING_MNIST)
-    return math.ceil(most * (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1))
+    return math.ceil(knobs.overlay * (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1))
 
 
 def batch_of(setup, step, index, n_future):
@@ -379,8 +378,12 @@ def train(setup, run, model, optimisers):
 
 
 def follow_data(knobs, training):
-    """The knobs; of sequences too short for the default frames_in and frames_out, each gets half of them."""
-    n, default = shape_of(training)[0], (Knobs.frames_in, Knobs.frames_out)
+    """The knobs: overlay as the data wants it; of sequences too short for the default frames_in and frames_out, each
+    gets half of them."""
+    (n, *frame), default = shape_of(training), (Knobs.frames_in, Knobs.frames_out)
+    if knobs.overlay < 0:
+        moving_mnist = knobs.data in MOVING_MNIST and frame == [1, 64, 64]  # someone's own file may lie there instead
+        knobs = dataclasses.replace(knobs, overlay=2 if moving_mnist else 0)
     if (knobs.frames_in, knobs.frames_out) != default or n >= sum(default) or n < 3:
         return knobs
     say(f"frames    the data has {n} a sequence: frames_in {n - n // 2}, frames_out {n // 2}")

@@ -19,12 +19,17 @@ def operations(function):
     return counter.get_total_flops()
 
 
-def test_bare_convolutions_are_those_of_a_training_step():
+def test_bare_convolutions_are_those_of_a_training_step(monkeypatch):
     model, past = EncoderForecaster(1, **SMALL, fast=False), torch.rand(2, 3, 1, 16, 16)
     of_the_model = operations(lambda: model(past, 3).sum().backward())
     head = 3 * 2 * 3 * (2 * 8 * 8 * 12 * 4)  # forward and two gradients, frames, batch, one 1×1 convolution
-    bare = operations(bench.bare_convolutions(2, 3, 8, (8, 4), 4, 3, torch.float32))
-    assert bare == pytest.approx(of_the_model - head, rel=0.05)
+    step = bench.bare_convolutions(2, 3, 8, (8, 4), 4, 3, torch.float32)
+    assert operations(step) == of_the_model - head
+    backward, wanted = torch.ops.aten.convolution_backward, []
+    spy = lambda *args: wanted.append(args[-1][1]) or backward(*args)
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", spy)
+    step()
+    assert sum(wanted) == 4 + 3  # weight gradients: one a kernel, as our step has them
 
 
 def test_an_edited_cell_is_timed_as_it_stands(monkeypatch):
@@ -85,3 +90,11 @@ def test_bf16_is_left_out_where_it_would_be_emulated(monkeypatch):
 def test_memory_is_measured_in_a_process_of_its_own():
     little, much = (bench.peak_memory("my_model, fp32", batch, frames=4, size=64, **SMALL) for batch in (1, 64))
     assert little < 2**26 < much < 2**30
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+def test_memory_counts_weights_gradients_and_moments():
+    network = {"hidden": (256,), "kernel_size": 5, "patch": 4}
+    weights = sum(p.numel() for p in EncoderForecaster(1, **network).parameters())
+    peak = bench.peak_memory("my_model, fp32", 1, frames=1, size=16, **network)
+    assert peak > 4 * 4 * weights > 2**27  # float32

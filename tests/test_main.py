@@ -740,12 +740,19 @@ def test_schedules():
         assert main.inputs(dataclasses.replace(knobs, **change), 1) == 10
     assert [main.overlays(main.Knobs(overlay=2), n_future) for n_future in (1, 5, 6, 9, 10)] == [2, 2, 1, 1, 0]
     assert main.overlays(main.Knobs(overlay=2, frames_out=1), 1) == 0
-    of_each_data = [main.overlays(main.Knobs(data=data), 1) for data in ("array", "fresh", "recut", "my_videos.npy")]
-    assert of_each_data == [2, 2, 2, 0]
+    assert main.overlays(main.Knobs(overlay=0), 1) == 0
     # a frame that is fed back costs 1.3 input frames
     assert main.cost(knobs, 0) == pytest.approx(20 + 1.3)
     assert main.cost(dataclasses.replace(knobs, dense=False), 0) == pytest.approx(10 + 1.3)
     assert main.cost(dataclasses.replace(knobs, feedback=False), 0.5) == 10 + 11
+
+
+def test_what_is_overlaid_unless_a_knob_says_so():
+    moving_mnist, larger = (Sequences(np.zeros((20, 1, 1, size, size), np.uint8)) for size in (64, 96))
+    overlay = lambda training, **knobs: main.follow_data(main.Knobs(**knobs), training).overlay
+    assert [overlay(moving_mnist, data=data) for data in ("array", "fresh", "recut", "my_videos.npy")] == [2, 2, 2, 0]
+    assert overlay(larger) == 0  # someone's own file in the array's place
+    assert overlay(moving_mnist, overlay=0) == 0 and overlay(larger, data="my_videos.npy", overlay=3) == 3
 
 
 def test_help_has_every_knob(capsys):

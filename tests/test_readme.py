@@ -27,7 +27,8 @@ SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4,4 --batch_size 4"
 # 13 steps, at which the clock is read first, are then one epoch
 BY_CLOCK = f"{SHORT} --max_minutes 0.001 --train_sequences 40 --batch_size 3 --frames_in 2 --frames_out 2"
 ARRAY = f"{BY_CLOCK} --data raw/mnist_test_seq.npy"
-SHORTER = {2: SHORT, 4: "--frames_in 5 --frames_out 3", 5: ARRAY, 6: ARRAY, 7: ARRAY, 8: BY_CLOCK}  # by command
+REFERENCE = f"{ARRAY} --overlay 2"
+SHORTER = {2: SHORT, 4: "--frames_in 5 --frames_out 3", 5: REFERENCE, 6: REFERENCE, 7: ARRAY, 8: BY_CLOCK}  # by command
 METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
 
 
