@@ -479,8 +479,8 @@ def test_a_checkpoint_of_knobs_that_cannot_be(knobs, small, begun):
 def begun(small, tmp_path, monkeypatch):
     """journal.begin_or_go_on, of the small run, where last.pt has this state."""
     knobs, folder = small
-    asked = parse(main.Knobs, flags(**knobs))
     training = MovingMNIST(knobs["data"], "train", 10)
+    asked = main.follow_data(parse(main.Knobs, flags(**knobs)), training)
     model = main.build(asked, 1)
     validation = MovingMNIST(knobs["data"], "validation")
     setup = journal.Setup(asked, tmp_path, "squares.npy", training, validation, torch.device("cpu"), None, None)
