@@ -26,7 +26,7 @@ import beyond
 import checkpoint
 import figures
 from compare import compare
-from download import MOVING_MNIST
+from download import is_moving_mnist
 from evaluate import BASELINES, CROSS_ENTROPY, curve, cut, draw, draw_ranked, table, test, write_results
 from knobs import names_under, wrong
 from machine import RANK, from_rank_0, say
@@ -255,7 +255,7 @@ def conclude(setup, model, step, test_split):
                "frames_in": knobs.frames_in, "frames_out": knobs.frames_out, "validation": setup.validated,
                "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
                "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip
-    if knobs.data in MOVING_MNIST and first.shape[2:] == (1, 64, 64):  # someone's own file may lie there instead
+    if is_moving_mnist(knobs, test_split):
         results["beyond"] = beyond.beyond(folder, knobs.model, forecast, *setup.span, setup.device, knobs.patch)
     if RANK == 0:
         if knobs.eval_only:

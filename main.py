@@ -33,7 +33,7 @@ import advection
 import checkpoint
 import convlstm
 import figures
-from download import MOVING_MNIST, DownloadError, load_data
+from download import DownloadError, is_moving_mnist, load_data
 from evaluate import CROSS_ENTROPY, cut, evaluate, forecaster
 from fast_convlstm import compiled
 from journal import (
@@ -380,10 +380,9 @@ def train(setup, run, model, optimisers):
 def follow_data(knobs, training):
     """The knobs: overlay as the data wants it; of sequences too short for the default frames_in and frames_out, each
     gets half of them."""
-    (n, *frame), default = shape_of(training), (Knobs.frames_in, Knobs.frames_out)
+    n, default = shape_of(training)[0], (Knobs.frames_in, Knobs.frames_out)
     if knobs.overlay < 0:
-        moving_mnist = knobs.data in MOVING_MNIST and frame == [1, 64, 64]  # someone's own file may lie there instead
-        knobs = dataclasses.replace(knobs, overlay=2 if moving_mnist else 0)
+        knobs = dataclasses.replace(knobs, overlay=2 if is_moving_mnist(knobs, training) else 0)
     if (knobs.frames_in, knobs.frames_out) != default or n >= sum(default) or n < 3:
         return knobs
     say(f"frames    the data has {n} a sequence: frames_in {n - n // 2}, frames_out {n // 2}")
