@@ -116,16 +116,16 @@ def cell(path):
 def stack(axes, x, y, colour, layers):
     """So many layers, the first at the bottom."""
     for k in range(layers):
-        box(axes, x, y + 0.8 * k, f"ConvLSTM {k + 1}", colour, 1.5, 0.48, 10)
+        box(axes, x, y + 0.8 * k, f"ConvLSTM {k + 1}", colour, 1.5, 0.48)
         if k:
             arrow(axes, (x, y + 0.8 * k - 0.56), (x, y + 0.8 * k - 0.24))
 
 
 def draw_head(axes, x, y, frame):
     """The head above a stack, and the frame that it draws."""
-    box(axes, x, y, f"head $\\rightarrow$ {frame}", DRAWN, 1.5, 0.42, 10)
+    box(axes, x, y, f"head $\\rightarrow$ {frame}", DRAWN, 1.5, 0.42)
     arrow(axes, (x, y - 0.66), (x, y - 0.21))
-    axes.text(x + 0.08, y - 0.44, "every layer's $h$", fontsize=8, va="center", color=EDGE)
+    axes.text(x + 0.08, y - 0.44, "all $h$", fontsize=10, va="center", color=EDGE)
 
 
 def encoder_forecaster(path):
@@ -135,7 +135,8 @@ def encoder_forecaster(path):
     ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, sheets=2, …"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.35, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
-    axes.text(12.7, 8.8, "in each half: same name, same weights", fontsize=10, color=EDGE, ha="right", va="center")
+    key = "in each half: same name and colour, same weights"
+    axes.text(12.7, 8.8, key, fontsize=11, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
         head = y + 0.8 * layers + 0.1
@@ -146,7 +147,8 @@ def encoder_forecaster(path):
             for layer in range(layers):
                 level = y + 0.8 * layer
                 if k == 0:
-                    arrow(axes, (x + 0.75, level), (3.6 - 0.75, level), label="$h, c$" if layer == layers - 1 else "")
+                    label = "$h, c$" if layer == layers - 1 else ""
+                    arrow(axes, (x + 0.75, level), (3.6 - 0.75, level), label=label, size=11)
                 elif k == 1:
                     arrow(axes, (x + 0.75, level), (5.9 - 0.75, level), dashed=True)
         first = 11 if forecaster else 12
@@ -156,12 +158,12 @@ def encoder_forecaster(path):
             for layer in range(layers):
                 level = y + 0.8 * layer
                 arrow(axes, ((6.65 if k == 0 else 8.95), level), (x - 0.75, level),
-                      label="state copied" if forecaster and (k, layer) == (0, layers - 1) else "", size=8)  # fmt: skip
+                      label="copied" if forecaster and (k, layer) == (0, layers - 1) else "", size=10)  # fmt: skip
                 if k == 1:
                     arrow(axes, (x + 0.75, level), (x + 1.5, level), dashed=True)
             draw_head(axes, x, head, name)
         if forecaster:
-            axes.text(9.25, y - 0.5, "no input", ha="center", fontsize=10, color=EDGE)
+            axes.text(9.25, y - 0.5, "no input", ha="center", fontsize=11, color=EDGE)
         else:
             draw_head(axes, 5.9, head, "$\\hat{x}_{11}$")
             red = "#c8553d"
@@ -176,29 +178,28 @@ def encoder_forecaster(path):
                     (x1, y - 0.24),
                     colour=red,
                 )
-            axes.text(8.2, y - 1.08, "the frame that it drew last", ha="center", fontsize=10, color=red)
+            axes.text(8.2, y - 1.08, "the frame that it drew last", ha="center", fontsize=11, color=red)
             green = "#3d7a3d"
             for x in (5.9, 8.2, 10.3):
                 start = x - 0.45 if x == 5.9 else x - 0.9
                 arrow(axes, (start, y - 0.85), (x - 0.9, y - 0.85), (x - 0.9, head), (x - 0.75, head), colour=green)
-            axes.text(4.9, head, "moved", ha="right", va="center", fontsize=10, color=green)
+            axes.text(4.9, head, "moved", ha="right", va="center", fontsize=11, color=green)
             for x0, x1 in ((6.1, 8.0), (8.4, 10.1)):
                 arrow(axes, (x0, head + 0.21), (x0, head + 0.4), (x1, head + 0.4), (x1, head + 0.21), colour=green)
             arrow(axes, (4.3, head + 0.4), (5.7, head + 0.4), (5.7, head + 0.21), colour=green, dashed=True)
-            axes.text(7.05, head + 0.4, "sheets", ha="center", va="bottom", fontsize=10, color=green)
-            axes.text(4.25, head + 0.4, "sheets, from $x_5$ on", ha="right", va="center", fontsize=10, color=green)
+            axes.text(7.05, head + 0.4, "sheets", ha="center", va="bottom", fontsize=11, color=green)
+            axes.text(4.25, head + 0.4, "sheets, from $x_5$ on", ha="right", va="center", fontsize=11, color=green)
             violet = "#6a4c93"
             arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), colour=violet)
-            axes.text(0.95, y - 1.2, "at each step: motion since the frame before", fontsize=10, color=violet)
+            axes.text(0.95, y - 1.2, "at each step: motion since the frame before", fontsize=11, color=violet)
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
-        "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$: (B, Ch, 16, 16)\n"
+        "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
-        "with search=4, the first layer has 16 channels of input more: how the patches moved since the frame before\n"
-        "with reach=4 and sheets=2, the head has 16 + 2·81 channels more: how much the moved frame counts in a pixel,\n"
-        "and the weights of the 9×9 moves of each of the two sheets that the frame is taken apart into"
+        "Below, 16 channels of motion are more input to the first layer, and the head has 16 + 2·81 more outputs:\n"
+        "how much the moved frame counts in a pixel, and the weights of the 9×9 moves of each of the two sheets."
     )
-    axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=10, color=EDGE)
+    axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
     plt.close()
 
