@@ -25,6 +25,7 @@ import os
 import sys
 import time
 import zlib
+from contextlib import suppress
 from http.client import HTTPException
 from itertools import count
 from pathlib import Path
@@ -140,12 +141,21 @@ def cut_digits(path, name):
 
 
 def training_digits():
-    """Of MNIST's, or of those that are here: (a twelfth, for validation, that no training sequence shows; the rest)."""
+    """Of MNIST's, or of those that are here: (a twelfth, for validation, that no training sequence shows; the rest).
+
+    Once those that are here had to do, they do until a file in raw/ is removed: a run goes on with what it began with.
+    """
+    file = Path("raw") / DIGITS.name
+    missing = file.with_suffix(".missing")
     try:
+        if missing.exists() and not (file.exists() or file.with_suffix(".gz").exists()):
+            raise DownloadError(f"{missing} is there since they could not be had; remove it to try again")
         digits = mnist_digits()
     except DownloadError as error:
         say(f"not all of MNIST: going on with the 10,000 training digits of raw/digits_train.png, as\n{error}")
         digits = digit_sheet(RAW / "digits_train.png")
+        with suppress(OSError):
+            missing.touch()
     return np.split(digits, [len(digits) // 12])
 
 
@@ -306,8 +316,12 @@ def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("folder", nargs="?", default="raw", help="where to leave the array (default: raw)")
+    folder = parser.parse_args().folder
     try:
-        path = moving_mnist_array(parser.parse_args().folder)
+        path = Path(folder) / ARRAY.name
+        if length(path) not in (0, ARRAY.size):  # main.py would train on it
+            raise DownloadError(f"{path} has {length(path):,} bytes, not {ARRAY.size:,}; move it away and start again")
+        path = moving_mnist_array(folder)
         found = hashlib.md5(np.memmap(path, np.uint8, "r"), usedforsecurity=False).hexdigest()
         if found != ARRAY.md5:  # put there by hand
             raise DownloadError(f"{path} has other content: md5 {found}, not {ARRAY.md5}; remove it and start again")

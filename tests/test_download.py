@@ -443,6 +443,10 @@ def test_main(server, folder, monkeypatch, capsys):
     server.answers["/a.npy"] = offer(NPY)
     download.main()
     assert str(folder / "seq.npy") in capsys.readouterr().out
+    (folder / "seq.npy").write_bytes(b"of one's own")
+    with pytest.raises(SystemExit, match=r"seq\.npy has 12 bytes, not 300,000; move it away"):
+        download.main()
+    assert (folder / "seq.npy").read_bytes() == b"of one's own"
     monkeypatch.setattr(sys, "argv", ["download.py", "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         download.main()
@@ -462,6 +466,27 @@ def test_mnist_digits(server, folder, monkeypatch):
         download.mnist_digits(folder)
     server.answers["/b.npy.gz"] = offer(gzip.compress(idx))
     np.testing.assert_array_equal(download.mnist_digits(folder), digits)
+
+
+def test_a_run_that_began_without_mnist_goes_on_without(server, folder, monkeypatch, capsys):
+    """Its checkpoint would not fit to other digits, and no knob could bring the first ones back."""
+    digits = np.random.default_rng(1).integers(0, 16, (24, 28, 28), np.uint8)
+    idx = bytes(16) + digits.tobytes()
+    urls = (f"{server.url}/b.npy.gz",)
+    monkeypatch.setattr(download, "DIGITS", download.File("images", len(idx), hashlib.md5(idx).hexdigest(), urls))
+    monkeypatch.chdir(folder.parent)
+    lengths = lambda: [len(part) for part in download.training_digits()]
+    assert lengths() == [833, 9167] and "404" in capsys.readouterr().out
+    server.answers["/b.npy.gz"] = offer(gzip.compress(idx))
+    server.asked.clear()
+    assert lengths() == [833, 9167] and not server.asked
+    assert "images.missing is there since they could not be had; remove it" in capsys.readouterr().out
+    (folder / "images.gz").write_bytes(gzip.compress(idx))  # put there by hand
+    assert lengths() == [2, 22]
+    (folder / "images.gz").unlink()
+    (folder / "images").unlink()
+    (folder / "images.missing").unlink()
+    assert lengths() == [2, 22] and not capsys.readouterr().out
 
 
 @functools.cache
