@@ -47,7 +47,7 @@ def block_match(frames, before, patch, K):
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
     if frames.device.type == "cpu" and wide == torch.float32 and library(patch, K):
         costs = frames.new_empty(len(frames), frames.shape[2] // patch, frames.shape[3] // patch, K * K)
-        run(library(patch, K).match, patch, before, costs, frames)
+        call(library(patch, K).match, patch, before, costs, frames)
     else:
         costs = plain_match(frames, before, patch, K)
     return (-9 * F.avg_pool2d(costs.permute(0, 3, 1, 2), 3, 1, 1)).softmax(1)
@@ -71,19 +71,21 @@ def kernel_size(weights):
 
 @functools.cache
 def library(patch, K):
-    """advect.c, built; None where that fails, or where its plain twins have been edited and say something else."""
-    library = native.build("advect.c", f"-DP={patch}", f"-DK={K}") if patch <= LARGEST_PATCH else None
-    if library is not None:
+    """advect.c, built; None where that fails, or where its plain twins have been edited and say something else.
+
+    (An edit that changes no more than the gradient of plain_advect is not noticed.)
+    """
+    built = native.build("advect.c", f"-DP={patch}", f"-DK={K}") if patch <= LARGEST_PATCH else None
+    if built is not None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            frames, weights = torch.rand(1, 1, 2 * patch, 2 * patch), torch.rand(1, 2, 2, K * K)
-            moved = torch.empty_like(frames)
-            run(library.advect_forward, patch, frames, weights, moved)
-            costs = torch.empty_like(weights)
-            run(library.match, patch, moved, costs, frames)
+            frames, weights = torch.rand(1, 2, 2 * patch, 2 * patch), torch.rand(1, 2, 2, K * K)
+            moved, costs = torch.empty_like(frames), torch.empty_like(weights)
+            call(built.advect_forward, patch, frames, weights, moved)
+            call(built.match, patch, moved, costs, frames)
             expected = plain_advect(frames, weights, patch), plain_match(frames, moved, patch, K)
             if not all(torch.allclose(*pair, rtol=1e-4) for pair in zip((moved, costs), expected, strict=True)):
                 return None
-    return library
+    return built
 
 
 class Advect(torch.autograd.Function):
@@ -95,7 +97,7 @@ class Advect(torch.autograd.Function):
         ctx.save_for_backward(frames, weights)
         ctx.patch = patch
         moved = torch.empty_like(frames)
-        run(library(patch, kernel_size(weights)).advect_forward, patch, frames, weights, moved)
+        call(library(patch, kernel_size(weights)).advect_forward, patch, frames, weights, moved)
         return moved
 
     @staticmethod
@@ -105,11 +107,11 @@ class Advect(torch.autograd.Function):
         d_weights = torch.empty_like(weights)
         d_frames = torch.empty_like(frames) if ctx.needs_input_grad[0] else None
         function = library(ctx.patch, kernel_size(weights)).advect_backward
-        run(function, ctx.patch, frames, weights, d_moved.contiguous(), d_weights, d_frames)
+        call(function, ctx.patch, frames, weights, d_moved.contiguous(), d_weights, d_frames)
         return d_frames, d_weights, None
 
 
-def run(function, patch, frames, of_moves, *others):
+def call(function, patch, frames, of_moves, *others):
     """A function of advect.c; of_moves (N, H/P, W/P, K²), the weights or the costs."""
     H, W = frames.shape[-2:]
     K, threads = kernel_size(of_moves), torch.get_num_threads()

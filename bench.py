@@ -50,7 +50,7 @@ CONTENDERS = {
 
 def here():
     """Of the contenders, those of a precision that this machine multiplies."""
-    native = choose_device(DEVICE, "auto")[2].startswith("bf16")
+    native = choose_device(DEVICE, "auto")[1] == torch.bfloat16
     return [name for name in CONTENDERS if native or "bf16" not in name]
 
 

@@ -3,8 +3,6 @@
 The sequences are generated from the digits of raw/digits_test.png, by the law of the training data.
 """
 
-import torch
-
 import download
 import figures
 from evaluate import BASELINES, curve, cut
@@ -49,7 +47,6 @@ def beyond(folder, name, forecast, frames_in, frames_out, device, patch=1, n_seq
     return results
 
 
-@torch.inference_mode()
 def draw(folder, name, case, forecast, dataset, frames_in, n, device):
     """beyond_<case>.png of the first sequence: as good or bad as it happens to be."""
     past, truth = cut(dataset[:1], frames_in, n)

@@ -18,16 +18,13 @@ from moving_mnist import shape_of
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
-BASELINES = {
-    "black": lambda past, n: (metrics.black(past, n), None),
-    "copy_last": lambda past, n: (metrics.copy_last(past, n), None),
-    "optical_flow": lambda past, n: (metrics.optical_flow(past, n), None),
-}
+BASELINES = {who: lambda past, n, who=who: (getattr(metrics, who)(past, n), None) for who in figures.LABELS}
 
 
 def forecaster(model, autocast):
     """The model as a forecast."""
 
+    @torch.inference_mode()
     def forecast(past, n_future):
         model.eval()
         with autocast():
@@ -43,7 +40,6 @@ def cut(frames, frames_in, frames_out, device="cpu"):
     return frames[:, :frames_in], frames[:, frames_in:]
 
 
-@torch.inference_mode()
 def evaluate(forecast, dataset, frames_in, frames_out, names, device):
     """name → mean of metrics.<name> over the dataset: a curve over forecast frames, or one cross-entropy.
 
@@ -134,7 +130,6 @@ def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device,
     draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
 
 
-@torch.inference_mode()
 def draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title):
     """predict_<name>.png for name → (index in the dataset, words for the title); (past, truth, prediction)."""
     past, truth = cut(dataset[np.array([i for i, _ in named.values()])], frames_in, frames_out)

@@ -105,11 +105,6 @@ def gate_functions(device_type, dtype):
     return built
 
 
-def compiled(bf16):
-    """Whether the CPU's gates are compiled here."""
-    return gate_functions("cpu", torch.bfloat16 if bf16 else torch.float32)[0] is not gates_forward
-
-
 class FastConvLSTM(torch.autograd.Function):
     """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → h of all frames (T, B, H, W, C), last h and c.
 

@@ -34,7 +34,8 @@ from moving_mnist import FreshMovingMNIST, MovingMNIST, shape_of
 
 NOT_THE_EXPERIMENT = {"out", "eval_only", "save_minutes"}  # may change when a run goes on
 DRAWN = "train_loss", "val_loss", "val_mse_per_frame", *(f"val_mse_{who}" for who in BASELINES)  # of a row of log.csv
-# see checkpoint.like
+# What a checkpoint has to hold, by example: in a list, each entry is as the first (see checkpoint.like).
+# begin_or_go_on starts with the numbers that it does not set itself
 RUN = {"knobs": {}, "code": {}, "step": 0, "steps": 0, "steps_per_epoch": 0, "best": 0.0,
        "history": [{"sequences": 0, **dict.fromkeys(DRAWN, 0.0)}],
        "timing": [{"minutes": 0.0}], "baselines": {"black": [0.0], "copy_last": [0.0]},
@@ -49,6 +50,7 @@ class Setup(NamedTuple):
     data: str  # its name, for every output
     training: MovingMNIST | FreshMovingMNIST
     validation: MovingMNIST | FreshMovingMNIST
+    test_split: MovingMNIST
     device: torch.device
     autocast: Callable
     forecast: Callable
@@ -99,21 +101,19 @@ def load_weights(model, weights, path):
         ) from error
 
 
-def data_identity(knobs, training, validation, data):
-    """The data's name and size, and a digest of its first validation sequence."""
-    shape, sha = "×".join(str(n) for n in shape_of(training)), sha_of_first(validation)
-    return f"{knobs.data} ({data}, {len(training):,} sequences of {shape}, sha256 of one {sha})"
+def data_identity(knobs, training, validation, test_split, data):
+    """The data's name and size, and a digest of the first and the last sequence of what is scored."""
+    shape, sha = "×".join(str(n) for n in shape_of(training)), hashlib.sha256()
+    for split in (validation, test_split):
+        sha.update(split[np.array([0, len(split) - 1])].numpy())
+    return f"{knobs.data} ({data}, {len(training):,} sequences of {shape}, sha256 of four {sha.hexdigest()[:16]})"
 
 
-def sha_of_first(split):
-    return hashlib.sha256(split[np.arange(1)].numpy()).hexdigest()[:16]
-
-
-def refuse_other_data(knobs, training, validation, data, given, path):
+def refuse_other_data(knobs, identity, given, path):
     """A training's own results are of its own data: refuse others in their place."""
     then = given["knobs"]
     now = {name: getattr(knobs, name) for name in ("frames_in", "frames_out", "video_stride")}
-    now["data"] = data_identity(knobs, training, validation, data)
+    now["data"] = identity
     what = lambda value: re.sub(r"[\d,]+ sequences of ", "", str(value))  # no score depends on how many
     if other := [f"{k} was {then.get(k)} and is now {now[k]}" for k in now if what(then.get(k)) != what(now[k])]:
         raise checkpoint.CheckpointError(
@@ -125,7 +125,8 @@ def refuse_other_data(knobs, training, validation, data, given, path):
 def begin_or_go_on(setup, model, optimisers):
     """run, as it begins or as the last checkpoint has it, and model and optimisers with it."""
     knobs, path, steps_per_epoch = setup.knobs, setup.folder / "last.pt", len(setup.training) // setup.knobs.batch_size
-    asked = {**dataclasses.asdict(knobs), "data": data_identity(knobs, setup.training, setup.validation, setup.data)}
+    identity = data_identity(knobs, setup.training, setup.validation, setup.test_split, setup.data)
+    asked = {**dataclasses.asdict(knobs), "data": identity}
     state = from_rank_0(checkpoint.resume(path, asked, NOT_THE_EXPERIMENT) if RANK == 0 else None)
     steps = 0 if knobs.max_minutes else knobs.epochs * steps_per_epoch  # 0: not settled yet
     code = checkpoint.code()
@@ -161,10 +162,10 @@ def load_optimiser(optimiser, saved):
     optimiser.load_state_dict(saved)
     if options() != before:
         raise ValueError("its optimiser has other options")
-    kinds = [names for kind, names in MOMENTS.items() if isinstance(optimiser, kind)]  # others keep what they like
-    for weight, moments in optimiser.state.items() if kinds else ():
+    needed = next((names for kind, names in MOMENTS.items() if isinstance(optimiser, kind)), None)
+    for weight, moments in optimiser.state.items() if needed else ():  # optimisers of other kinds keep what they like
         fit = all(moment.shape in ((), weight.shape) for moment in moments.values())
-        if not (fit and moments.keys() >= kinds[0]):  # and amsgrad's
+        if not (fit and moments.keys() >= needed):  # and amsgrad's
             raise ValueError("its optimiser has other moments")
 
 
@@ -245,13 +246,13 @@ def show(setup, when):
     draw(setup.folder, setup.forecast, setup.validation, *setup.span, setup.device, f"{setup.validated}, {when}")
 
 
-def conclude(setup, model, step, test_split):
+def conclude(setup, model, step):
     """Score the weights on the test split and draw what they forecast; metrics.json comes after them."""
-    knobs, folder, forecast, data = setup.knobs, setup.folder, setup.forecast, setup.data
+    knobs, folder, forecast, data, test_split = setup.knobs, setup.folder, setup.forecast, setup.data, setup.test_split
     scores, order = test(knobs.model, forecast, test_split, *setup.span, setup.device)
     first = test_split[np.arange(1)]
     results = {"data": data, "split": test_split.split, "sequences": len(test_split),
-               "first_sequence": sha_of_first(test_split),
+               "first_sequence": hashlib.sha256(first.numpy()).hexdigest()[:16],
                "frames_in": knobs.frames_in, "frames_out": knobs.frames_out, "validation": setup.validated,
                "model": knobs.model, "step": step, "weights": checkpoint.digest(model),
                "parameters": sum(p.numel() for p in model.parameters()), "scores": scores}  # fmt: skip

@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ class DeviceError(Exception):
 
 
 def choose_device(wanted, precision):
-    """(device, autocast context factory, a few words on the precision and why). "auto": the best there is."""
+    """(device, dtype of the convolutions, a few words on it and why). "auto": the best there is."""
     mps = torch.backends.mps.is_available() and WORLD == 1  # gloo, through which processes talk, has no mps
     found = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     kind = found if wanted == "auto" else wanted
@@ -51,9 +51,8 @@ def choose_device(wanted, precision):
         native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit found"
     bf16 = native if precision == "auto" else precision == "bf16"
     torch.backends.cudnn.allow_tf32 = bf16  # or convolutions in fp32 would round their factors to 10 bits
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext
     why = why if precision == "auto" else "chosen by knob"
-    return device, autocast, f"{'bf16' if bf16 else 'fp32'} ({why})"
+    return device, torch.bfloat16 if bf16 else torch.float32, f"{'bf16' if bf16 else 'fp32'} ({why})"
 
 
 def idle_gpu(device):

@@ -20,7 +20,9 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +34,16 @@ from tqdm import tqdm
 import advection
 import checkpoint
 import convlstm
+import fast_convlstm
 import figures
 from download import DownloadError, is_moving_mnist, load_data
 from evaluate import CROSS_ENTROPY, cut, evaluate, forecaster
-from fast_convlstm import compiled
 from journal import (
     Setup,
     baseline,
     begin_or_go_on,
     conclude,
+    data_identity,
     load_weights,
     log,
     note,
@@ -161,9 +164,9 @@ def build(knobs, channels):
     return convlstm.Seq2SeqForecaster(channels)
 
 
-def not_compiled(knobs, bf16):
-    """Of my_model on this CPU: each C file that is not in use, and its plain twins."""
-    if not compiled(bf16):
+def not_compiled(knobs, dtype):
+    """Of my_model on this CPU: gates.c and advect.c, where they are not in use, each with its plain twins."""
+    if fast_convlstm.gate_functions("cpu", dtype)[0] is fast_convlstm.gates_forward:
         yield "gates.c", "gates_forward and gates_backward in fast_convlstm.py"
     moves = {2 * pixels + 1 for pixels in (knobs.search, knobs.reach) if pixels}
     if not all(advection.library(knobs.patch, k) for k in moves):
@@ -246,14 +249,15 @@ def batch_of(setup, step, index, n_future):
     """Training sequences (n, T, C, H, W), overlaid and augmented: those of index that are this process's part."""
     knobs, mine = setup.knobs, slice(RANK, None, WORLD)
 
-    def draw(stream, high, *size):
+    def integers(stream, high, size):
+        """For the whole batch, so that it does not depend on how many processes share it."""
         return np.random.default_rng((knobs.seed, step, stream)).integers(high, size=size)
 
     frames = setup.training[index[mine]]
-    for others in draw(OVERLAYS, len(setup.training), overlays(knobs, n_future), len(index)):
+    for others in integers(OVERLAYS, len(setup.training), size=(overlays(knobs, n_future), len(index))):
         frames = torch.maximum(frames, setup.training[others[mine]])
     if knobs.augment and n_future < knobs.frames_out:
-        frames = augment(frames, draw(AUGMENTATION, 2, len(index), 3)[mine].astype(bool))
+        frames = augment(frames, integers(AUGMENTATION, 2, size=(len(index), 3))[mine].astype(bool))
     return frames
 
 
@@ -285,7 +289,7 @@ def announce_pace(run, seconds_a_step, knobs, bar):
 
 def look_after(step, steps, steps_per_epoch):
     """Whether to evaluate: early, at the end, after each epoch or, if that has few steps, each hundredth of the run."""
-    every = max(steps_per_epoch, min(FIRST_LOOK, steps // 100))
+    every = steps_per_epoch if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, steps // 100)
     return step in (FIRST_LOOK, steps) or (steps > 0 and step % every == 0)
 
 
@@ -324,7 +328,7 @@ def train(setup, run, model, optimisers):
         n_future = horizon(knobs, progress)
         n_past = inputs(knobs, n_future)
         past, future = cut(batch_of(setup, step, index, n_future), n_past, n_future, device)
-        # dense targets: frames after this one are drawn as well
+        # dense targets: frames after this one are drawn as well. A tuple, as the references take no such argument
         first = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         net.train()
@@ -337,20 +341,20 @@ def train(setup, run, model, optimisers):
         unused = [name for name, p in model.named_parameters() if p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip))
-        loss = float(sum_over_processes(loss.detach(), device))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"loss {loss} and gradient norm {norm} in epoch {epoch + 1}, step {step + 1}"
+        mean_loss = float(sum_over_processes(loss.detach(), device))
+        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+            what = f"loss {mean_loss} and gradient norm {norm} in epoch {epoch + 1}, step {step + 1}"
             raise diverged(what, rate, last_loss, setup.folder)
         for optimiser in optimisers:
             optimiser.step()
         model.zero_grad()
 
-        last_loss = f"{loss:.4g}"
+        last_loss = f"{mean_loss:.4g}"
         run["step"] += 1
-        run["loss_sum"] += loss
+        run["loss_sum"] += mean_loss
         run["loss_count"] += 1
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        bar.set_postfix_str(f"loss {mean_loss:.4f}", refresh=False)
         seconds = time.perf_counter() - tick
         run["seconds"] += seconds
         if step - first_step in TIMED:
@@ -414,10 +418,11 @@ def model_for(knobs, training, data, device, autocast):
 
 
 def main(knobs):
-    device, autocast, precision = choose_device(knobs.device, knobs.precision)
+    device, dtype, precision = choose_device(knobs.device, knobs.precision)
+    autocast = nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
     join(device)
-    if (first := from_rank_0(precision).split()[0]) != precision.split()[0]:
-        raise DeviceError(f"this process computes in {precision}, the first in {first}; set precision to fp32")
+    if (first := from_rank_0((dtype, precision)))[0] != dtype:
+        raise DeviceError(f"this process computes in {precision}, the first in {first[1]}; set precision to fp32")
     knobs, given, origin = starting_weights(knobs)
     folder = Path(knobs.out) / knobs.model
     if knobs.eval_only and knobs.weights:  # a folder of their own, so that they replace no training's results
@@ -429,7 +434,7 @@ def main(knobs):
     training, validation, test_split, data = load_data(knobs)
     knobs = follow_data(knobs, training)
     if knobs.eval_only and not knobs.weights:
-        refuse_other_data(knobs, training, validation, data, given, origin)
+        refuse_other_data(knobs, data_identity(knobs, training, validation, test_split, data), given, origin)
     if from_rank_0(data) != data:
         raise DataError(
             f"this process has the {data}, the first another; put the same array into raw/ on every machine"
@@ -437,7 +442,8 @@ def main(knobs):
     model = model_for(knobs, training, data, device, autocast)
     if given:
         load_weights(model, given["model"], origin)
-    setup = Setup(knobs, folder, data, training, validation, device, autocast, forecaster(model, autocast))
+    forecast = forecaster(model, autocast)
+    setup = Setup(knobs, folder, data, training, validation, test_split, device, autocast, forecast)
 
     parameters = sum(p.numel() for p in model.parameters())
     threads, processes = torch.get_num_threads(), "1 process" if WORLD == 1 else f"{WORLD} processes"
@@ -446,15 +452,14 @@ def main(knobs):
     say(f"device    {device}, {processes}, {threads} threads, {precision}, torch {torch.__version__}")
     if idle_gpu(device):
         say("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
-    bf16 = precision.startswith("bf16")
-    for source, twins in not_compiled(knobs, bf16) if device.type == "cpu" and knobs.model == "my_model" else ():
+    for source, twins in not_compiled(knobs, dtype) if device.type == "cpu" and knobs.model == "my_model" else ():
         say(f"          {source} is not in use, and its part several times as slow: it needs gcc on Linux and x86,")
         say(f"          and to agree with {twins}")
     say(f"data      {data}: {len(training):,} training, {len(validation):,} validation, {len(test_split):,} test")
     say("          sequences of {} frames, {}×{}×{}".format(*shape_of(training)))
 
     if not knobs.eval_only:
-        optimisers = make_optimisers(model, knobs.weight_decay, torch.bfloat16 if bf16 else torch.float32)
+        optimisers = make_optimisers(model, knobs.weight_decay, dtype)
         run = begin_or_go_on(setup, model, optimisers)
         ended = run["step"] >= run["steps"] > 0
         if ended and (scores := from_rank_0(scores_of(folder) if RANK == 0 else None)):
@@ -474,7 +479,7 @@ def main(knobs):
         advice = f"without it and {folder / 'last.pt'}, a run starts over"
         given = from_rank_0(checkpoint.load(folder / "best.pt", advice) if RANK == 0 else None)
         load_weights(model, given["model"], folder / "best.pt")
-    conclude(setup, model, given["step"], test_split)
+    conclude(setup, model, given["step"])
 
 
 if __name__ == "__main__":

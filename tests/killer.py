@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-import advection
 import beyond
 import checkpoint
 import main
@@ -91,9 +90,8 @@ if __name__ == "__main__":
         main.load_data = small_fresh_data
         beyond.beyond, beyond.table = lambda *args: {}, str  # it does not depend on the data
     knobs, rng, at_work = parse(main.Knobs, arguments), random.Random(0), 0
-    main.compiled(knobs.precision == "bf16")  # this and the next: once, for all children
-    for pixels in {knobs.search, knobs.reach}:
-        advection.library(knobs.patch, 2 * pixels + 1)
+    # this builds what is compiled once, for all children
+    list(main.not_compiled(knobs, torch.bfloat16 if knobs.precision == "bf16" else torch.float32))
     if kills.isdigit():
         alone = child(parse(main.Knobs, [*arguments, "--out", f"{knobs.out}/alone"]))
         _, status, used = os.wait4(alone, 0)

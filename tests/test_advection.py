@@ -69,7 +69,7 @@ def test_autocast_leaves_it_in_fp32(advect):
 @pytest.mark.parametrize("kind", ["no_compiler", "large_patch", "float64", "mixed"])
 def test_where_the_compiled_twin_cannot_serve_it_is_plain(kind, monkeypatch):
     monkeypatch.setattr(advection, "Advect", None)
-    monkeypatch.setattr(advection, "run", None)
+    monkeypatch.setattr(advection, "call", None)
     patch, exact = (64 if kind == "large_patch" else 4), (torch.float64 if kind == "float64" else torch.float32)
     frames, weights = torch.rand(1, 1, 64, 64, dtype=exact), torch.rand(1, 64 // patch, 64 // patch, 9, dtype=exact)
     if kind == "no_compiler":

@@ -70,7 +70,7 @@ def test_the_table_has_every_contender(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "peak_memory", lambda name, batch, **work: 2**20)
     monkeypatch.setattr(bench, "step_of", lambda *args, **work: lambda: None)
     monkeypatch.setattr(bench, "bare_convolutions", lambda *args, **work: lambda: None)
-    monkeypatch.setattr(bench, "choose_device", lambda *args: (None, None, "bf16 (AMX-BF16)"))
+    monkeypatch.setattr(bench, "choose_device", lambda *args: (None, bench.torch.bfloat16, "bf16 (AMX-BF16)"))
     monkeypatch.setattr(sys, "argv", ["bench.py", "--rounds", "1"])
     monkeypatch.chdir(tmp_path)
     bench.main()

@@ -266,11 +266,16 @@ DAMAGE = {
 
 def test_data_replaced_by_other_of_its_shape_stops_the_run(tmp_path):
     knobs = {"data": tmp_path / "mine.npy", "out": tmp_path, "train_sequences": 10}
-    np.save(knobs["data"], moving_squares(57))
+    first = moving_squares(57)
+    np.save(knobs["data"], first)
     here(**knobs, epochs=1)
-    np.save(knobs["data"], moving_squares(57, seed=1))
-    with pytest.raises(checkpoint.CheckpointError, match=r"belongs to other knobs: data was .*sha256 of one"):
-        here(**knobs, epochs=2)
+    longer = np.concatenate((first, moving_squares(1, seed=1)), 1)  # training and the first to be validated stay
+    for other in (moving_squares(57, seed=1), longer):
+        np.save(knobs["data"], other)
+        with pytest.raises(checkpoint.CheckpointError, match=r"belongs to other knobs: data was .*sha256 of four"):
+            here(**knobs, epochs=2)
+        with pytest.raises(checkpoint.CheckpointError, match="has scores of its training's data"):
+            here(**knobs, eval_only=True)
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -482,8 +487,8 @@ def begun(small, tmp_path, monkeypatch):
     training = MovingMNIST(knobs["data"], "train", 10)
     asked = main.follow_data(parse(main.Knobs, flags(**knobs)), training)
     model = main.build(asked, 1)
-    validation = MovingMNIST(knobs["data"], "validation")
-    setup = journal.Setup(asked, tmp_path, "squares.npy", training, validation, torch.device("cpu"), None, None)
+    scored = MovingMNIST(knobs["data"], "validation"), MovingMNIST(knobs["data"], "test")
+    setup = journal.Setup(asked, tmp_path, "squares.npy", training, *scored, torch.device("cpu"), None, None)
 
     def begin(state):
         (tmp_path / "last.pt").touch()
@@ -899,7 +904,8 @@ def test_two_processes_of_two_precisions(array, tmp_path):
     """As on two machines, one of them without a bf16 unit: their weights would part."""
     both = two(*(flags(array, tmp_path, precision=precision) for precision in ("bf16", "fp32")))
     first, second = (finish(process, 1)[1] for process in both)
-    assert "rank 1: this process computes in fp32 (chosen by knob), the first in bf16; set precision to fp32" in second
+    words = "this process computes in fp32 (chosen by knob), the first in bf16 (chosen by knob); set precision to fp32"
+    assert f"rank 1: {words}" in second
     assert "rank 0: lost the other processes (" in first
 
 
@@ -1001,7 +1007,7 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
         training, *_, same = main.load_data(scored)
         assert (len(training), same) == (7, name)
         assert main.load_data(dataclasses.replace(scored, weights="a.pt"))[-1] == "stand-in array"
-        setup = main.Setup(scored, None, name, *[None] * 5)
+        setup = main.Setup(scored, None, name, *[None] * 6)
         assert setup.validated == "validation split of the stand-in array"
         np.save("raw/mnist_test_seq.npy", np.zeros((30, 12, 64, 64), np.uint8))  # someone's own, to be tested on
         with pytest.raises(DataError, match=r"\(30, 1, 64, 64\), but fresh ones are \(20, 1, 64, 64\)"):

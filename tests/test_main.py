@@ -399,7 +399,7 @@ def test_weights_near_the_root_are_scored_within_out(array, tmp_path, monkeypatc
 
 def test_what_is_not_compiled_is_named(monkeypatch):
     skip_without_compiler()
-    named = lambda **knobs: [source for source, _ in main.not_compiled(main.Knobs(**knobs), bf16=False)]
+    named = lambda **knobs: [source for source, _ in main.not_compiled(main.Knobs(**knobs), torch.float32)]
     assert named() == named(reach=0) == named(patch=64, reach=0, search=0) == []
     assert named(patch=64) == ["advect.c"]
     monkeypatch.setattr(fast_convlstm.native, "build", lambda *args: None)
@@ -451,6 +451,7 @@ def test_the_pace_is_of_the_steps_that_are_left(capsys):
     [
         (90, 30, [30, 50, 60, 90]),
         (4000, 1, [40, 50, *range(80, 4001, 40)]),  # ten sequences for minutes
+        (36_000, 1, [50, *range(360, 36_001, 360)]),  # for hours
         (12_000, 60, [50, *range(60, 12_001, 60)]),
         (0, 1, [50]),  # as the clock will tell
     ],
@@ -594,7 +595,11 @@ def test_edited_gates_are_noticed(monkeypatch):
     skip_without_compiler()
     monkeypatch.setattr(fast_convlstm.native, "build", functools.cache(fast_convlstm.native.build))
     monkeypatch.setattr(fast_convlstm, "gate_functions", functools.cache(fast_convlstm.gate_functions.__wrapped__))
-    found = lambda: (my_model.twin_agrees(), fast_convlstm.compiled(bf16=False), fast_convlstm.compiled(bf16=True))
+
+    def compiled(dtype):
+        return fast_convlstm.gate_functions("cpu", dtype)[0] is not fast_convlstm.gates_forward
+
+    found = lambda: (my_model.twin_agrees(), compiled(torch.float32), compiled(torch.bfloat16))
     assert found() == (True, True, True)
     results = {"gates_forward": {"z": 0, "c": 3, "c_before": 4, "h": 5}, "gates_backward": {"z": 0, "dc": 5, "sums": 6}}
     for name, places in results.items():
