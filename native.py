@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -14,7 +15,8 @@ def build(source, *flags):
     for compiler in filter(None, map(shutil.which, ("gcc", "cc", "clang"))):  # clang, if torch has its OpenMP
         with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
             # link the OpenMP that torch has loaded: a second one beside it would fight for the cores
-            maps = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+            lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
+            maps = [line.split(maxsplit=5)[-1] for line in lines]
             openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
             fast = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"]
             with tempfile.TemporaryDirectory() as folder:
