@@ -1,8 +1,9 @@
 """The ConvLSTM encoder-forecaster of Shi et al. (2015), https://arxiv.org/abs/1506.04214, written by hand.
 
-Frames enter cut into patches, pass through a stack of ConvLSTM layers (the encoder), and every layer's state
-is copied to a second stack (the forecaster), which is fed nothing and unrolls the future from its states.
-All its hidden states together, through one convolution, give the frames.
+The paper's network: frames enter cut into patches, pass through a stack of ConvLSTM layers (the encoder), and every
+layer's state is copied to a second stack (the forecaster), which is fed nothing and unrolls the future from its states.
+All its hidden states together, through one convolution, give the frames. In what main.py trains, the encoder itself
+goes on as the forecaster, fed with the frame that it drew last.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
 
