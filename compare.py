@@ -44,7 +44,8 @@ def compare(out, latest, first_sequence):
     shape = latest["frames_out"], *first_sequence.shape[1:]
     first = lambda folder: (folder.name != "my_model", folder.name)  # the same colour as in its own pictures
     for folder in sorted((path.parent for path in out.glob("*/metrics.json")), key=first):
-        if not folder.name.isprintable():  # no name that compare.md or a picture could hold
+        if not folder.name.isprintable():  # it may be no UTF-8, and compare.md could not hold it
+            others.append(ascii(folder.name))
             continue
         try:
             run = read(folder)

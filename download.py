@@ -143,14 +143,16 @@ def cut_digits(path, name):
 def training_digits():
     """Of MNIST's, or of those that are here: (a twelfth, for validation, that no training sequence shows; the rest).
 
-    Once those that are here had to do, they do until a file in raw/ is removed: a run goes on with what it began with.
+    Once MNIST's could not be had, they are not asked for again, as a run has to go on with the digits it began with,
+    until raw/train-images-idx3-ubyte.missing is removed or MNIST's file is put beside it.
     """
     file = Path("raw") / DIGITS.name
     missing = file.with_suffix(".missing")
     try:
         if missing.exists() and not (file.exists() or file.with_suffix(".gz").exists()):
-            raise DownloadError(f"{missing} is there since they could not be had; remove it to try again")
+            raise DownloadError(f"MNIST's could not be had before; remove {missing} to try again")
         digits = mnist_digits()
+        missing.unlink(missing_ok=True)
     except DownloadError as error:
         say(f"not all of MNIST: going on with the 10,000 training digits of raw/digits_train.png, as\n{error}")
         digits = digit_sheet(RAW / "digits_train.png")

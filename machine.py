@@ -111,7 +111,7 @@ def stop(signum, frame):
         goes_on = shlex.join(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
         with suppress(OSError):  # a closed pipe
             # not print, which may be at work already and cannot be entered twice
-            os.write(2, f"\nstopped; this goes on: {goes_on}\n".encode())
+            os.write(2, os.fsencode(f"\nstopped; this goes on: {goes_on}\n"))
     raise SystemExit(128 + signum)
 
 

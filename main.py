@@ -289,7 +289,7 @@ def announce_pace(run, seconds_a_step, knobs, bar):
 
 def look_after(step, steps, steps_per_epoch):
     """Whether to evaluate: early, at the end, after each epoch or, if that has few steps, each hundredth of the run."""
-    every = steps_per_epoch if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, steps // 100)
+    every = steps_per_epoch if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, math.ceil(steps / 100))
     return step in (FIRST_LOOK, steps) or (steps > 0 and step % every == 0)
 
 

@@ -196,8 +196,8 @@ def encoder_forecaster(path):
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
-        "Below, 16 channels of motion are more input to the first layer, and the head has 16 + 2·81 more outputs:\n"
-        "how much the moved frame counts in a pixel, and the weights of the 9×9 moves of each of the two sheets."
+        "The lower network's first layer also sees 16 channels of motion, and its head has 16 + 2·81 more outputs:\n"
+        "how much the moved frame counts in a pixel, and the weights of the 9×9 moves of each of the two sheets"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

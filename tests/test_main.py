@@ -451,6 +451,7 @@ def test_the_pace_is_of_the_steps_that_are_left(capsys):
     [
         (90, 30, [30, 50, 60, 90]),
         (4000, 1, [40, 50, *range(80, 4001, 40)]),  # ten sequences for minutes
+        (150, 1, [*range(2, 151, 2)]),
         (36_000, 1, [50, *range(360, 36_001, 360)]),  # for hours
         (12_000, 60, [50, *range(60, 12_001, 60)]),
         (0, 1, [50]),  # as the clock will tell
