@@ -149,10 +149,11 @@ def training_digits():
     file = Path("raw") / DIGITS.name
     missing = file.with_suffix(".missing")
     try:
-        if missing.exists() and not (file.exists() or file.with_suffix(".gz").exists()):
+        if os.path.exists(missing) and not (os.path.exists(file) or os.path.exists(file.with_suffix(".gz"))):
             raise DownloadError(f"MNIST's could not be had before; remove {missing} to try again")
         digits = mnist_digits()
-        missing.unlink(missing_ok=True)
+        with suppress(OSError):
+            missing.unlink()
     except DownloadError as error:
         say(f"not all of MNIST: going on with the 10,000 training digits of raw/digits_train.png, as\n{error}")
         digits = digit_sheet(RAW / "digits_train.png")

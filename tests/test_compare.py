@@ -90,7 +90,8 @@ def test_damaged_neighbours_are_left_out(reference, tmp_path):
     assert young.exists() and not stray.exists()  # of a run that was killed long ago
     assert set(rows(tmp_path / "compare.md")) == {"one", "two", "black frame", "last frame copied", "optical flow"}
     left_out = ", ".join([*sorted(DAMAGE), ascii(unprintable)])
-    assert (tmp_path / "compare.md").read_text().endswith(f"fit together with these: {left_out}.\n")
+    words = f"Left out, as they do not fit together with these: {left_out}.\n"
+    assert (tmp_path / "compare.md").read_text().endswith(words)
 
 
 def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
