@@ -59,7 +59,7 @@ def step_of(name, batch, frames=10, size=64, training=True, **network):
     torch.manual_seed(0)
     build, autocast = CONTENDERS[name]
     model = build(1, **{**PAPER, **network}).to(DEVICE)
-    optimiser = torch.optim.AdamW(model.parameters())
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
     past, future = torch.rand(2, batch, frames, 1, size, size, device=DEVICE)
 
     def forecast():

@@ -11,9 +11,10 @@ What makes it fast:
 3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image and only the first layer's input is
    transposed: the gates write h and c straight into the sequence, and backward turns the pre-activations into
    their gradient.
-4. Backward keeps only x, z, h and c, computes the gates again (in bf16, from z as rounded), and collects the
+4. Backward keeps only x, z, h and c, computes the gates again (in bf16, from c as rounded), and collects the
    state-to-state weight gradient of a call's frames into one convolution.
-5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated).
+5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated), or
+   find their weight laid out once for all time steps; each adds to what the input left in z.
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
 """
@@ -38,11 +39,9 @@ if sys.platform == "linux":
             libc.mallopt(-1, 2**31 - 1)
 
 
-def gates_forward(z, zh, peephole, c, c_before, h):
-    """One time step. Adds zh to z (N, 4C) and renews c (N, C), both in place; fills c_before and h (N, C)."""
-    sums = z.to(c.dtype) + zh.to(c.dtype)
-    i, f, o, g = sums.chunk(4, 1)
-    z.copy_(sums)
+def gates_forward(z, peephole, c, c_before, h):
+    """One time step, z (N, 4C). Renews c (N, C) in place; fills c_before and h (N, C)."""
+    i, f, o, g = z.to(c.dtype).chunk(4, 1)
     c_before.copy_(c)
     c.copy_(torch.sigmoid(f + peephole[1] * c) * c + torch.sigmoid(i + peephole[0] * c) * torch.tanh(g))
     h.copy_(torch.sigmoid(o + peephole[2] * c) * torch.tanh(c))
@@ -54,11 +53,12 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
 
     sums (threads, 7, C) collects the gradients of the four biases and the three peepholes.
     """
-    i, f, o, g = z.to(c.dtype).chunk(4, 1)
+    i, f, o, g = z.to(dc.dtype).chunk(4, 1)
+    c = c.to(dc.dtype)
     i, f, g = torch.sigmoid(i + peephole[0] * c), torch.sigmoid(f + peephole[1] * c), torch.tanh(g)
     c_next = f * c + i * g
     o, tanh_c = torch.sigmoid(o + peephole[2] * c_next), torch.tanh(c_next)
-    dh = dh.to(c.dtype) + dh_next.to(c.dtype)
+    dh = dh.to(dc.dtype) + dh_next.to(dc.dtype)
     do = dh * tanh_c * o * (1 - o)
     dc_next = dc + dh * o * (1 - tanh_c * tanh_c) + peephole[2] * do
     di, df, dg = dc_next * g * i * (1 - i), dc_next * c * f * (1 - f), dc_next * i * (1 - g * g)
@@ -71,13 +71,12 @@ def one_step(forward, backward, dtype, scale):
     """What a pair of gate functions computes from numbers that are always the same; scale: that of the cell state."""
     N, C, generator = 6, 20, torch.Generator().manual_seed(0)
     draw = lambda n: 2 * torch.randn(N, n * C, generator=generator)
-    z, zh, dh, dh_next = (draw(n).to(dtype) for n in (4, 4, 1, 1))
+    z, dh, dh_next = (draw(n).to(dtype) for n in (4, 1, 1))
     c, dc, peephole = scale * draw(1), draw(1), draw(1)[:3]
-    c_before, h, sums = torch.empty_like(c), torch.empty_like(dh), c.new_zeros(torch.get_num_threads(), 7, C)
-    forward(z, zh, peephole, c, c_before, h)
-    added = z.clone()
+    c_before, h, sums = torch.empty_like(dh), torch.empty_like(dh), c.new_zeros(torch.get_num_threads(), 7, C)
+    forward(z, peephole, c, c_before, h)
     backward(z, peephole, c_before, dh, dh_next, dc, sums)
-    return added, c, c_before, h, z, dc, sums.sum(0)
+    return c, c_before, h, z, dc, sums.sum(0)
 
 
 @functools.cache
@@ -116,18 +115,20 @@ class FastConvLSTM(torch.autograd.Function):
         B, H, W, C = c.shape
         pixels = n_frames * B * H * W
         c = c.clone(memory_format=torch.contiguous_format)
-        cells = c.new_empty(n_frames, B, H, W, C)  # before each step
+        cells = h.new_empty(n_frames, B, H, W, C)  # before each step
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
         hiddens[0] = h
         if x is None:
-            z = bias.expand(n_frames, B, H, W, 4 * C).clone(memory_format=torch.contiguous_format)
+            z = h.new_empty(n_frames, B, H, W, 4 * C)
         else:
             z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
         gates, _ = gate_functions(z.device.type, z.dtype)
         state_to_state = convolution(state_weight, pixels, dilation=dilation)
         for t in range(n_frames):
-            zh = state_to_state(hiddens[t])
-            gates(rows(z[t]), rows(zh), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
+            if x is None:
+                z[t] = bias
+            state_to_state(hiddens[t], z[t])
+            gates(rows(z[t]), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
         ctx.sequences, ctx.dilation = (z, cells, hiddens), dilation
         return hiddens[1:], hiddens[-1], c
@@ -165,19 +166,75 @@ def rows(x):
 
 
 def convolution(weight, pixels, bias=None, dilation=1):
-    """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last. pixels: N·H·W of all its calls."""
+    """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last; or it adds to a second argument.
+
+    pixels: N·H·W of all its calls.
+    """
     k = weight.shape[-1]
     if winograd.serves(weight, pixels, dilation):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        return functools.partial(winograd.convolve, points=winograd.to_points(weight), k=k, bias=bias)
+        return functools.partial(winograd.convolve, winograd.to_points(weight), k, bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    options = {"padding": dilation * (k // 2), "dilation": dilation}
-    return lambda x: F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **options).permute(0, 2, 3, 1).contiguous()
+    packed = packs(weight.device.type, weight.dtype)
+    return (packed_convolution if packed else plain_convolution)(weight, bias, dilation * (k // 2), dilation)
+
+
+def plain_convolution(weight, bias, padding, dilation):
+    def convolve(x, y=None):
+        found = F.conv2d(as_images(x), weight, bias, padding=padding, dilation=dilation)
+        found = found.permute(0, 2, 3, 1).contiguous()
+        return found if y is None else y.add_(found)
+
+    return convolve
+
+
+def packed_convolution(weight, bias, padding, dilation):
+    """The same by what torch.compile makes of it: oneDNN, told once how its weight lies, adds to y as it goes."""
+    onednn, options, packed = torch.ops.mkldnn, ([padding] * 2, [1, 1], [dilation] * 2, 1), []
+
+    def convolve(x, y=None):
+        x = as_images(x)
+        if not packed:
+            packed.append(onednn._reorder_convolution_weight(weight, *options, x.shape))
+        if y is None:
+            found = onednn._convolution_pointwise(x, *packed, bias, *options, "none", [], "")
+            return found.permute(0, 2, 3, 1).contiguous()
+        onednn._convolution_pointwise_(as_images(y), x, *packed, None, *options, "add", 1.0, None, [], None)
+        return y
+
+    return convolve
+
+
+@functools.cache
+def packs(device_type, dtype):
+    """Whether packed_convolution, whose calls torch does not document, works and agrees with its plain twin."""
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    x, y = draw(2, 5, 4, 16), draw(2, 5, 4, 32)
+    weight, bias = draw(32, 16, 3, 3).contiguous(memory_format=torch.channels_last), draw(32)
+    found = []
+    with contextlib.suppress(AttributeError, RuntimeError, TypeError):
+        for kind in (plain_convolution, packed_convolution):
+            once, added = kind(weight, bias, 2, 2)(x), kind(weight, None, 2, 2)(x, y.clone())
+            found.append(torch.cat((once, added)))
+    return len(found) == 2 and bool((found[0] - found[1]).abs().max() <= 2**-6 * found[0].abs().max())
+
+
+def as_images(x):
+    """(N, H, W, C) → (N, C, H, W), without a copy."""
+    return x.permute(0, 3, 1, 2)
 
 
 def turned(weight):
     """The weight of the convolution that takes dy to dx: turned by 180°, input and output channels swapped."""
-    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+    n_out, n_in, k, _ = weight.shape
+    swapped = (
+        weight.permute(0, 2, 3, 1).reshape(n_out, -1).t().contiguous()
+    )  # which torch does fast
+    swapped = swapped.view(k, k, n_in, n_out).flip(0, 1).permute(2, 3, 0, 1)
+    return swapped.contiguous(memory_format=torch.channels_last)
 
 
 def weight_gradient(dy, x, weight, dilation=1):
@@ -185,6 +242,6 @@ def weight_gradient(dy, x, weight, dilation=1):
     k = weight.shape[-1]
     if winograd.serves(weight, x[..., 0].numel(), dilation):
         return winograd.weight_gradient(dy, x, k)
-    dy, x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    dy, x = as_images(dy), as_images(x)
     options = None, [1, 1], [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], 1, (False, True, False)
     return torch.ops.aten.convolution_backward(dy, x, weight, *options)[1]

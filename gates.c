@@ -36,28 +36,24 @@ static inline float tanh_(float x) {
 }
 static inline float sigmoid(float x) { return 0.5f + 0.5f * tanh_(0.5f * x); }
 
-void gates_forward(long n, long C, long threads, real *z, const real *zh, const float *peephole,
-                   float *restrict c, float *restrict c_before, real *restrict h) {
+void gates_forward(long n, long C, long threads, const real *z, const float *peephole, float *restrict c,
+                   real *restrict c_before, real *restrict h) {
     const float *wi = peephole, *wf = peephole + C, *wo = peephole + 2 * C;
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < n; row++) {
-        real *restrict zi = z + row * 4 * C, *restrict zf = zi + C, *restrict zo = zf + C, *restrict zg = zo + C;
-        const real *hi = zh + row * 4 * C, *hf = hi + C, *ho = hf + C, *hg = ho + C;
+        const real *zi = z + row * 4 * C, *zf = zi + C, *zo = zf + C, *zg = zo + C;
 #pragma omp simd
         for (long k = 0; k < C; k++) {
-            float i = load(zi[k]) + load(hi[k]), f = load(zf[k]) + load(hf[k]);
-            float o = load(zo[k]) + load(ho[k]), g = load(zg[k]) + load(hg[k]);
-            zi[k] = store(i), zf[k] = store(f), zo[k] = store(o), zg[k] = store(g);
-            float c0 = c[row * C + k];
-            float c1 = sigmoid(f + wf[k] * c0) * c0 + sigmoid(i + wi[k] * c0) * tanh_(g);
-            c_before[row * C + k] = c0;
+            float c0 = c[row * C + k], i = sigmoid(load(zi[k]) + wi[k] * c0), f = sigmoid(load(zf[k]) + wf[k] * c0);
+            float c1 = f * c0 + i * tanh_(load(zg[k])), o = sigmoid(load(zo[k]) + wo[k] * c1);
+            c_before[row * C + k] = store(c0);
             c[row * C + k] = c1;
-            h[row * C + k] = store(sigmoid(o + wo[k] * c1) * tanh_(c1));
+            h[row * C + k] = store(o * tanh_(c1));
         }
     }
 }
 
-void gates_backward(long n, long C, long threads, real *z, const float *peephole, const float *c, const real *dh,
+void gates_backward(long n, long C, long threads, real *z, const float *peephole, const real *c, const real *dh,
                     const real *dh_next, float *restrict dc, float *sums) {
     const float *wi = peephole, *wf = peephole + C, *wo = peephole + 2 * C;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -68,7 +64,7 @@ void gates_backward(long n, long C, long threads, real *z, const float *peephole
             real *restrict zi = z + row * 4 * C, *restrict zf = zi + C, *restrict zo = zf + C, *restrict zg = zo + C;
 #pragma omp simd
             for (long k = 0; k < C; k++) {
-                float c0 = c[row * C + k];
+                float c0 = load(c[row * C + k]);
                 float i = sigmoid(load(zi[k]) + wi[k] * c0), f = sigmoid(load(zf[k]) + wf[k] * c0);
                 float g = tanh_(load(zg[k])), c1 = f * c0 + i * g;
                 float o = sigmoid(load(zo[k]) + wo[k] * c1), tanh_c = tanh_(c1);

@@ -85,14 +85,17 @@ INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], lon
 
 /* And WIDTH channels back. */
 INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float *points, long stride,
-                        const float *bias, real *image) {
+                        const float *bias, real *image, long add) {
     for (long c = 0; c < WIDTH; c += LANES) {
         vector x[SIDE][SIDE], y[SIDE][SIDE];
         for (int p = 0; p < POINTS; p++) x[p / SIDE][p % SIDE] = *(const vector *)(points + p * stride + c);
         both_sides(TILE, SIDE, map, x, y);
         for (int i = 0; i < TILE; i++)
             for (int j = 0; j < TILE; j++)
-                if (at[i][j] >= 0) store(image + at[i][j] + c, y[i][j] + *(const vector *)(bias + c));
+                if (at[i][j] >= 0) {
+                    real *here = image + at[i][j] + c;
+                    store(here, y[i][j] + (add ? load(here) : *(const vector *)(bias + c)));
+                }
     }
 }
 
@@ -114,8 +117,9 @@ INLINE void multiply(long m, long n, const float *a, long down, long across, con
         }
 }
 
-/* y (B, H, W, N) of x (B, H, W, K). memory: for each thread, POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) */
-void convolve(long B, long H, long W, long K, long N, long threads, const float *map_in, const float *map_out,
+/* y (B, H, W, N) of x (B, H, W, K); add: to what is in y, in the place of the bias. memory: for each thread,
+   POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) */
+void convolve(long B, long H, long W, long K, long N, long threads, long add, const float *map_in, const float *map_out,
               const real *x, const float *kernel, const float *bias, real *y, float *memory) {
     grid g = grid_of(B, H, W);
     const long stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
@@ -135,7 +139,7 @@ void convolve(long B, long H, long W, long K, long N, long threads, const float 
                              out + p * stride_out, 0);
                 for (long t = 0; t < tiles; t++) {
                     pixels(g, first + t, TILE, 0, N, at);
-                    from_points(map_out, at, out + t * WIDTH, stride_out, bias + n, y + n);
+                    from_points(map_out, at, out + t * WIDTH, stride_out, bias + n, y + n, add);
                 }
             }
         }

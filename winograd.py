@@ -67,14 +67,15 @@ def to_points(weight):
     return (maps(k)[2] @ parts.flatten(2)).unflatten(2, (n_in, WIDTH))
 
 
-def convolve(x, points, k, bias):
-    """x (N, H, W, C_in), the kernel's points → (N, H, W, C_out), "same" padding."""
+def convolve(points, k, bias, x, y=None):
+    """The kernel's points, x (N, H, W, C_in) → (N, H, W, C_out), "same" padding; added to y, if that is given."""
     n_in, n_out = x.shape[3], len(points) * WIDTH
     threads, (of_input, of_output, _) = torch.get_num_threads(), maps(k)
-    y = x.new_empty(*x.shape[:3], n_out)
+    add = y is not None
+    y = y if add else x.new_empty(*x.shape[:3], n_out)
     memory = points.new_empty(threads, points.shape[1], BLOCK * (n_in + WIDTH) + 2 * GAP)
     tensors = of_input, of_output.T.contiguous(), x, points, bias.float(), y, memory
-    library(x.dtype, k).convolve(*native.arguments(*x.shape, n_out, threads, *tensors))
+    library(x.dtype, k).convolve(*native.arguments(*x.shape, n_out, threads, int(add), *tensors))
     return y
 
 

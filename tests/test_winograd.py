@@ -44,6 +44,7 @@ def test_it_is_the_convolution_and_its_gradients(threads, N, H, W, n_in, n_out, 
     exact.backward(dy.double())
     pairs = {
         "y": (fast_convlstm.convolution(weight, 1, bias)(x), exact.detach()),
+        "added": (fast_convlstm.convolution(weight, 1)(x, dy.clone()), exact.detach() - bias.double() + dy.double()),
         "dx": (fast_convlstm.convolution(fast_convlstm.turned(weight), 1)(dy), exact_x.grad),
         "d_weight": (fast_convlstm.weight_gradient(dy, x, weight), exact_weight.grad),
     }
