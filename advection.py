@@ -50,7 +50,8 @@ def block_match(frames, before, patch, K):
         call(library(patch, K).match, patch, before, costs, frames)
     else:
         costs = plain_match(frames, before, patch, K)
-    return (-9 * F.avg_pool2d(costs.permute(0, 3, 1, 2), 3, 1, 1)).softmax(1)
+    costs = F.avg_pool2d(costs.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
+    return (-9 * costs).softmax(-1).permute(0, 3, 1, 2)  # over the last axis, which is fastest
 
 
 def plain_match(frames, before, patch, K):
