@@ -120,6 +120,8 @@ class ConvLSTM(nn.Module):
 
     def forward_fast(self, x, state, n_frames):
         cell, device = self.cell, state[0].device.type
+        if x is not None and x.shape[2] != cell.input_to_state.shape[1]:
+            raise ValueError(f"the input has {x.shape[2]} channels; expected {cell.input_to_state.shape[1]}")
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
         c_dtype = torch.promote_types(dtype, torch.float32)

@@ -75,7 +75,7 @@ def convolve(points, k, bias, x, y=None):
     y = y if add else x.new_empty(*x.shape[:3], n_out)
     memory = points.new_empty(threads, points.shape[1], BLOCK * (n_in + WIDTH) + 2 * GAP)
     tensors = of_input, of_output.T.contiguous(), x, points, bias.float(), y, memory
-    library(x.dtype, k).convolve(*native.arguments(*x.shape, n_out, threads, int(add), *tensors))
+    library(x.dtype, k).convolve(*native.arguments(*x.shape, n_out, threads, add, *tensors))
     return y
 
 
