@@ -51,7 +51,7 @@ def block_match(frames, before, patch, K):
     else:
         costs = plain_match(frames, before, patch, K)
     costs = F.avg_pool2d(costs.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
-    return (-9 * costs).softmax(-1).permute(0, 3, 1, 2)  # over the last axis, as match's costs lie
+    return (-9 * costs).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
 
 
 def plain_match(frames, before, patch, K):
