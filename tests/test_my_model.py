@@ -355,9 +355,10 @@ def forward_and_backward(forward, backward, z, peephole, c, dh, dh_next, dc):
     z, c, dc = z.clone(), c.clone(), dc.clone()
     c_before, h = torch.empty(2, *c.shape, dtype=z.dtype)
     forward(z, peephole, c, c_before, h)
+    left = z.clone()
     sums = torch.zeros(torch.get_num_threads(), 7, c.shape[1])
     backward(z, peephole, c_before, dh, dh_next, dc, sums)
-    return {"c": c, "c_before": c_before, "h": h, "dz": z, "dc": dc, "sums": sums.sum(0)}
+    return {"z": left, "c": c, "c_before": c_before, "h": h, "dz": z, "dc": dc, "sums": sums.sum(0)}
 
 
 @pytest.mark.parametrize(("N", "C"), [(1, 1), (2, 5), (35, 16), (50, 37)])
@@ -366,6 +367,7 @@ def test_compiled_gates_are_the_python_ones(compiled, threads, N, C):
     args = gate_arguments(dtype, N, C)
     found = forward_and_backward(*gates, *args)
     expected = forward_and_backward(fast_convlstm.gates_forward, fast_convlstm.gates_backward, *args)
+    assert torch.equal(found["z"], expected["z"]) and torch.equal(found["z"], args[0])  # as they were, for backward
     assert torch.equal(found["c_before"], expected["c_before"])  # rounded to nearest even
     for name in expected:
         rounded = dtype == torch.bfloat16 and name in ("h", "dz")
