@@ -36,6 +36,7 @@ import checkpoint
 import convlstm
 import fast_convlstm
 import figures
+import metrics
 from download import DownloadError, is_moving_mnist, load_data
 from evaluate import CROSS_ENTROPY, cut, evaluate, forecaster
 from journal import (
@@ -130,6 +131,9 @@ class Knobs:
                              0, 1, tried="0.25 to 1")  # fmt: skip
     dense: bool = knob(True, "until all forecast frames are trained on, those that are not yet are input, and each "
                              "input frame after the middle of frames_in is a target too (my_model only)")  # fmt: skip
+    sharpen_from: float = knob(0.9, "fraction of training after which the loss is SSIM and the squared error, not the "
+                               "cross-entropy: sharper forecasts, of a slightly larger squared error. 1 = never",
+                               0, 1, tried="0.7 to 1")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -145,6 +149,7 @@ class Knobs:
 
 FIRST_LOOK = 50  # steps to an early evaluation and pictures: seconds, on most machines
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
+SQUARED = 4.0  # weight of the squared error beside SSIM, in sharp_loss
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a fraction of Muon's
 
 
@@ -269,6 +274,16 @@ def cost(knobs, progress):
     return inputs(knobs, n_future) + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * n_future
 
 
+def sharp_loss(logits, truth):
+    """1 − SSIM, and SQUARED times the squared error, means over windows and pixels.
+
+    Where a digit may be in several places, the cross-entropy asks for the grey of all of them; SSIM, which compares the
+    contrast and shape of windows, rather for one of them, in white (as a loss: Zhao et al., 2017, arXiv 1511.08861).
+    """
+    forecast = torch.sigmoid(logits)
+    return 1 - metrics.similarity(forecast, truth).mean() + SQUARED * F.mse_loss(forecast, truth)
+
+
 def announce_pace(run, seconds_a_step, knobs, bar):
     """After a few steps: settle how many steps max_minutes buys, and say how long the rest will take here."""
     progress = run["step"] / run["steps"] if run["steps"] else 0.0
@@ -335,13 +350,16 @@ def train(setup, run, model, optimisers):
         with setup.autocast():
             logits = net(past, n_future, *first).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
-        # the mean over the whole batch, though each process has a part of it
-        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / (truth[0].numel() * len(index))
+        # the mean over the whole batch, though each process has a part of it. Logged whatever the loss is
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
+        cross_entropy = cross_entropy / (truth[0].numel() * len(index))
+        sharp = progress >= knobs.sharpen_from
+        loss = sharp_loss(logits, truth) * len(truth) / len(index) if sharp else cross_entropy
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip))
-        mean_loss = float(sum_over_processes(loss.detach(), device))
+        mean_loss = float(sum_over_processes(cross_entropy.detach(), device))
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             what = f"loss {mean_loss} and gradient norm {norm} in epoch {epoch + 1}, step {step + 1}"
             raise diverged(what, rate, last_loss, setup.folder)

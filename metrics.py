@@ -23,6 +23,9 @@ METRICS = {  # in the order of the tables: heading and unit
         "nats, summed over all predicted pixels of a sequence, mean over sequences",
     ),
 }
+GAUSSIAN = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
+GAUSSIAN /= GAUSSIAN.sum()
+UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
 HEADINGS = tuple(heading for heading, _ in METRICS.values())
 
 
@@ -65,8 +68,7 @@ def ssim(prediction, truth):
     use_sample_covariance=False), which leaves out 5 pixels at each border. Right for a 0–1 scale, but the
     published tables mean other things: see `ssim_openstl`.
     """
-    window = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
-    return _ssim(prediction, truth, window / window.sum(), data_range=1, norm=1)
+    return _mean_over_sequences(lambda x, y: similarity(x, y).mean((2, 3, 4)), prediction, truth)
 
 
 def ssim_openstl(prediction, truth):
@@ -75,8 +77,26 @@ def ssim_openstl(prediction, truth):
     scikit-image's old default for floats: uniform 7×7 window, sample covariance, and data range 2, as if grey
     levels went from −1 to 1. The tables of PredRNN (range 255) and Earthformer (batch-derived) differ again.
     """
-    window = torch.full((7,), 1 / 7, dtype=torch.float64)
-    return _ssim(prediction, truth, window, data_range=2, norm=49 / 48)
+    options = {"window": UNIFORM, "data_range": 2, "norm": 49 / 48}
+    return _mean_over_sequences(lambda x, y: similarity(x, y, **options).mean((2, 3, 4)), prediction, truth)
+
+
+def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
+    """SSIM of every window: (…, H, W) twice → (…, H − k + 1, W − k + 1), in the dtype of x; gradients pass.
+
+    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. The window is separable, and to slide
+    it along n pixels is one (n − k + 1, n) matrix: two matrix products, a few times as fast on a CPU as a convolution.
+    """
+    (H, W), k = y.shape[-2:], len(window)
+    if min(H, W) < k:
+        raise ValueError(f"frames of {H} × {W} are smaller than the {k} × {k} window of SSIM")
+    slide = lambda n: (torch.eye(n, dtype=window.dtype).unfold(0, k, 1) @ window).to(x)
+    maps = torch.stack([x, y, x * x + y * y, x * y])
+    mx, my, squares, product = slide(H) @ maps @ slide(W).T  # local means
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mxx_myy, mxy = mx * mx + my * my, mx * my
+    variances, covariance = norm * (squares - mxx_myy), norm * (product - mxy)
+    return (2 * mxy + c1) * (2 * covariance + c2) / ((mxx_myy + c1) * (variances + c2))
 
 
 def cross_entropy_per_sequence(logits, truth):
@@ -158,26 +178,3 @@ def _mean_over_sequences(value, prediction, truth, is_logits=False):
     step = max(1, 2**17 // truth[0].numel())
     pairs = zip(prediction.split(step), truth.split(step), strict=True)
     return sum(value(x.double(), y.double()).sum(0) for x, y in pairs) / len(truth)
-
-
-def _ssim(prediction, truth, window, data_range, norm):
-    """norm: N / (N − 1) for the sample covariance of a window's N pixels, or 1.
-
-    The window is separable, and sliding it along n pixels is one (n − k + 1, n) matrix: two matrix products,
-    several times as fast on a CPU as a convolution.
-    """
-    (H, W), k = truth.shape[-2:], len(window)
-    if min(H, W) < k:
-        raise ValueError(f"frames of {H} × {W} are smaller than the {k} × {k} window of SSIM")
-    rows, columns = (torch.eye(n, dtype=window.dtype).unfold(0, k, 1) @ window for n in (H, W))
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-
-    def value(x, y):
-        maps = torch.stack([x, y, x * x + y * y, x * y])
-        mx, my, squares, product = rows.to(x.device) @ maps @ columns.T.to(x.device)  # local means
-        mxx_myy, mxy = mx * mx + my * my, mx * my
-        variances, covariance = norm * (squares - mxx_myy), norm * (product - mxy)
-        similarity = (2 * mxy + c1) * (2 * covariance + c2) / ((mxx_myy + c1) * (variances + c2))
-        return similarity.mean((2, 3, 4))
-
-    return _mean_over_sequences(value, prediction, truth)

@@ -712,6 +712,7 @@ def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
         ({"grow_from": 0, "grow_until": 1}, [*((t, 1) for t in range(3, 9)), (8, 2)]),
         ({"grow_from": 0, "grow_until": 1, "dense": False}, [(6, 1), (6, 2)]),
         ({"grow_until": 0}, [(6, 1), (6, 2), (6, 3), (6, 4)]),
+        ({"grow_until": 0, "sharpen_from": 0}, [(6, 1), (6, 2), (6, 3), (6, 4)]),  # whatever is minimised
     ],
 )
 def test_what_a_step_is_scored_on(changes, scored, array, tmp_path):
@@ -724,6 +725,29 @@ def test_what_a_step_is_scored_on(changes, scored, array, tmp_path):
     with torch.no_grad():
         losses = [cross_entropy(model(frames[:, :t], lead)[:, -1], frames[:, t + lead - 1]) for t, lead in scored]
     assert log(folder)[-1]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_the_sharp_loss_is_ssim_and_the_squared_error():
+    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    truth, forecast = np.random.default_rng(0).random((2, 3, 2, 1, 16, 20))
+    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0)
+    pairs = zip(forecast.reshape(6, 1, 16, 20), truth.reshape(6, 1, 16, 20), strict=True)
+    expected = 1 - np.mean([structural_similarity(x, y, **options) for x, y in pairs])
+    expected += main.SQUARED * np.square(forecast - truth).mean()
+    logits, truth = torch.logit(torch.from_numpy(forecast)).float(), torch.from_numpy(truth).float()
+    assert main.sharp_loss(logits, truth).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_sharpens(array, tmp_path, monkeypatch):
+    steps, sharp_loss = [], main.sharp_loss
+    monkeypatch.setattr(main, "sharp_loss", lambda *pair: steps.append(len(pair[0])) or sharp_loss(*pair))
+    weights = set()
+    for sharpen_from, expected in (1, []), (0.9, []), (0.7, [5]), (0, [5] * 4):  # progress 1/8, 3/8, 5/8, 7/8
+        steps.clear()
+        folder = here(array, tmp_path / str(sharpen_from), epochs=1, train_sequences=20, sharpen_from=sharpen_from)
+        assert steps == expected
+        weights.add(results(folder)["weights"])
+    assert len(weights) == 3  # 1 and 0.9 are the same
 
 
 def test_frames_beyond_those_used_change_nothing(array, tmp_path):

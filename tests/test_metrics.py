@@ -76,6 +76,22 @@ def test_ssim_is_that_of_scikit_image(ours, theirs, channels):
     close(ours(prediction, truth), torch.tensor(expected).mean(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32: in training
+def test_the_gradient_of_ssim_is_that_of_scikit_image(dtype):
+    """But near the border, where theirs counts windows that reach beyond the frame."""
+    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    (prediction, *_), (truth, *_) = (frames[0, :, 0] for frames in random_pair((1, 1, 1, 40, 36)))
+    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)
+    # of the mean over all windows, by the second image
+    _, theirs = structural_similarity(truth.numpy(), prediction.numpy(), gradient=True, **options)
+    ours, truth = prediction.to(dtype).requires_grad_(), truth.to(dtype)
+    metrics.similarity(ours, truth).sum().backward()
+    inside = slice(10, -10)
+    expected = torch.from_numpy(theirs)[inside, inside] * prediction.numel()
+    assert expected.abs().max() > 0.1
+    close(ours.grad[inside, inside].double(), expected, 1e-9 if dtype == torch.float64 else 1e-4)
+
+
 def test_many_sequences_are_averaged_one_by_one():
     prediction, truth = random_pair((7, 4, 1, 128, 128))  # more than are worked on at a time, with a rest
     for metric in ALL:
