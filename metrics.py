@@ -23,10 +23,10 @@ METRICS = {  # in the order of the tables: heading and unit
         "nats, summed over all predicted pixels of a sequence, mean over sequences",
     ),
 }
+HEADINGS = tuple(heading for heading, _ in METRICS.values())
 GAUSSIAN = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
 GAUSSIAN /= GAUSSIAN.sum()
 UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
-HEADINGS = tuple(heading for heading, _ in METRICS.values())
 
 
 def mse_per_frame(prediction, truth):
@@ -84,8 +84,9 @@ def ssim_openstl(prediction, truth):
 def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
     """SSIM of every window: (…, H, W) twice → (…, H − k + 1, W − k + 1), in the dtype of x; gradients pass.
 
-    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. The window is separable, and to slide
-    it along n pixels is one (n − k + 1, n) matrix: two matrix products, a few times as fast on a CPU as a convolution.
+    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. Variances are differences of products
+    that bf16 or TF32 would spoil. The window is separable: to slide it along n pixels is one (n − k + 1, n) matrix, and
+    two matrix products are a few times as fast on a CPU as a convolution.
     """
     (H, W), k = y.shape[-2:], len(window)
     if min(H, W) < k:

@@ -321,8 +321,8 @@ def test_two_machines(array, tmp_path):
 
 
 def test_processes_share_what_is_overlaid(array, tmp_path):
-    """The same partners whatever the processes; one epoch, as rounding grows."""
-    changes = {"epochs": 1, "train_sequences": 20, "overlay": 2}
+    """The same partners, and the same loss, of parts of 3 and 2; one epoch, as rounding grows."""
+    changes = {"epochs": 1, "train_sequences": 20, "overlay": 2, "sharpen_from": 0}
     finish(start(*flags(array, tmp_path / "two", **changes), launcher=TORCHRUN))
     one, two = here(array, tmp_path, **changes), tmp_path / "two" / "my_model"
     ours, theirs = (torch.load(folder / "last.pt") for folder in (two, one))
@@ -736,6 +736,8 @@ def test_the_sharp_loss_is_ssim_and_the_squared_error():
     expected += main.SQUARED * np.square(forecast - truth).mean()
     logits, truth = torch.logit(torch.from_numpy(forecast)).float(), torch.from_numpy(truth).float()
     assert main.sharp_loss(logits, truth).item() == pytest.approx(expected, rel=1e-5)
+    few = logits[:1, :1].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: main.sharp_loss(logits, truth[:1, :1].double()), few)
 
 
 def test_the_loss_sharpens(array, tmp_path, monkeypatch):

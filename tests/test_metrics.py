@@ -92,6 +92,16 @@ def test_the_gradient_of_ssim_is_that_of_scikit_image(dtype):
     close(ours.grad[inside, inside].double(), expected, 1e-9 if dtype == torch.float64 else 1e-4)
 
 
+def test_ssim_of_flat_windows_has_a_gradient_in_float32():
+    """Where both are black, or white, as most of a frame is, nothing but rounding is left of variances."""
+    for x, y, expected in (0, 0, 1), (1, 1, 1), (0, 1, 1e-4 / (1 + 1e-4)), (1, 0, 1e-4 / (1 + 1e-4)):
+        flat = torch.full((2, 1, 16, 16), float(x), requires_grad=True)
+        found = metrics.similarity(flat, torch.full_like(flat, y).detach())
+        found.mean().backward()
+        assert (found - expected).abs().max() < 2e-3
+        assert flat.grad.isfinite().all() and flat.grad.abs().max() < 1
+
+
 def test_many_sequences_are_averaged_one_by_one():
     prediction, truth = random_pair((7, 4, 1, 128, 128))  # more than are worked on at a time, with a rest
     for metric in ALL:
