@@ -131,9 +131,9 @@ class Knobs:
                              0, 1, tried="0.25 to 1")  # fmt: skip
     dense: bool = knob(True, "until all forecast frames are trained on, those that are not yet are input, and each "
                              "input frame after the middle of frames_in is a target too (my_model only)")  # fmt: skip
-    sharpen_from: float = knob(0.9, "fraction of training after which the loss is no longer the cross-entropy but 1 - "
-                               "SSIM and the squared error: sharper forecasts, on Moving MNIST of a 5 %% higher MSE. "
-                               "1 = never", 0, 1, tried="0.8 to 1")  # fmt: skip
+    sharpen_from: float = knob(0.9, "fraction of training after which 1 - SSIM is added to the cross-entropy, for "
+                               "sharper forecasts, on Moving MNIST of a few %% higher MSE. 1 = never",
+                               0, 1, tried="0.8 to 1")  # fmt: skip
     clip: float = knob(1.0, "largest gradient norm", 1e-9, 1e37)
 
     out: str = knob("results", "folder; each model has its own in it", group="evaluation and output")
@@ -149,7 +149,6 @@ class Knobs:
 
 FIRST_LOOK = 50  # steps to an early evaluation and pictures: seconds, on most machines
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
-SQUARED = 4.0  # weight of the squared error beside SSIM, in sharp_loss
 ADAM_PART = 1 / 20  # AdamW's learning rate, as a fraction of Muon's
 
 
@@ -274,15 +273,13 @@ def cost(knobs, progress):
     return inputs(knobs, n_future) + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * n_future
 
 
-def sharp_loss(logits, truth):
-    """1 − SSIM, and SQUARED times the squared error, means over windows and pixels.
+def dissimilarity(logits, truth):
+    """1 − SSIM, the mean over all windows (as a loss: Zhao et al., 2017, https://arxiv.org/abs/1511.08861).
 
     Where a digit may be in several places, the cross-entropy asks for the grey of all of them; SSIM, which compares the
-    contrast and shape of windows, rather for one of them, in white (as a loss: Zhao et al., 2017, arXiv 1511.08861).
-    For the end of training: where a forecast is sure, and wrong, only the cross-entropy has a gradient.
+    contrast and shape of windows, rather for one of them, in white.
     """
-    forecast = torch.sigmoid(logits)
-    return 1 - metrics.similarity(forecast, truth).mean() + SQUARED * F.mse_loss(forecast, truth)
+    return 1 - metrics.similarity(torch.sigmoid(logits), truth).mean()
 
 
 def announce_pace(run, seconds_a_step, knobs, bar):
@@ -354,8 +351,8 @@ def train(setup, run, model, optimisers):
         # the mean over the whole batch, though each process has a part of it. Logged whatever the loss is
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
         cross_entropy = cross_entropy / (truth[0].numel() * len(index))
-        sharp = progress >= knobs.sharpen_from
-        loss = sharp_loss(logits, truth) * len(truth) / len(index) if sharp else cross_entropy
+        sharpening = dissimilarity(logits, truth) if progress >= knobs.sharpen_from else 0.0
+        loss = cross_entropy + sharpening * len(truth) / len(index)
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"

@@ -727,22 +727,21 @@ def test_what_a_step_is_scored_on(changes, scored, array, tmp_path):
     assert log(folder)[-1]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_the_sharp_loss_is_ssim_and_the_squared_error():
+def test_dissimilarity_is_that_of_scikit_image():
     structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
     truth, forecast = np.random.default_rng(0).random((2, 3, 2, 1, 16, 20))
     options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=0)
     pairs = zip(forecast.reshape(6, 1, 16, 20), truth.reshape(6, 1, 16, 20), strict=True)
     expected = 1 - np.mean([structural_similarity(x, y, **options) for x, y in pairs])
-    expected += main.SQUARED * np.square(forecast - truth).mean()
     logits, truth = torch.logit(torch.from_numpy(forecast)).float(), torch.from_numpy(truth).float()
-    assert main.sharp_loss(logits, truth).item() == pytest.approx(expected, rel=1e-5)
+    assert main.dissimilarity(logits, truth).item() == pytest.approx(expected, rel=1e-5)
     few = logits[:1, :1].double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda logits: main.sharp_loss(logits, truth[:1, :1].double()), few)
+    assert torch.autograd.gradcheck(lambda logits: main.dissimilarity(logits, truth[:1, :1].double()), few)
 
 
 def test_the_loss_sharpens(array, tmp_path, monkeypatch):
-    steps, sharp_loss = [], main.sharp_loss
-    monkeypatch.setattr(main, "sharp_loss", lambda *pair: steps.append(len(pair[0])) or sharp_loss(*pair))
+    steps, dissimilarity = [], main.dissimilarity
+    monkeypatch.setattr(main, "dissimilarity", lambda *pair: steps.append(len(pair[0])) or dissimilarity(*pair))
     weights = set()
     for sharpen_from, expected in (1, []), (0.9, []), (0.7, [5]), (0, [5] * 4):  # progress 1/8, 3/8, 5/8, 7/8
         steps.clear()
