@@ -27,15 +27,8 @@ SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4,4 --batch_size 4"
 # 13 steps, at which the clock is read first, are then one epoch
 BY_CLOCK = f"{SHORT} --max_minutes 0.001 --train_sequences 40 --batch_size 3 --frames_in 2 --frames_out 2"
 ARRAY = f"{BY_CLOCK} --data raw/mnist_test_seq.npy --overlay 2"
-SHORTER = {
-    2: SHORT,
-    4: "--frames_in 5 --frames_out 3",
-    5: SHORT,
-    6: ARRAY,
-    7: ARRAY,
-    8: ARRAY,
-    9: BY_CLOCK,
-}  # by command
+# by command
+SHORTER = {2: SHORT, 4: "--frames_in 5 --frames_out 3", 5: SHORT, 6: ARRAY, 7: ARRAY, 8: ARRAY, 9: BY_CLOCK}
 METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
 
 
@@ -125,8 +118,7 @@ def test_files_exist(typed, copy):
     for name in re.findall(r"\]\(((?!http)[^)#]+)", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(\w+\.(?:png|gif|md|npy))`", README):
-        folders = "results/my_model", "results_unsharpened", "raw"
-        places = [copy / folder / name for folder in folders]
+        places = [copy / folder / name for folder in ("results/my_model", "results_unsharpened", "raw")]
         assert any(place.exists() for place in places) or name in made_by_a_run, name
 
 
