@@ -12,7 +12,7 @@ What makes it fast:
    transposed: the gates write h and c straight into the sequence, and backward turns the pre-activations into
    their gradient.
 4. Backward keeps only x, z, h and c, computes the gates again (in bf16, from c as rounded), and collects the
-   state-to-state weight gradient of a call's frames into one convolution.
+   state-to-state weight gradient of a call's frames into one convolution (`amx.c`, where there is AMX).
 5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated), or
    find their weight laid out once a call; the state-to-state one adds to what the input left in z.
 
@@ -22,6 +22,7 @@ T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-
 import contextlib
 import ctypes
 import functools
+import math
 import sys
 
 import torch
@@ -118,6 +119,8 @@ class FastConvLSTM(torch.autograd.Function):
         cells = h.new_empty(n_frames, B, H, W, C)  # before each step
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
         hiddens[0] = h
+        # of zeros, as an encoder begins with, no convolution is needed. (On a GPU, a look at them would stall it.)
+        blank = n_frames > 1 and h.device.type == "cpu" and not h.any()
         if x is None:
             z = h.new_empty(n_frames, B, H, W, 4 * C)
         else:
@@ -127,10 +130,11 @@ class FastConvLSTM(torch.autograd.Function):
         for t in range(n_frames):
             if x is None:
                 z[t] = bias  # now, so that what adds to it finds it in the cache
-            state_to_state(hiddens[t], z[t])
+            if t or not blank:
+                state_to_state(hiddens[t], z[t])
             gates(rows(z[t]), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
-        ctx.sequences, ctx.dilation = (z, cells, hiddens), dilation
+        ctx.sequences, ctx.blank, ctx.dilation = (z, cells, hiddens), blank, dilation
         return hiddens[1:], hiddens[-1], c
 
     @staticmethod
@@ -147,11 +151,12 @@ class FastConvLSTM(torch.autograd.Function):
         to_dh = convolution(turned(state_weight), pixels, dilation=ctx.dilation)
         for t in reversed(range(len(z))):
             gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
-            if t or ctx.needs_input_grad[1]:  # the first hidden state may be no more than zeros
+            if t or ctx.needs_input_grad[1]:
                 dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
-        d_state = weight_gradient(dz, hiddens[:-1].flatten(0, 1), state_weight, ctx.dilation)
+        convolved = z[ctx.blank :].flatten(0, 1), hiddens[ctx.blank : -1].flatten(0, 1)
+        d_state = weight_gradient(*convolved, state_weight, ctx.dilation)
         dx = d_input = None
         if x is not None:
             d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)
@@ -243,6 +248,46 @@ def weight_gradient(dy, x, weight, dilation=1):
     k = weight.shape[-1]
     if winograd.serves(weight, x[..., 0].numel(), dilation):
         return winograd.weight_gradient(dy, x, k)
+    amx = x.device.type == "cpu" and x.dtype == torch.bfloat16 and amx_fits(dy, x) and amx_library()
+    return amx_weight_gradient(amx, dy, x, k, dilation) if amx else plain_weight_gradient(dy, x, weight, dilation)
+
+
+def plain_weight_gradient(dy, x, weight, dilation):
     dy, x = as_images(dy), as_images(x)
-    options = None, [1, 1], [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], 1, (False, True, False)
-    return torch.ops.aten.convolution_backward(dy, x, weight, *options)[1]
+    options = None, [1, 1], [dilation * (weight.shape[-1] // 2)] * 2, [dilation] * 2, False, [0, 0], 1
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options, (False, True, False))[1]
+
+
+def amx_fits(dy, x):
+    """Whether amx.c can, and pays: it parts output channels among threads, 32 at a time."""
+    n_in, n_out = x.shape[3], dy.shape[3]
+    return n_in % 32 == 0 and n_out % 32 == 0 and n_out >= 32 * torch.get_num_threads() and x.shape[2] % 2 == 0
+
+
+def amx_weight_gradient(library, dy, x, k, dilation):
+    """amx.c says what steps and pairs are. It computes in fp32."""
+    B, H, W, n_in = x.shape
+    n_out, threads = dy.shape[3], torch.get_num_threads()
+    rows = max(1, 256 // W)
+    steps = math.ceil(rows * W / 32)
+    pairs = 16 * steps + dilation * (k // 2) * W
+    words = k * n_in * pairs + 512 * steps * math.ceil(n_out / 32 / threads)
+    sizes = B, H, W, n_in, n_out, k, dilation, rows, steps, pairs, threads, words
+    gradient = x.new_zeros(n_out, k, k, n_in, dtype=torch.float32)
+    memory = torch.empty(threads, words, dtype=torch.int32)
+    library.weight_gradient(*native.arguments(*sizes, x, dy, gradient, memory))
+    return as_images(gradient).to(x.dtype)
+
+
+@functools.cache
+def amx_library():
+    """amx.c, built; None where there is no AMX, or no compiler, and where it disagrees with its plain twin."""
+    library = native.build("amx.c") if winograd.has_amx() else None
+    if library is None or library.request() != 0:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).bfloat16()
+    x, dy, weight = draw(2, 19, 14, 64), draw(2, 19, 14, 96), draw(96, 64, 3, 3)
+    expected = plain_weight_gradient(dy, x, weight, 2)
+    found = amx_weight_gradient(library, dy, x, 3, 2)
+    return library if (found - expected).abs().max() <= 1e-2 * expected.abs().max() else None

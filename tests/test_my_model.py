@@ -1,8 +1,10 @@
 """The network against the paper's counts, equations worked out by hand, loops, and finite differences."""
 
+import ctypes
 import functools
 import math
 import shutil
+import types
 from itertools import product
 
 import pytest
@@ -12,6 +14,8 @@ from conftest import skip_without_compiler
 
 import advection
 import fast_convlstm
+import native
+import winograd
 from fast_convlstm import FastConvLSTM
 from my_model import ConvLSTM, ConvLSTMCell, EncoderForecaster
 
@@ -162,13 +166,14 @@ def run_layer(layer, x, state, n_frames, dtype, fast):
     return outputs | {f"gradient of {name}": d for name, d in zip(leaves, gradients, strict=True)}
 
 
-def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole, dilation=1):
+def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole, dilation=1, h=1):
     B, T, H, W = shape
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     layer = randomised(ConvLSTM(n_in, hidden, kernel_size, state_kernel_size, peephole, dilation)).to(exact)
     # time before batch in memory, as the layer below leaves it
     x = torch.rand(T, B, n_in, H, W, dtype=exact).transpose(0, 1).requires_grad_() if n_in else None
-    state = [torch.randn(B, hidden, H, W, dtype=exact, requires_grad=True) for _ in range(2)]
+    state = [s * torch.randn(B, hidden, H, W, dtype=exact) for s in (h, 1)]
+    state = [s.requires_grad_() for s in state]
     plain, fast = (run_layer(layer, x, state, T, dtype, fast) for fast in (False, True))
     assert plain.keys() == fast.keys()
     for name, expected in plain.items():
@@ -181,6 +186,13 @@ def assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dt
 @pytest.mark.parametrize(("n_in", "hidden", "kernel_size", "state_kernel_size", "shape"), LAYERS)
 def test_fast_layer_is_its_plain_twin(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole):
     assert_fast_is_plain(n_in, hidden, kernel_size, state_kernel_size, shape, dtype, peephole)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("n_in", [4, 0])
+def test_fast_layer_is_its_plain_twin_from_a_hidden_state_of_zeros(n_in, dtype):
+    """Which it does not convolve; the cell state is not zero, and both want gradients."""
+    assert_fast_is_plain(n_in, 8, 3, 3, (2, 3, 6, 5), dtype, True, h=0)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -263,6 +275,73 @@ def test_without_packed_convolutions_the_layer_is_the_same(fault, monkeypatch):
     monkeypatch.setattr(fast_convlstm, "packed_convolution", changed)
     assert not fast_convlstm.packs("cpu", torch.float32)
     assert_fast_is_plain(3, 4, 5, 3, (2, 3, 5, 7), torch.float32, peephole=True)
+
+
+@pytest.fixture
+def amx():
+    skip_without_compiler()
+    if not winograd.has_amx() or not shutil.which("gcc"):
+        pytest.skip("needs AMX and gcc")
+    library = fast_convlstm.amx_library()
+    assert library
+    return library
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "W", "n_in", "n_out", "k", "dilation"),
+    [
+        pytest.param(8, 16, 16, 64, 256, 3, 2, id="a_layer"),
+        pytest.param(3, 7, 6, 32, 96, 5, 2, id="an_image_of_no_whole_tiles"),
+        pytest.param(2, 37, 14, 64, 64, 3, 1, id="an_image_of_several_bands"),
+        pytest.param(2, 2, 300, 32, 128, 5, 1, id="rows_longer_than_a_band"),
+        pytest.param(1, 1, 2, 96, 64, 3, 3, id="smaller_than_a_kernel"),
+        pytest.param(2, 50, 10, 64, 64, 1, 1, id="one_tap"),
+    ],
+)
+def test_the_weight_gradient_by_amx(amx, threads, B, H, W, n_in, n_out, k, dilation):
+    x, dy = torch.randn(B, H, W, n_in).bfloat16(), torch.randn(B, H, W, n_out).bfloat16()
+    weight = torch.zeros(n_out, n_in, k, k, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x.double().permute(0, 3, 1, 2), weight, padding=dilation * (k // 2), dilation=dilation)
+    (expected,) = torch.autograd.grad(y, weight, dy.double().permute(0, 3, 1, 2))
+    found = fast_convlstm.amx_weight_gradient(amx, dy, x, k, dilation)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-3)  # only the result is rounded to bf16
+
+
+@pytest.mark.parametrize(
+    ("W", "n_in", "n_out", "dtype", "served"),
+    [
+        (4, 32, 128, torch.bfloat16, True),
+        (5, 32, 128, torch.bfloat16, False),
+        (4, 16, 128, torch.bfloat16, False),
+        (4, 32, 144, torch.bfloat16, False),
+        (4, 32, 64, torch.bfloat16, False),  # fewer channels than three threads want
+        (4, 32, 128, torch.float32, False),
+    ],
+)
+def test_where_amx_serves(amx, monkeypatch, W, n_in, n_out, dtype, served):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    calls = []
+    counted = lambda *arguments: calls.append(amx.weight_gradient(*arguments))
+    monkeypatch.setattr(fast_convlstm, "amx_library", lambda: types.SimpleNamespace(weight_gradient=counted))
+    x, dy, weight = (torch.randn(s).to(dtype) for s in ((2, 3, W, n_in), (2, 3, W, n_out), (n_out, n_in, 3, 3)))
+    found = fast_convlstm.weight_gradient(dy, x, weight, 2)
+    torch.set_num_threads(before)
+    assert len(calls) == served and found.dtype == dtype
+    assert relative_error(found, fast_convlstm.plain_weight_gradient(dy, x, weight, 2)) < 2**-7
+
+
+@pytest.mark.parametrize("fault", ["refused", "wrong"])
+def test_without_amx_oneDNN_computes_the_weight_gradient(amx, fault, monkeypatch):
+    def wrong(*arguments):
+        amx.weight_gradient(*arguments)
+        found = ctypes.cast(arguments[-2], ctypes.POINTER(ctypes.c_float))
+        found[100] += 10
+
+    broken = types.SimpleNamespace(request=lambda: int(fault == "refused"), weight_gradient=wrong)
+    monkeypatch.setattr(native, "build", lambda *_: broken)
+    assert fast_convlstm.amx_library.__wrapped__() is None
 
 
 class Repeated(torch.autograd.Function):
