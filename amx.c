@@ -1,15 +1,16 @@
-/* The gradient of a convolution's weight in bf16, where the CPU has AMX: the compiled twin of weight_gradient in
-   fast_convlstm.py, in about three quarters of the time that oneDNN's takes.
+/* The gradient of a convolution's weight in bf16, where the CPU has AMX: the compiled twin of plain_weight_gradient in
+   fast_convlstm.py, in about three quarters of the time that oneDNN takes.
 
    AMX multiplies tiles: c (16, 16) += a (16, 32) · b (32, 16), with c in float32. Here a is 16 output channels of dy by
    32 pixels, b the same pixels of x, moved by a tap of the kernel, by 16 input channels, and c their part of that tap's
    gradient. The hardware wants pixels in pairs, side by side in memory: a as [channel][pair], b as [pair][channel].
    To lie so, x is copied once for each column of the kernel, with zeros where that reaches beyond the image; the rows
-   of the kernel then read the same copy, so many rows further down.
+   of the kernel then read the same copy, so many rows further down. (These zeros are multiplied, too: an infinite pixel
+   at a border makes a NaN of more taps than it has to.)
 
-   B images of H by W pixels, W even, taken in bands of so many rows, for which the copies stay in the cache: steps of
-   32 pixels, pairs with the rows above and below that the kernel reaches. K input and N output channels, multiples of
-   32; k kernel size. */
+   B images of H by W pixels, W even; K input and N output channels, multiples of 32; k kernel size. So that copies stay
+   in the cache, an image is done in bands of so many rows, a band in steps of 32 pixels; a copy of x has so many pairs:
+   of a band, and of the rows that the kernel reaches above and below it. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <sys/syscall.h>
@@ -62,15 +63,14 @@ static void lay_out_x(long H, long W, long K, long k, long dilation, long y, lon
     for (long kx = 0; kx < k; kx++)
         for (long c = 0; c < K; c += 32)
             for (long q = 0; q < pairs; q++, b += 32) {
-                long row = y + 2 * q / W, column = 2 * q % W + (kx - k / 2) * dilation;
-                const bf16 *at = x + (row * W + column) * K + c;
-                const bf16 *first = row >= 0 && row < H && column >= 0 && column < W ? at : zeros;
-                const bf16 *second = row >= 0 && row < H && column >= -1 && column < W - 1 ? at + K : zeros;
+                long row = y + 2 * q / W, column = 2 * q % W + (kx - k / 2) * dilation, at = (row * W + column) * K + c;
+                const bf16 *first = row >= 0 && row < H && column >= 0 && column < W ? x + at : zeros;
+                const bf16 *second = row >= 0 && row < H && column >= -1 && column < W - 1 ? x + at + K : zeros;
                 for (long j = 0; j < 32; j++) b[j] = pair(first[j], second[j]);
             }
 }
 
-/* Increases gradient (N, k, k, K). Each thread has a part of the output channels, and so many words of memory */
+/* Increases gradient (N, k, k, K). Each thread has a part of the output channels, and so many words of memory. */
 void weight_gradient(long B, long H, long W, long K, long N, long k, long dilation, long rows, long steps, long pairs,
                      long threads, long words, const bf16 *x, const bf16 *dy, float *gradient, uint32_t *memory) {
     struct {
@@ -88,6 +88,7 @@ void weight_gradient(long B, long H, long W, long K, long N, long k, long dilati
             const long image = band / bands, y = band % bands * rows, pixels = (y + rows < H ? rows : H - y) * W;
             lay_out_x(H, W, K, k, dilation, y - dilation * (k / 2), pairs, x + image * H * W * K, b);
             lay_out_dy(pixels, N, to - from, steps, dy + (image * H + y) * W * N + from, a);
+            __asm__ volatile("" ::: "memory"); /* gcc does not know that tiles are loaded from there */
             for (long n = from; n < to; n += 32) {
                 for (long c = 0; c < K; c += 32)
                     for (long kx = 0; kx < k; kx++)

@@ -4,9 +4,10 @@
     python bench.py --scaling    time and memory against batch, frames, size and hidden channels: scaling.json and .png
 
 The work is the paper's network, 128-64-64 hidden, 5×5, patches of 4, on 10 + 10 frames of 64×64. Contenders take
-turns, and the median of each is shown; compare ratios of one run, never seconds of two. The reference carries
-no peepholes and convolves a zero input in its forecaster's first layer (144 channels for 128). All is done on an NVIDIA
-GPU where torch finds one (fp32 convolutions in TF32, torch's default there), else on the CPU.
+turns, and the median of each is shown; compare ratios of one run, never seconds of two. The reference carries no
+peepholes, and convolves zeros: its encoder's first hidden states and, in its forecaster's first layer, an input (144
+channels for 128). All is done on an NVIDIA GPU where torch finds one (fp32 convolutions in TF32, torch's default
+there), else on the CPU.
 """
 
 import argparse
@@ -96,17 +97,16 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
     gradients of their data."""
     n_all, work = batch * frames, []
 
-    def add(n_in, n, at_once, needs_dx=True):
-        """needs_dx: of the first frames that go at once; of the later ones, data always need a gradient."""
-        shape = ((n_all, n_in, size, size), (n_all, 4 * n, size, size), (4 * n, n_in, k, k))
+    def add(n_in, n, images, at_once, needs_dx=True):
+        shape = ((images, n_in, size, size), (images, 4 * n, size, size), (4 * n, n_in, k, k))
         x, dz, w = (torch.randn(s).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last) for s in shape)
         work.append((x, dz, w, at_once, needs_dx))
 
     for first in (pixels, 0):  # encoder, forecaster
         for n_in, n in zip((first, *hidden[:-1]), hidden, strict=True):
-            add(n, n, batch, needs_dx=not first)  # the encoder's first hidden state is zero
+            add(n, n, n_all - batch if first else n_all, batch)  # the encoder's first hidden state is zeros
             if n_in:
-                add(n_in, n, n_all, needs_dx=n_in != pixels)
+                add(n_in, n, n_all, n_all, needs_dx=n_in != pixels)
 
     def backward(dz, x, w, wanted):
         options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, wanted
@@ -114,9 +114,9 @@ def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16
 
     def step():
         for x, dz, w, at_once, needs_dx in work:
-            for t, (x_part, dz_part) in enumerate(zip(x.split(at_once), dz.split(at_once), strict=True)):
+            for x_part, dz_part in zip(x.split(at_once), dz.split(at_once), strict=True):
                 F.conv2d(x_part, w, padding=k // 2)
-                if needs_dx or t:
+                if needs_dx:
                     backward(dz_part, x_part, w, (True, False, False))
             backward(dz, x, w, (False, True, False))
 

@@ -12,7 +12,7 @@ What makes it fast:
    transposed: the gates write h and c straight into the sequence, and backward turns the pre-activations into
    their gradient.
 4. Backward keeps only x, z, h and c, computes the gates again (in bf16, from c as rounded), and collects the
-   state-to-state weight gradient of a call's frames into one convolution (`amx.c`, where there is AMX).
+   state-to-state weight gradient of a call's frames into one convolution. (Where there is AMX, `amx.c` computes it.)
 5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated), or
    find their weight laid out once a call; the state-to-state one adds to what the input left in z.
 
@@ -248,7 +248,7 @@ def weight_gradient(dy, x, weight, dilation=1):
     k = weight.shape[-1]
     if winograd.serves(weight, x[..., 0].numel(), dilation):
         return winograd.weight_gradient(dy, x, k)
-    amx = x.device.type == "cpu" and x.dtype == torch.bfloat16 and amx_fits(dy, x) and amx_library()
+    amx = x.device.type == "cpu" and x.dtype == torch.bfloat16 and amx_serves(dy, x, k, dilation) and amx_library()
     return amx_weight_gradient(amx, dy, x, k, dilation) if amx else plain_weight_gradient(dy, x, weight, dilation)
 
 
@@ -258,19 +258,26 @@ def plain_weight_gradient(dy, x, weight, dilation):
     return torch.ops.aten.convolution_backward(dy, x, weight, *options, (False, True, False))[1]
 
 
-def amx_fits(dy, x):
-    """Whether amx.c can, and pays: it parts output channels among threads, 32 at a time."""
+def amx_bands(x, k, dilation):
+    """Rows, steps and pairs of a band, as amx.c means them."""
+    W = x.shape[2]
+    rows = max(1, 256 // W)
+    steps = math.ceil(rows * W / 32)
+    return rows, steps, 16 * steps + dilation * (k // 2) * W
+
+
+def amx_serves(dy, x, k, dilation):
+    """Whether amx.c can, and pays: each thread copies all of x, for its part of the output channels."""
     n_in, n_out = x.shape[3], dy.shape[3]
-    return n_in % 32 == 0 and n_out % 32 == 0 and n_out >= 32 * torch.get_num_threads() and x.shape[2] % 2 == 0
+    _, steps, pairs = amx_bands(x, k, dilation)
+    fits = n_in % 32 == 0 and n_out % 32 == 0 and x.shape[2] % 2 == 0
+    return fits and n_out >= 64 * torch.get_num_threads() and pairs <= 32 * steps
 
 
 def amx_weight_gradient(library, dy, x, k, dilation):
-    """amx.c says what steps and pairs are. It computes in fp32."""
     B, H, W, n_in = x.shape
     n_out, threads = dy.shape[3], torch.get_num_threads()
-    rows = max(1, 256 // W)
-    steps = math.ceil(rows * W / 32)
-    pairs = 16 * steps + dilation * (k // 2) * W
+    rows, steps, pairs = amx_bands(x, k, dilation)
     words = k * n_in * pairs + 512 * steps * math.ceil(n_out / 32 / threads)
     sizes = B, H, W, n_in, n_out, k, dilation, rows, steps, pairs, threads, words
     gradient = x.new_zeros(n_out, k, k, n_in, dtype=torch.float32)

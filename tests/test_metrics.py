@@ -99,7 +99,7 @@ def test_ssim_of_flat_windows_has_a_gradient_in_float32():
         found = metrics.similarity(flat, torch.full_like(flat, y).detach())
         found.mean().backward()
         assert (found - expected).abs().max() < 2e-3
-        assert flat.grad.isfinite().all() and flat.grad.abs().max() < 1
+        assert flat.grad.isfinite().all() and flat.grad.abs().max() < (1e-3 if x == y else 0.05)
 
 
 def test_many_sequences_are_averaged_one_by_one():
