@@ -5,12 +5,12 @@
    32 pixels, b the same pixels of x, moved by a tap of the kernel, by 16 input channels, and c their part of that tap's
    gradient. The hardware wants pixels in pairs, side by side in memory: a as [channel][pair], b as [pair][channel].
    To lie so, x is copied once for each column of the kernel, with zeros where that reaches beyond the image; the rows
-   of the kernel then read the same copy, so many rows further down. (These zeros are multiplied, too: an infinite pixel
-   at a border makes a NaN of more taps than it has to.)
+   of the kernel then read the same copy, so many rows further down. (Zeros around x and after dy are multiplied, too: an
+   infinite pixel makes a NaN of more taps than it has to.)
 
    B images of H by W pixels, W even; K input and N output channels, multiples of 32; k kernel size. So that copies stay
-   in the cache, an image is done in bands of so many rows, a band in steps of 32 pixels; a copy of x has so many pairs:
-   of a band, and of the rows that the kernel reaches above and below it. */
+   in the cache, an image is done in bands of `rows` rows, a band in `steps` steps of 32 pixels. A copy of x has `pairs`
+   pairs: those of a band, and of the rows that the kernel reaches above and below it. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <sys/syscall.h>
@@ -26,7 +26,7 @@ long request(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PER
 
 static uint32_t pair(bf16 first, bf16 second) { return first | (uint32_t)second << 16; }
 
-/* 16 rows of 16, transposed: the two blocks beside the diagonal change places, of 8, then in each of 4, 2 and 1 */
+/* 16 rows of 16, transposed: the two blocks of 8 off the diagonal change places; then, in each block, those of 4, 2, 1 */
 static inline __attribute__((always_inline)) void transpose(vector *rows) {
 #pragma GCC unroll 4
     for (unsigned s = 8; s; s /= 2) {
@@ -70,7 +70,7 @@ static void lay_out_x(long H, long W, long K, long k, long dilation, long y, lon
             }
 }
 
-/* Increases gradient (N, k, k, K). Each thread has a part of the output channels, and so many words of memory. */
+/* Increases gradient (N, k, k, K). Each thread has a part of the output channels, and `words` words of memory. */
 void weight_gradient(long B, long H, long W, long K, long N, long k, long dilation, long rows, long steps, long pairs,
                      long threads, long words, const bf16 *x, const bf16 *dy, float *gradient, uint32_t *memory) {
     struct {
@@ -93,7 +93,8 @@ void weight_gradient(long B, long H, long W, long K, long N, long k, long dilati
                 for (long c = 0; c < K; c += 32)
                     for (long kx = 0; kx < k; kx++)
                         for (long ky = 0; ky < k; ky++) {
-                            const uint32_t *bs = b + (kx * K + c) * pairs + ky * dilation * W * 16, *as = a + (n - from) / 32 * steps * 512;
+                            const uint32_t *as = a + (n - from) / 32 * steps * 512;
+                            const uint32_t *bs = b + (kx * K + c) * pairs + ky * dilation * W * 16;
                             float *g = gradient + ((n * k + ky) * k + kx) * K + c, *h = g + 16 * k * k * K;
                             _tile_loadd(0, g, down);
                             _tile_loadd(1, g + 16, down);

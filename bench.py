@@ -92,9 +92,9 @@ def take_turns(functions, rounds):
 
 
 def bare_convolutions(batch, frames=10, size=16, hidden=(128, 64, 64), pixels=16, k=5, dtype=torch.bfloat16):
-    """A function that does the convolutions of one training step and nothing else: forward and both gradients,
+    """A function that does the convolutions of one training step's layers and nothing else: forward and both gradients,
     channels last, over all frames at once but for what has to go frame by frame, the state-to-state ones and the
-    gradients of their data."""
+    gradients of their data. Those of the encoder's zeros are left out, as my_model does on a CPU."""
     n_all, work = batch * frames, []
 
     def add(n_in, n, images, at_once, needs_dx=True):

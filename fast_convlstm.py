@@ -12,7 +12,8 @@ What makes it fast:
    transposed: the gates write h and c straight into the sequence, and backward turns the pre-activations into
    their gradient.
 4. Backward keeps only x, z, h and c, computes the gates again (in bf16, from c as rounded), and collects the
-   state-to-state weight gradient of a call's frames into one convolution. (Where there is AMX, `amx.c` computes it.)
+   state-to-state weight gradient of a call's frames into one convolution. (`amx.c` computes weight gradients where
+   there is AMX.)
 5. Convolutions on the CPU need fewer multiplications where that pays (`winograd.py`, compiled too; none dilated), or
    find their weight laid out once a call; the state-to-state one adds to what the input left in z.
 
@@ -119,8 +120,9 @@ class FastConvLSTM(torch.autograd.Function):
         cells = h.new_empty(n_frames, B, H, W, C)  # before each step
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
         hiddens[0] = h
-        # of zeros, as an encoder begins with, no convolution is needed. (On a GPU, a look at them would stall it.)
-        blank = n_frames > 1 and h.device.type == "cpu" and not h.any()
+        # the first hidden state to convolve: an encoder begins with zeros. (On a GPU, a look at them would stall it; of
+        # a lone frame they are convolved, so that there is something to take a weight gradient of)
+        first = int(n_frames > 1 and h.device.type == "cpu" and not h.any())
         if x is None:
             z = h.new_empty(n_frames, B, H, W, 4 * C)
         else:
@@ -130,11 +132,11 @@ class FastConvLSTM(torch.autograd.Function):
         for t in range(n_frames):
             if x is None:
                 z[t] = bias  # now, so that what adds to it finds it in the cache
-            if t or not blank:
+            if t >= first:
                 state_to_state(hiddens[t], z[t])
             gates(rows(z[t]), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
-        ctx.sequences, ctx.blank, ctx.dilation = (z, cells, hiddens), blank, dilation
+        ctx.sequences, ctx.first, ctx.dilation = (z, cells, hiddens), first, dilation
         return hiddens[1:], hiddens[-1], c
 
     @staticmethod
@@ -155,7 +157,7 @@ class FastConvLSTM(torch.autograd.Function):
                 dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
         dz = z.flatten(0, 1)
-        convolved = z[ctx.blank :].flatten(0, 1), hiddens[ctx.blank : -1].flatten(0, 1)
+        convolved = z[ctx.first :].flatten(0, 1), hiddens[ctx.first : -1].flatten(0, 1)
         d_state = weight_gradient(*convolved, state_weight, ctx.dilation)
         dx = d_input = None
         if x is not None:
@@ -259,15 +261,16 @@ def plain_weight_gradient(dy, x, weight, dilation):
 
 
 def amx_bands(x, k, dilation):
-    """Rows, steps and pairs of a band, as amx.c means them."""
-    W = x.shape[2]
-    rows = max(1, 256 // W)
+    """rows, steps and pairs, as amx.c means them: bands of about 256 pixels, each about as high."""
+    H, W = x.shape[1:3]
+    rows = math.ceil(H / math.ceil(H * W / 256))
     steps = math.ceil(rows * W / 32)
     return rows, steps, 16 * steps + dilation * (k // 2) * W
 
 
 def amx_serves(dy, x, k, dilation):
-    """Whether amx.c can, and pays: each thread copies all of x, for its part of the output channels."""
+    """Whether amx.c can, and pays: each thread copies all of x for its part of the output channels, a band of x with
+    the rows that the kernel reaches above and below it."""
     n_in, n_out = x.shape[3], dy.shape[3]
     _, steps, pairs = amx_bands(x, k, dilation)
     fits = n_in % 32 == 0 and n_out % 32 == 0 and x.shape[2] % 2 == 0
@@ -288,7 +291,7 @@ def amx_weight_gradient(library, dy, x, k, dilation):
 
 @functools.cache
 def amx_library():
-    """amx.c, built; None where there is no AMX, or no compiler, and where it disagrees with its plain twin."""
+    """amx.c, built; None where there is no AMX, or no gcc that knows it, and where it disagrees with its plain twin."""
     library = native.build("amx.c") if winograd.has_amx() else None
     if library is None or library.request() != 0:
         return None

@@ -138,7 +138,7 @@ class ConvLSTM(nn.Module):
 
 
 def twin_agrees():
-    """Whether the fast layer computes what the cell above says, in float64; gates.c has a check of its own."""
+    """Whether the fast layer computes what the cell above says, in float64; gates.c and amx.c have their own checks."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for in_channels, peephole, dilation in ((4, True, 1), (4, False, 2), (0, True, 1)):

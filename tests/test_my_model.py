@@ -4,6 +4,7 @@ import ctypes
 import functools
 import math
 import shutil
+import subprocess
 import types
 from itertools import product
 
@@ -293,12 +294,16 @@ def test_without_packed_convolutions_the_layer_is_the_same(fault, monkeypatch):
     assert_fast_is_plain(3, 4, 5, 3, (2, 3, 5, 7), torch.float32, peephole=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def amx():
     skip_without_compiler()
-    library = native.build("amx.c") if winograd.has_amx() else None
-    if library is None or library.request() != 0:
+    knows = "gcc", "-mamx-bf16", "-fsyntax-only", "-x", "c", "/dev/null"
+    if not winograd.has_amx() or not shutil.which("gcc") or subprocess.run(knows, capture_output=True).returncode:
         pytest.skip("needs AMX, and a gcc that knows it")
+    library = native.build("amx.c")
+    assert library
+    if library.request() != 0:
+        pytest.skip("the system lends no AMX")
     assert fast_convlstm.amx_library()
     return library
 
@@ -358,7 +363,12 @@ def test_without_amx_oneDNN_computes_the_weight_gradient(amx, fault, monkeypatch
     if fault == "refused":
         broken = types.SimpleNamespace(request=lambda: -1, weight_gradient=amx.weight_gradient)
     monkeypatch.setattr(native, "build", lambda *_: broken)
-    assert fast_convlstm.amx_library.__wrapped__() is None
+    monkeypatch.setattr(fast_convlstm, "amx_library", fast_convlstm.amx_library.__wrapped__)
+    assert fast_convlstm.amx_library() is None
+    x, dy, weight = (torch.randn(s).bfloat16() for s in ((2, 3, 4, 32), (2, 3, 4, 64), (64, 32, 3, 3)))
+    assert fast_convlstm.amx_serves(dy, x, 3, 1)
+    found = fast_convlstm.weight_gradient(dy, x, weight)
+    assert torch.equal(found, fast_convlstm.plain_weight_gradient(dy, x, weight, 1))
 
 
 class Repeated(torch.autograd.Function):
