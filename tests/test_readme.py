@@ -66,8 +66,8 @@ def test_the_commands_are_these():
         "pip install -r requirements-dev.txt && python -m pytest",
         "python main.py --eval_only --weights records/long.pt",
         "python main.py --sharpen_from 1 --out results_unsharpened",
-        "python main.py --model convlstm --sharpen_from 1 --max_minutes 15 --out results_unsharpened",
-        "python main.py --model seq2seq --sharpen_from 1 --max_minutes 15 --out results_unsharpened",
+        "python main.py --model convlstm --max_minutes 15",
+        "python main.py --model seq2seq --max_minutes 15",
         "python main.py --augment True --batch_size 16 --weight_decay 0.01 --sharpen_from 1 --max_minutes 132 "
         "--out results_array",
         "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --sharpen_from 1 --max_minutes 140 "
@@ -95,8 +95,8 @@ def typed(copy):
         (2, "results/my_model/beyond.png"),
         (4, "results/weights_long/predict_median.png"),
         (5, "results_unsharpened/my_model/metrics.json"),
-        (6, "results_unsharpened/convlstm/metrics.json"),
-        (7, "results_unsharpened/seq2seq/metrics.json"),
+        (6, "results/convlstm/metrics.json"),
+        (7, "results/seq2seq/metrics.json"),
         (8, "results_array/my_model/metrics.json"),
         (9, "results_long/my_model/metrics.json"),
     ],
@@ -118,7 +118,7 @@ def test_files_exist(typed, copy):
     for name in re.findall(r"\]\(((?!http)[^)#]+)", README):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`(\w+\.(?:png|gif|md|npy))`", README):
-        places = [copy / folder / name for folder in ("results/my_model", "results_unsharpened", "raw")]
+        places = [copy / folder / name for folder in ("results/my_model", "results", "raw")]
         assert any(place.exists() for place in places) or name in made_by_a_run, name
 
 
