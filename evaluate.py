@@ -123,11 +123,21 @@ def draw(folder, forecast, dataset, frames_in, frames_out, device, title):
 
 
 def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device, title):
-    """predict_best.png, predict_median.png and predict_worst.png, so that nobody has to trust a lucky sample."""
+    """predict_best.png, predict_median.png and predict_worst.png, so that nobody has to trust a lucky sample.
+
+    And predict_last_frame.png: of ten forecasts, from the best to the worst, the frame that is hardest.
+    """
     n = len(order)
     ranks = {"best": 0, "median": n // 2, "worst": n - 1}
     named = {name: (int(order[rank]), f"the {name} of {n:,} sequences") for name, rank in ranks.items()}
     draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title)
+
+    index = order[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
+    past, truth = cut(dataset[index], frames_in, frames_out)
+    last = [forecast(one[None].to(device), frames_out)[0][0, -1].cpu() for one in past]  # large ones fit in memory
+    rows = {"truth": (1, truth[:, -1]), "forecast": (1, torch.stack(last))}
+    words = f"{title}: frame {frames_in + frames_out} of {len(index)} sequences, from the best forecast to the worst"
+    figures.grid(folder / "predict_last_frame.png", rows, words)
 
 
 def draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, title):

@@ -46,7 +46,7 @@ from knobs import names_under, parse
 from moving_mnist import MovingMNIST, Sequences
 from my_model import EncoderForecaster
 
-PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst")]
+PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst", "last_frame")]
 PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
 FILES = [
     *PICTURES,
@@ -351,11 +351,14 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
     _, order = evaluate.test("a", forecast, dataset, 2, 1, torch.device("cpu"))
     keep = lambda path, past, truth, prediction, title: pictures.update({path.stem: (int(truth.max() * 255), title)})
     monkeypatch.setattr(evaluate.figures, "prediction", keep)
+    monkeypatch.setattr(evaluate.figures, "grid", lambda path, rows, title: pictures.update({path.stem: rows}))
     evaluate.draw_ranked(tmp_path, forecast, dataset, order, 2, 1, torch.device("cpu"), "of a")
     expected = {"best": 10, "median": 90, "worst": 200}
     for name, level in expected.items():
         mse = 256 * (level / 255) ** 2
         assert pictures[f"predict_{name}"] == (level, f"of a: the {name} of 5 sequences, MSE {mse:.0f}")
+    (_, truth), (_, last) = pictures["predict_last_frame"].values()
+    assert (truth[:, 0, 0, 0] * 255).round().tolist() == [10, 40, 90, 160, 200] and not last.any()
 
 
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
