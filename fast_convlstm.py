@@ -81,12 +81,6 @@ def one_step(forward, backward, dtype, scale):
     return c, c_before, h, z, dc, sums.sum(0)
 
 
-def agree(found, expected, dtype):
-    """Whether tensors are those of the plain twin, up to the rounding of what computes in dtype."""
-    limit = 1e-2 if dtype == torch.bfloat16 else 1e-4  # of the largest value
-    return all((a - b).abs().max() <= limit * b.abs().max() for a, b in zip(found, expected, strict=True))
-
-
 @functools.cache
 def gate_functions(device_type, dtype):
     """(gates_forward, gates_backward), compiled for the CPU where that works, else as they stand above.
@@ -104,8 +98,8 @@ def gate_functions(device_type, dtype):
         function(*native.arguments(N, C, torch.get_num_threads(), z, *tensors))
 
     built = tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
-    agreed = all(agree(one_step(*built, dtype, scale), one_step(*plain, dtype, scale), dtype) for scale in (1, 20))
-    return built if agreed else plain
+    steps = ([one_step(*functions, dtype, scale) for functions in (built, plain)] for scale in (1, 20))
+    return built if all(native.agree(*pair, dtype) for pair in steps) else plain
 
 
 class FastConvLSTM(torch.autograd.Function):
@@ -230,7 +224,7 @@ def packs(device_type, dtype):
             results.append((convolve(x), added))
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return agree(*results, dtype)
+    return native.agree(*results, dtype)
 
 
 def as_images(x):
@@ -303,4 +297,4 @@ def amx_library():
     x, dy, weight = draw(2, 19, 14, 64), draw(2, 19, 14, 96), draw(96, 64, 3, 3)
     expected = plain_weight_gradient(dy, x, weight, 2)
     found = amx_weight_gradient(library, dy, x, 3, 2)
-    return library if agree([found], [expected], torch.bfloat16) else None
+    return library if native.agree([found], [expected], torch.bfloat16) else None

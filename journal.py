@@ -236,7 +236,7 @@ def draw_loss(setup, history):
 
 def write_csv(path, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, rows[-1].keys(), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     checkpoint.publish(path, text.getvalue().encode())

@@ -27,7 +27,8 @@ def parse(Knobs, arguments, description=None):
         kind = {bool: boolean, tuple[int, ...]: integers}.get(f.type, f.type)
         name = {boolean: "true|false", integers: "N,N,…", int: "N", float: "X", str: "TEXT"}[kind]
         alone = {"nargs": "?", "const": True} if kind is boolean else {}  # --eval_only says that it is true
-        flags.add_argument(f"--{f.name}", type=kind, default=f.default, help=about["text"], choices=about["choices"],
+        default = float(f.default) if kind is float else f.default  # an edited one may be written as 30
+        flags.add_argument(f"--{f.name}", type=kind, default=default, help=about["text"], choices=about["choices"],
                            metavar=None if about["choices"] else name, **alone)  # fmt: skip
     knobs = Knobs(**vars(parser.parse_args(arguments)))
     for f in dataclasses.fields(Knobs):
@@ -47,9 +48,9 @@ def names_under(heading, knobs):
 
 def wrong(field, value):
     """A sentence on what is wrong with the value of a field of Knobs, or None."""
-    about, several = field.metadata, isinstance(field.default, tuple)
+    about, several = field.metadata, field.type == tuple[int, ...]
     parts = value if isinstance(value, tuple) else (value,)
-    kind = int if several else type(field.default)
+    kind = int if several else field.type
     if (
         not parts
         or several != isinstance(value, tuple)

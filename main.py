@@ -38,7 +38,7 @@ import fast_convlstm
 import figures
 import metrics
 from download import DownloadError, is_moving_mnist, load_data
-from evaluate import CROSS_ENTROPY, cut, evaluate, forecaster
+from evaluate import BASELINES, CROSS_ENTROPY, cut, evaluate, forecaster
 from journal import (
     Setup,
     baseline,
@@ -216,10 +216,12 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimisers(model, weight_decay, dtype):
-    """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels."""
+    """Muon for the kernels; AdamW for the rest: biases, peepholes and the layer that draws the pixels.
+
+    An lr given here is not heeded: `train` sets the schedule's in each group at each step, times the group's "part".
+    """
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
-    # train sets the learning rate of each group at each step: the schedule's, times its "part"
     return [Muon(kernels, dtype, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
 
@@ -284,7 +286,7 @@ def dissimilarity(logits, truth):
 
 def announce_pace(run, seconds_a_step, knobs, bar):
     """After a few steps: settle how many steps max_minutes buys, and say how long the rest will take here."""
-    progress = run["step"] / run["steps"] if run["steps"] else 0.0
+    progress = run["step"] / run["steps"] if run["steps"] else knobs.warmup / 10  # as in train
     seconds = seconds_a_step / cost(knobs, progress)  # an input frame's
 
     def later(start):
@@ -329,7 +331,7 @@ def train(setup, run, model, optimisers):
         if k == 0 or step == first_step:
             order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
-        # until the steps are settled, a small one: warm-up has just begun
+        # until the steps are settled, a small one: as if warm-up had just begun
         progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10
         torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
@@ -381,8 +383,8 @@ def train(setup, run, model, optimisers):
             speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
             try:
-                if "optical_flow" not in run["baselines"]:  # not at the start: it takes seconds
-                    run["baselines"]["optical_flow"] = baseline(setup, "optical_flow")
+                missing = [who for who in BASELINES if who not in run["baselines"]]  # optical flow, as it takes seconds
+                run["baselines"] |= {who: baseline(setup, who) for who in missing}
                 scores = evaluate(setup.forecast, setup.validation, *setup.span, names, device)
             except FloatingPointError as error:  # the loss was finite, the weights after it are not
                 raise diverged(f"{error} after step {run['step']}", rate, last_loss, setup.folder) from error

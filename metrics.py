@@ -114,7 +114,7 @@ def cross_entropy_per_sequence(logits, truth):
 
 def black(past, n_future):
     """(B, T, C, H, W) → (B, n_future, C, H, W): nothing but background, as of a network gone blank."""
-    return torch.zeros_like(past[:, :1]).repeat(1, n_future, 1, 1, 1)
+    return past.new_zeros(len(past), n_future, *past.shape[2:])
 
 
 def copy_last(past, n_future):

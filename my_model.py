@@ -138,7 +138,7 @@ class ConvLSTM(nn.Module):
 
 
 def twin_agrees():
-    """Whether the fast layer computes what the cell above says, in float64; gates.c and amx.c have their own checks."""
+    """Whether the fast layer computes what the cell above says, in float64; what is compiled has its own checks."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         for in_channels, peephole, dilation in ((4, True, 1), (4, False, 2), (0, True, 1)):
@@ -152,7 +152,7 @@ def twin_agrees():
                 found = []
                 for layer.fast in (True, False):
                     hidden_states, (_, c) = layer(x if in_channels else None, state.unbind(), 3)
-                    gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), leaves)
+                    gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), leaves, materialize_grads=True)
                     found.append((hidden_states, c, *gradients))
                 if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
                     return False
@@ -267,16 +267,12 @@ class EncoderForecaster(nn.Module):
 
     def encode(self, frames, before, states):
         """The encoder over frames (B, T, C, H, W), and the one before them (B, 1, C, H, W): as unroll."""
-        x = self.patches(frames)
+        x = F.pixel_unshuffle(frames, self.patch)  # (B, T, C·P², H/P, W/P)
         if self.search:
             before = torch.cat((before, frames[:, :-1]), 1)
             likely = block_match(frames.flatten(0, 1), before.flatten(0, 1), self.patch, 2 * self.search + 1)
             x = torch.cat((x, self.motion(likely).unflatten(0, frames.shape[:2])), 2)
         return unroll(self.encoder, x, states, frames.shape[1])
-
-    def patches(self, frames):
-        """(B, T, C, H, W) → (B, T, C·P², H/P, W/P)."""
-        return F.pixel_unshuffle(frames.flatten(0, 1), self.patch).unflatten(0, frames.shape[:2])
 
     def draw(self, hidden_states, frames=None, expected=None):
         """Hidden states → logits. With a reach, also from the frames that they saw last and what was expected of those.

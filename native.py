@@ -1,4 +1,4 @@
-"""C files built at start-up, where the machine has a C compiler."""
+"""C files built at start-up, where the machine has a C compiler, and compared with their plain twins."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+import torch
 
 
 def build(source, *flags):
@@ -25,6 +27,12 @@ def build(source, *flags):
                 run([compiler, "-shared", "a.o", openmp, "-o", "a.so"])
                 return ctypes.CDLL(f"{folder}/a.so")
     return None
+
+
+def agree(found, expected, dtype):
+    """Whether tensors are those of the plain twin, up to the rounding of what computes in dtype."""
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-4  # of the largest value
+    return all((a - b).abs().max() <= limit * b.abs().max() for a, b in zip(found, expected, strict=True))
 
 
 def arguments(*values):

@@ -14,6 +14,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
 import native
 
@@ -38,7 +39,23 @@ def serves(weight, pixels, dilation=1):
     n_out, n_in, k, _ = weight.shape
     pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not (weight.dtype == torch.bfloat16 and has_amx())
     fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
-    return pays and fits and dilation == 1 and library(weight.dtype, k) is not None
+    return pays and fits and dilation == 1 and works(weight.dtype, k)
+
+
+@functools.cache
+@torch.autocast("cpu", enabled=False)
+def works(dtype, k):
+    """Whether winograd.c is built, and computes what torch does."""
+    if library(dtype, k) is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    x, dy, weight, bias = draw(2, 7, 6, 32), draw(2, 7, 6, 64), draw(64, 32, k, k), draw(64)
+    found = convolve(to_points(weight), k, bias, x), weight_gradient(dy, x, k)
+    images = [t.float().permute(0, 3, 1, 2) for t in (x, dy)]
+    y = F.conv2d(images[0], weight.float(), bias.float(), padding=k // 2).permute(0, 2, 3, 1)
+    d_weight = torch.nn.grad.conv2d_weight(images[0], weight.shape, images[1], padding=k // 2)
+    return native.agree(found, (y, d_weight), dtype)
 
 
 def has_amx():

@@ -39,10 +39,11 @@ from PIL import Image
 import checkpoint
 import evaluate
 import fast_convlstm
+import journal
 import main
 import metrics
 import my_model
-from knobs import names_under, parse
+from knobs import knob, names_under, parse
 from moving_mnist import MovingMNIST, Sequences
 from my_model import EncoderForecaster
 
@@ -449,6 +450,14 @@ def test_the_pace_is_of_the_steps_that_are_left(capsys):
     assert "3 sequences/s: 100 more steps of 8 will take about 5 min" in capsys.readouterr().out
 
 
+def test_the_pace_is_of_the_horizon_that_was_timed():
+    """The steps that were timed forecast all frames, as nearly all steps will: a second each, 900 of them."""
+    timed = main.Knobs(max_minutes=15, dense=False, warmup=0.5, grow_from=0, grow_until=0.05)
+    run = {"step": 13, "steps": 0, "loss_sum": 1.0, "loss_count": 1}
+    main.announce_pace(run, 1.0, timed, main.tqdm(disable=True))
+    assert 900 <= run["steps"] < 930
+
+
 @pytest.mark.parametrize(
     ("steps", "steps_per_epoch", "expected"),
     [
@@ -582,6 +591,18 @@ def test_an_edited_cell_is_what_runs(monkeypatch, capsys):
     for change in (edited, only_without, clamped, detached, cut_off):
         monkeypatch.setattr(my_model.ConvLSTMCell, "forward", change)
         assert fast() == {False} and "ConvLSTMCell and fast_convlstm.py differ" in capsys.readouterr().out
+
+
+def test_a_learned_first_state_runs_fast(monkeypatch):
+    """A parameter of the cell that neither of the twins reads."""
+    begin, first = my_model.ConvLSTMCell.__init__, lambda: torch.nn.Parameter(torch.zeros(4))
+    learned = lambda self, *args, **options: (begin(self, *args, **options), setattr(self, "first", first()))[0]
+    monkeypatch.setattr(my_model.ConvLSTMCell, "__init__", learned)
+    assert my_model.twin_agrees()
+    plain = my_model.ConvLSTMCell.forward
+    read = lambda self, x, state: plain(self, x, tuple(s + self.first[:, None, None] for s in state))
+    monkeypatch.setattr(my_model.ConvLSTMCell, "forward", read)
+    assert not my_model.twin_agrees()
 
 
 def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
@@ -801,3 +822,26 @@ def test_flags_are_read():
     assert (knobs.hidden, knobs.dense, knobs.learning_rate, knobs.data) == ((4, 5), False, 0.5, "x.npy")
     assert parse(main.Knobs, ["--eval_only"]).eval_only
     assert parse(main.Knobs, []) == main.Knobs()
+
+
+def test_an_edited_default_may_be_a_whole_number(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Edited(main.Knobs):
+        max_minutes: float = knob(30, "", 0, 1e6)
+        hidden: tuple[int, ...] = knob((64, 64), "", 1, 10**6)
+
+    assert repr(parse(Edited, []).max_minutes) == "30.0"  # as a checkpoint of --max_minutes 30 has it
+    assert parse(Edited, ["--max_minutes", "15"]).max_minutes == 15
+
+    @dataclasses.dataclass(frozen=True)
+    class WithoutComma(main.Knobs):
+        hidden: tuple[int, ...] = knob((64), "", 1, 10**6)
+
+    with pytest.raises(SystemExit):
+        parse(WithoutComma, [])
+    assert "hidden is 64, which it cannot be" in capsys.readouterr().err
+
+
+def test_a_column_added_to_the_log_is_written_when_a_run_goes_on(tmp_path):
+    journal.write_csv(tmp_path / "log.csv", [{"step": 1}, {"step": 2, "ssim": 0.5}])
+    assert (tmp_path / "log.csv").read_text() == "step,ssim\n1,\n2,0.5\n"

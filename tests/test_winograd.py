@@ -1,5 +1,8 @@
 """Winograd's convolution against torch's in float64: outputs, both gradients, sizes that no tile divides."""
 
+import ctypes
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,6 +65,23 @@ def test_autocast_changes_nothing():
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("k, dtype", KINDS)
+@pytest.mark.parametrize("function", ["convolve", "kernel_gradient"])
+def test_a_wrong_one_is_noticed(function, k, dtype, monkeypatch):
+    library = winograd.library(dtype, k)
+    functions = {name: getattr(library, name) for name in ("convolve", "kernel_gradient")}
+
+    def wrong(*arguments):
+        getattr(library, function)(*arguments)
+        ctypes.memset(arguments[-2], 0, 64)  # some of the result
+
+    broken = types.SimpleNamespace(**functions | {function: wrong})
+    monkeypatch.setattr(winograd, "works", winograd.works.__wrapped__)
+    assert winograd.works(dtype, k)
+    monkeypatch.setattr(winograd, "library", lambda *_: broken)
+    assert not winograd.works(dtype, k) and not winograd.serves(torch.zeros(32, 32, k, k, dtype=dtype), 1)
+
+
 @pytest.mark.parametrize("k", [3, 5])
 def test_few_channels_in(k):
     x, dy, weight = torch.randn(2, 6, 5, 16), torch.randn(2, 6, 5, 32), torch.randn(32, 16, k, k).requires_grad_()
@@ -103,5 +123,6 @@ def test_bf16_is_left_to_amx(monkeypatch):
 
 
 def test_all_is_left_to_torch_without_a_library(monkeypatch):
+    monkeypatch.setattr(winograd, "works", winograd.works.__wrapped__)
     monkeypatch.setattr(winograd, "library", lambda dtype, k: None)
     assert not winograd.serves(torch.zeros(32, 16, 3, 3), 1)
