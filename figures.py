@@ -5,13 +5,12 @@ Every function with a path writes that file, whole or not at all, and raises Che
 
 import io
 import itertools
-import os
-
-os.environ["MPLBACKEND"] = "Agg"  # a notebook exports its own backend, and matplotlib.use would come too late
 
 import cv2
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, whose backend, of a notebook say, is the user's
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from checkpoint import publish
@@ -27,7 +26,7 @@ MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97
 LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
 
 DPI = 150
-plt.rcParams.update({
+matplotlib.rcParams.update({
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "legend.frameon": False, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a $ in the name of a file is a dollar
@@ -37,20 +36,19 @@ plt.rcParams.update({
 def write(figure, path):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
     publish(path, buffer.getvalue())
 
 
 def fit(text, width):
     """Shrink the text until it is no wider, in pixels of its figure."""
-    renderer = text.figure.canvas.get_renderer()
-    while (wide := text.get_window_extent(renderer).width) > width and text.get_fontsize() > 3:
+    while (wide := text.get_window_extent().width) > width and text.get_fontsize() > 3:
         text.set_fontsize(text.get_fontsize() * min(0.98, width / wide))  # not quite in proportion
 
 
 def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    figure = Figure(figsize=(9, 4))
+    left, right = figure.subplots(1, 2)
     seen = [row["sequences"] / 1000 for row in history]
     kinds = ("train_loss", "train", "train (frames trained on)"), ("val_loss", "validation", "validation")
     for key, split, label in kinds:
@@ -71,7 +69,8 @@ def loss(path, history, baselines, title):
 def per_frame(path, panels):
     """panels: title → name → one value a forecast frame."""
     n = len(panels)
-    figure, (row,) = plt.subplots(1, n, figsize=(3.4 * max(n, 2), 4), sharey=True, squeeze=False)
+    figure = Figure(figsize=(3.4 * max(n, 2), 4))
+    (row,) = figure.subplots(1, n, sharey=True, squeeze=False)
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         draw_curves(axes, curves)
         axes.set_title(title)
@@ -86,7 +85,8 @@ def compare(path, histories, curves, validation, test):
 
     validation, test: what the histories and the curves are of, in words.
     """
-    figure, (by_time, by_sequences, by_frame) = plt.subplots(1, 3, figsize=(12, 4))
+    figure = Figure(figsize=(12, 4))
+    by_time, by_sequences, by_frame = figure.subplots(1, 3)
     for (name, history), colour in zip(histories.items(), itertools.cycle(MODEL_COLOURS), strict=False):
         losses = [row["val_loss"] for row in history]
         for axes, x in (
@@ -97,7 +97,7 @@ def compare(path, histories, curves, validation, test):
     for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences seen (thousands)"):
         axes.set(xlabel=xlabel, ylabel="cross-entropy (nats per pixel)", yscale="log", title=validation)
         axes.set(xlim=(0, None))
-        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     words = {name: f"{name} (no log)" for name, history in histories.items() if not history}  # only scored
@@ -113,7 +113,8 @@ def scaling(path, rows):
     """rows of bench.py: what grows, seconds and bytes of a training step. Logarithmic axes."""
     units = {"batch": "sequences a batch", "frames": "frames in, and as many out", "size": "pixels a side",
              "hidden": "hidden channels of each of 3 layers"}  # fmt: skip
-    figure, all_axes = plt.subplots(2, 4, figsize=(12, 5), sharex="col", sharey="row")
+    figure = Figure(figsize=(12, 5))
+    all_axes = figure.subplots(2, 4, sharex="col", sharey="row")
     for (knob, unit), (time, memory) in zip(units.items(), all_axes.T, strict=True):
         some = [row for row in rows if row["grows"] == knob]
         x = [row[knob][0] if knob == "hidden" else row[knob] for row in some]
@@ -169,7 +170,7 @@ def grid(path, rows, title, most=10):
     columns = min(max(len(frames) for _, frames in rows.values()), most)
     picture = np.full((56 + len(rows) * high, 110 + columns * wide, 3), 255, np.uint8)
     size = picture.shape[1] / DPI, picture.shape[0] / DPI
-    figure = plt.figure(figsize=size, dpi=DPI, layout="none")  # as it is saved, so that pixels are pixels
+    figure = Figure(figsize=size, dpi=DPI, layout="none")  # as it is saved, so that pixels are pixels
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     for r, (name, (first, frames)) in enumerate(rows.items()):
