@@ -189,7 +189,7 @@ def test_a_long_name_of_a_row_fits(monkeypatch):
     name = figure.axes[0].texts[0]
     figure.set_dpi(figures.DPI)  # at which it is saved
     assert name.get_text() == "weights_of_a_long_name"
-    assert name.get_window_extent(figure.canvas.get_renderer()).x0 >= 0
+    assert name.get_window_extent().x0 >= 0
     assert figure.bbox.size.round().tolist() == list(figure.axes[0].images[0].get_size()[::-1])
 
 
@@ -199,7 +199,7 @@ def test_a_long_title_fits(monkeypatch):
     panels = drawn(monkeypatch, figures.per_frame, {title: {"a": [1, 2]}, "b": {"a": [1, 2]}})
     for figure, text, width in ((grid, grid.axes[0].texts[-1], 1), (panels, panels.axes[0].title, 1 / 2)):
         assert text.get_text() == title
-        assert text.get_window_extent(figure.canvas.get_renderer()).width < width * figure.bbox.width
+        assert text.get_window_extent().width < width * figure.bbox.width
 
 
 @pytest.mark.parametrize("name", DRAW)
