@@ -269,8 +269,7 @@ def amx_serves(dy, x, k, dilation):
     the rows that the kernel reaches above and below it."""
     n_in, n_out = x.shape[3], dy.shape[3]
     _, steps, pairs = amx_bands(x, k, dilation)
-    fits = n_in % 32 == 0 and n_out % 32 == 0 and x.shape[2] % 2 == 0
-    fits = fits and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and n_in % 32 == n_out % 32 == x.shape[2] % 2 == 0
     return fits and n_out >= 64 * torch.get_num_threads() and pairs <= 32 * steps
 
 

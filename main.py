@@ -267,6 +267,11 @@ def batch_of(setup, step, index, n_future):
     return frames
 
 
+def progress_at(step, run, knobs):
+    """The part of training that lies behind; until max_minutes is turned into steps, as if warm-up had just begun."""
+    return step / run["steps"] if run["steps"] else knobs.warmup / 10
+
+
 def cost(knobs, progress):
     """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
     on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
@@ -286,7 +291,7 @@ def dissimilarity(logits, truth):
 
 def announce_pace(run, seconds_a_step, knobs, bar):
     """After a few steps: settle how many steps max_minutes buys, and say how long the rest will take here."""
-    progress = run["step"] / run["steps"] if run["steps"] else knobs.warmup / 10  # as in train
+    progress = progress_at(run["step"], run, knobs)
     seconds = seconds_a_step / cost(knobs, progress)  # an input frame's
 
     def later(start):
@@ -331,8 +336,7 @@ def train(setup, run, model, optimisers):
         if k == 0 or step == first_step:
             order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
-        # until the steps are settled, a small one: as if warm-up had just begun
-        progress = (step + 0.5) / run["steps"] if run["steps"] else knobs.warmup / 10
+        progress = progress_at(step + 0.5, run, knobs)
         torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
         rate = learning_rate(knobs, progress)
         for optimiser in optimisers:
