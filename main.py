@@ -73,7 +73,10 @@ from my_model import EncoderForecaster, twin_agrees
 
 @dataclass(frozen=True)
 class Knobs:
-    """The experiment. Edit a default here, or set it for one run by a flag: python main.py --epochs 20"""
+    """The experiment. Edit a default here, or set it for one run by a flag: python main.py --epochs 20
+
+    Each is knob(default, what --help says, the least that is accepted, the most).
+    """
 
     data: str = knob("array", "array (the official npy, or a stand-in where it cannot be had), fresh (new sequences "
                               "all the time), recut (the same, of digits cut out of the array's training split), or "
@@ -220,7 +223,7 @@ def make_optimisers(model, weight_decay, dtype):
 
     An lr given here is not heeded: `train` sets the schedule's in each group at each step, times the group's "part".
     """
-    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]
+    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # the layer that draws comes last
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
     return [Muon(kernels, dtype, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 
@@ -233,7 +236,7 @@ def learning_rate(knobs, progress):
 
 
 def horizon(knobs, progress):
-    """Forecast frames trained on at this progress: near frames teach motion and, without dense targets, are cheap."""
+    """Forecast frames trained on at this progress: near ones first, which teach motion and cost less (see `cost`)."""
     if progress >= knobs.grow_until:
         return knobs.frames_out
     grown = (progress - knobs.grow_from) / max(1e-9, knobs.grow_until - knobs.grow_from)
@@ -307,7 +310,7 @@ def announce_pace(run, seconds_a_step, knobs, bar):
                   f"step {run['step']:<5} train loss {run['loss_sum'] / run['loss_count']:.4f}")  # fmt: skip
 
 
-def look_after(step, steps, steps_per_epoch):
+def evaluation_due(step, steps, steps_per_epoch):
     """Whether to evaluate: early, at the end, after each epoch or, if that has few steps, each hundredth of the run."""
     every = steps_per_epoch if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, math.ceil(steps / 100))
     return step in (FIRST_LOOK, steps) or (steps > 0 and step % every == 0)
@@ -336,8 +339,8 @@ def train(setup, run, model, optimisers):
         if k == 0 or step == first_step:
             order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(setup.training))
             setup.training.start_epoch(epoch)
-        progress = progress_at(step + 0.5, run, knobs)
-        torch.manual_seed(knobs.seed + step * WORLD + RANK)  # for dropout, so that a network with it goes on exactly
+        progress = progress_at(step + 0.5, run, knobs)  # no step has a learning rate of zero
+        torch.manual_seed(knobs.seed + step * WORLD + RANK)  # so that an edited network with dropout goes on exactly
         rate = learning_rate(knobs, progress)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -347,12 +350,12 @@ def train(setup, run, model, optimisers):
         n_future = horizon(knobs, progress)
         n_past = inputs(knobs, n_future)
         past, future = cut(batch_of(setup, step, index, n_future), n_past, n_future, device)
-        # dense targets: frames after this one are drawn as well. A tuple, as the references take no such argument
-        first = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
+        # dense targets: the frames after these are drawn as well. A tuple, as the references take no such argument
+        draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         net.train()
         with setup.autocast():
-            logits = net(past, n_future, *first).float()
+            logits = net(past, n_future, *draw_from).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         # the mean over the whole batch, though each process has a part of it. Logged whatever the loss is
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
@@ -383,7 +386,7 @@ def train(setup, run, model, optimisers):
             seconds_a_step += seconds / len(TIMED)
         if step - first_step == TIMED[-1]:
             announce_pace(run, seconds_a_step, knobs, bar)
-        if look_after(run["step"], run["steps"], steps_per_epoch):
+        if evaluation_due(run["step"], run["steps"], steps_per_epoch):
             speed = (run["step"] - timed_from) * knobs.batch_size / (run["seconds"] - seconds_before)
             names = ("mse_per_frame", CROSS_ENTROPY)
             try:

@@ -13,7 +13,7 @@ time, so they do not add up (records/README.md).
 - logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
 - forget gates start open (bias 1) and frames start nearly black (bias -3; with a reach, as the last frame, blurred),
   which saves the first steps;
-- `head`: hidden layers before the 1×1 convolution, the first 3×3. Digits move up to 3.6 pixels a frame, less than a
+- `head`: hidden layers before the 1×1 convolution, the first 3×3. Digits move 3.6 pixels a frame, less than a
   patch of 4, and a linear map of the states cannot shift what is inside it (one layer: 94.0 to 87.5, in a prototype,
   at equal time; a second: 91.4 to 87.8, at equal sequences);
 - `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
@@ -25,14 +25,14 @@ time, so they do not add up (records/README.md).
   states that need not hold every pixel have room for the motion (64.0 to 58.7);
 - `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
   main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
-  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, with later dense targets);
+  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, dense targets beginning later);
 - `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
   that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
-  been expected to show, from the fifth input frame on, and the larger value is drawn: they are of bright things on
-  black (45.8 to 44.0);
-- dense targets, `first`: training starts with 19 input frames and one to forecast, and shifts to 10 and 10; until then
-  every input frame from the sixth on is a target too: more to learn from each sequence, and from a longer memory (the
-  longer input: 50.4 to 46.3, at equal sequences).
+  been expected to show, from the fifth input frame on, and the larger value is drawn, as of bright things on black
+  (45.8 to 44.0);
+- dense targets, `draw_from`: training starts with 19 input frames and one to forecast, and shifts to 10 and 10; until
+  then every input frame from the sixth on is a target too: more to learn from each sequence, and from a longer memory
+  (the longer input: 50.4 to 46.3, at equal sequences).
 """
 
 import torch
@@ -212,9 +212,9 @@ class EncoderForecaster(nn.Module):
         pixels = channels * patch * patch
         self.motion = nn.Conv2d((2 * search + 1) ** 2, MOTION, 1) if search else None
         options = kernel_size, state_kernel_size or kernel_size, peephole
-        layers = lambda first: nn.ModuleList(
-            ConvLSTM(n_in, n, *options, dilation if k else 1, fast)
-            for k, (n_in, n) in enumerate(zip((first, *hidden[:-1]), hidden, strict=True))
+        layers = lambda n_input: nn.ModuleList(
+            ConvLSTM(n_in, n, *options, dilation if layer else 1, fast)
+            for layer, (n_in, n) in enumerate(zip((n_input, *hidden[:-1]), hidden, strict=True))
         )
         self.encoder = layers(pixels + (MOTION if search else 0))
         self.forecaster = None if feedback else layers(0)  # its first layer has no input
@@ -223,7 +223,7 @@ class EncoderForecaster(nn.Module):
             k = 1 if head_layers else 3
             head_layers += nn.Conv2d(n_in, n, k, padding=k // 2), nn.GELU()
             n_in = n
-        # logits; with a reach also the share of the moved frame in them, and the weights of each sheet's moves
+        # logits; with a reach also the gain on those of the moved frame, and the weights of each sheet's moves
         moves = (2 * reach + 1) ** 2
         self.outputs = [pixels, pixels, sheets * moves] if reach else [pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
@@ -236,22 +236,23 @@ class EncoderForecaster(nn.Module):
                 draw.bias.fill_(-3.0)  # frames start nearly black, as they are
         self.head = nn.Sequential(*head_layers, draw)
 
-    def forward(self, past, n_future, first=None):
-        """first: also draw the frame after each input frame from that one on: (B, T - 1 - first + n_future, C, H, W).
+    def forward(self, past, n_future, draw_from=None):
+        """draw_from: also draw the frame after each input frame from that one on (it counts from 0).
 
-        It counts from 0. The sheets part from there on, too; without a `first`, from the middle of past.
+        Then logits are (B, T - 1 - draw_from + n_future, C, H, W). The sheets, too, part from there on; without it,
+        from the middle of past.
         """
         self.check(past, n_future)
-        start, last = first, past.shape[1] - 1
-        if first is None:
+        start, last = draw_from, past.shape[1] - 1
+        if draw_from is None:
             start = last // 2 if self.sheets > 1 else last  # sheets need some frames to part
         black = torch.zeros_like(past[:, :1])
         encoded, states = self.encode(past, black, [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if first is not None:  # the state after each input frame draws the next
+            if draw_from is not None:  # the state after each input frame draws the next
                 pairs = zip(encoded, hidden_states, strict=True)
-                hidden_states = [torch.cat((x[:, first:-1], y), 1) for x, y in pairs]
+                hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)[0]
         expected = black.expand(-1, self.sheets, -1, -1, -1)  # of each sheet
         drawn, expected = self.draw([h[:, start:] for h in encoded], past[:, start:], expected)
@@ -263,7 +264,7 @@ class EncoderForecaster(nn.Module):
             drawn, expected = self.draw(hidden_states, frame, expected)
             logits.append(drawn)
         logits = torch.cat(logits, 1)
-        return logits[:, -n_future:] if first is None else logits  # None: earlier ones were for the sheets
+        return logits[:, -n_future:] if draw_from is None else logits  # None: earlier ones were for the sheets
 
     def encode(self, frames, before, states):
         """The encoder over frames (B, T, C, H, W), and the one before them (B, 1, C, H, W): as unroll."""
@@ -286,14 +287,14 @@ class EncoderForecaster(nn.Module):
         drawn = self.head(as_images).split(self.outputs, 1)
         logits = F.pixel_shuffle(drawn[0], self.patch)
         if self.reach:
-            share = F.pixel_shuffle(drawn[1], self.patch)
+            gain = F.pixel_shuffle(drawn[1], self.patch)
             weights = drawn[2].unflatten(1, (self.sheets, -1)).permute(0, 1, 3, 4, 2)
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
             moved = []
             for frame, w in zip(frames.unbind(1), weights.unflatten(0, (T, B)), strict=True):
                 expected = self.move(frame, expected, w)
                 moved.append(expected.amax(1))
-            logits = logits + share * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # those of 0 and 1 are infinite
+            logits = logits + gain * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # ±3.9; of 0 and 1, infinite
         return logits.unflatten(0, (T, B)).transpose(0, 1), expected
 
     def move(self, frame, expected, weights):
@@ -301,7 +302,7 @@ class EncoderForecaster(nn.Module):
 
         A pixel goes whole to the sheet that was most expected to show it, to others in proportion; to all, if none was.
         """
-        claims = expected.detach() + DOUBT
+        claims = expected.detach() + DOUBT  # who owns a pixel follows from what was expected, and is not learned
         parts = frame[:, None] * (claims / claims.amax(1, keepdim=True))
         return advect(parts.flatten(0, 1), weights.flatten(0, 1), self.patch).unflatten(0, parts.shape[:2])
 
