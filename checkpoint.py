@@ -10,9 +10,20 @@ from pathlib import Path
 
 import torch
 
+# Windows replaces no file that is open elsewhere: seconds to wait for a virus scanner, a spreadsheet, OneDrive
+PAUSES = (0.1, 0.4, 1.5, 3) if os.name == "nt" else ()
+
 
 class CheckpointError(Exception):
     """A checkpoint or results folder that cannot be used, in one sentence."""
+
+
+def replace(source, target):
+    for pause in PAUSES:
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    os.replace(source, target)
 
 
 @contextmanager
@@ -24,7 +35,7 @@ def replacing(path):
             yield out
             out.flush()
             os.fsync(out.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,8 +3,10 @@
 import os
 import shlex
 import signal
+import subprocess
 import sys
 from contextlib import suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -51,13 +53,15 @@ def choose_device(wanted, precision):
         native, why = bool(units) and not masked, units[0] if units and not masked else "no bf16 unit found"
     bf16 = native if precision == "auto" else precision == "bf16"
     torch.backends.cudnn.allow_tf32 = bf16  # or convolutions in fp32 would round their factors to 10 bits
+    torch.backends.cuda.matmul.allow_tf32 = False  # nor those of SSIM; some containers turn it on
     why = why if precision == "auto" else "chosen by knob"
     return device, torch.bfloat16 if bf16 else torch.float32, f"{'bf16' if bf16 else 'fp32'} ({why})"
 
 
 def idle_gpu(device):
-    """Whether the driver shows an NVIDIA GPU, but this torch was built without CUDA."""
-    return device.type == "cpu" and torch.version.cuda is None and os.path.exists("/proc/driver/nvidia/version")
+    """Whether an NVIDIA driver is installed, but this torch was built without CUDA."""
+    traces = "/proc/driver/nvidia/version", os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "nvcuda.dll")
+    return device.type == "cpu" and torch.version.cuda is None and any(map(os.path.exists, traces))
 
 
 def join(device):
@@ -67,7 +71,9 @@ def join(device):
         raise DeviceError(f"WORLD_SIZE is {WORLD}, but {', '.join(missing)} are not set; start it with torchrun")
     try:
         if WORLD > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
+            backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+            # gloo's own patience; nccl's, ten minutes, may be too short for another machine to download the array
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
     except dist.DistError as error:
         raise DeviceError(f"the processes did not find each other: {str(error).splitlines()[0]}") from error
 
@@ -108,7 +114,8 @@ def stop(signum, frame):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the second time, at once
     if RANK == 0:
-        goes_on = shlex.join(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
+        join_words = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        goes_on = join_words(sys.orig_argv) if WORLD == 1 else "the same torchrun command"
         with suppress(OSError):  # a closed pipe
             # not print, which may be at work already and cannot be entered twice
             os.write(2, os.fsencode(f"\nstopped; this goes on: {goes_on}\n"))

@@ -623,6 +623,26 @@ def test_a_folder_that_may_only_be_read(small, tmp_path):
     assert {path.name for path in last.parent.iterdir()} == {"last.pt"}
 
 
+@pytest.mark.parametrize(("held", "written"), [(2, True), (9, False)])
+def test_a_file_that_is_open_elsewhere_for_a_while(held, written, tmp_path, monkeypatch):
+    """As Windows has it: nobody can replace it until it is closed."""
+    file, refused = tmp_path / "log.csv", []
+
+    def replace(source, target):
+        if len(refused) < held:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return os.rename(source, target)
+
+    file.write_bytes(b"old")
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "replace", replace)
+    with nullcontext() if written else pytest.raises(checkpoint.CheckpointError, match=r"log\.csv: Permission denied"):
+        checkpoint.publish(file, b"new")
+    assert file.read_bytes() == (b"new" if written else b"old")
+    assert len(refused) == (2 if written else 4) and list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize("how", ["a small disk", "a limit on files"])
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(how, small, tmp_path, monkeypatch):
     train, more = main.train, {"epochs": 2, "save_minutes": 1e-6}
