@@ -26,7 +26,7 @@ MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97
 LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
 
 DPI = 150
-matplotlib.rcParams.update({
+styled = matplotlib.rc_context({  # for our pictures only: those of a notebook keep their own
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "legend.frameon": False, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a $ in the name of a file is a dollar
@@ -45,6 +45,7 @@ def fit(text, width):
         text.set_fontsize(text.get_fontsize() * min(0.98, width / wide))  # not quite in proportion
 
 
+@styled
 def loss(path, history, baselines, title):
     """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
     figure = Figure(figsize=(9, 4))
@@ -66,6 +67,7 @@ def loss(path, history, baselines, title):
     write(figure, path)
 
 
+@styled
 def per_frame(path, panels):
     """panels: title → name → one value a forecast frame."""
     n = len(panels)
@@ -80,6 +82,7 @@ def per_frame(path, panels):
     write(figure, path)
 
 
+@styled
 def compare(path, histories, curves, validation, test):
     """histories: model → rows with minutes, sequences, val_loss; curves: model or baseline → MSE of each frame.
 
@@ -109,6 +112,7 @@ def compare(path, histories, curves, validation, test):
     write(figure, path)
 
 
+@styled
 def scaling(path, rows):
     """rows of bench.py: what grows, seconds and bytes of a training step. Logarithmic axes."""
     units = {"batch": "sequences a batch", "frames": "frames in, and as many out", "size": "pixels a side",
@@ -159,6 +163,7 @@ def prediction(path, past, truth, forecast, title):
     grid(path, rows, title)
 
 
+@styled
 def grid(path, rows, title, most=10):
     """rows: name → (number of its first frame, (T, C, H, W) in [0, 1]); of more than `most` frames, some.
 

@@ -3,6 +3,7 @@
 import errno
 import os
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -200,6 +201,16 @@ def test_a_long_title_fits(monkeypatch):
     for figure, text, width in ((grid, grid.axes[0].texts[-1], 1), (panels, panels.axes[0].title, 1 / 2)):
         assert text.get_text() == title
         assert text.get_window_extent().width < width * figure.bbox.width
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_notebook_and_a_picture_keep_their_own_style(name, tmp_path):
+    DRAW[name](tmp_path / "before")
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": False}):
+        style = dict(matplotlib.rcParams)
+        DRAW[name](tmp_path / "after")
+        assert dict(matplotlib.rcParams) == style
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
 
 
 @pytest.mark.parametrize("name", DRAW)
