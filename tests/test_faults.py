@@ -626,13 +626,13 @@ def test_a_folder_that_may_only_be_read(small, tmp_path):
 @pytest.mark.parametrize(("held", "written"), [(2, True), (9, False)])
 def test_a_file_that_is_open_elsewhere_for_a_while(held, written, tmp_path, monkeypatch):
     """As Windows has it: nobody can replace it until it is closed."""
-    file, refused = tmp_path / "log.csv", []
+    file, refused, really = tmp_path / "log.csv", [], os.replace
 
     def replace(source, target):
         if len(refused) < held:
             refused.append(target)
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return os.rename(source, target)
+        return really(source, target)
 
     file.write_bytes(b"old")
     monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0, 0.0))
