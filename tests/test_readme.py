@@ -68,8 +68,7 @@ def test_the_commands_are_these():
         "python main.py --sharpen_from 1 --out results_unsharpened",
         "python main.py --model convlstm --max_minutes 15",
         "python main.py --model seq2seq --max_minutes 15",
-        "python main.py --augment True --batch_size 16 --weight_decay 0.01 --sharpen_from 1 --max_minutes 132 "
-        "--out results_array",
+        "python main.py --augment True --batch_size 16 --weight_decay 0.01 --max_minutes 132 --out results_array",
         "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --max_minutes 130 --out results_long",
         "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main.py --batch_size 32",
     ]
