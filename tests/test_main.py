@@ -470,7 +470,7 @@ def test_the_pace_is_of_the_horizon_that_was_timed():
     ],
 )
 def test_evaluations_are_few_where_epochs_are_small(steps, steps_per_epoch, expected):
-    assert [s for s in range(1, 1 + (steps or 100)) if main.look_after(s, steps, steps_per_epoch)] == expected
+    assert [s for s in range(1, 1 + (steps or 100)) if main.evaluation_due(s, steps, steps_per_epoch)] == expected
 
 
 def test_sequences_of_ones_own_are_trained_on(array, tmp_path, monkeypatch):
