@@ -184,7 +184,7 @@ def write_config(setup, begins, facts):
     versions["machine"] = f"{platform.system()} {platform.machine()}"
     facts = {**dataclasses.asdict(setup.knobs), **facts, **versions}
     checkpoint.publish(setup.folder / "config.json", json.dumps(facts, indent=1).encode())
-    for source in ("main.py", "my_model.py", "advection.py", "convlstm.py") if begins else ():
+    for source in ("main.py", "my_model.py", "symmetry.py", "advection.py", "convlstm.py") if begins else ():
         checkpoint.publish(setup.folder / source, Path(__file__).with_name(source).read_bytes())
 
 

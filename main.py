@@ -106,7 +106,7 @@ class Knobs:
     dilation: int = knob(2, "of the state-to-state kernels above the first layer: from tap to tap; the paper's: 1 "
                          "(my_model only)", 1, 255, tried="1 to 3")  # fmt: skip
     patch: int = knob(4, "pixels a side of a patch, one position of the states (not seq2seq)", 1, 4096, tried="2 to 8")
-    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next five)")
+    peephole: bool = knob(True, "let the gates see the cell state (my_model only, as the next six)")
     head: tuple[int, ...] = knob((128, 128), "channels of hidden layers before the frames, the first 3×3, the others "
                                  "1×1; 0 = none, as in the paper", 0, 10**6, tried="0 to 512")  # fmt: skip
     feedback: bool = knob(True, "forecast with the encoder, fed with its own last frame; false: a second stack, as in "
@@ -118,6 +118,8 @@ class Knobs:
     sheets: int = knob(2, "the head takes the frame before apart into so many, each moved by weights of its own, so "
                           "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
                        tried="1, 2")  # fmt: skip
+    symmetric: bool = knob(True, "tie the kernels, so that they are the same in all directions: a flipped input gives "
+                                 "the flipped forecast, but for what biases learn")  # fmt: skip
 
     epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
@@ -159,7 +161,7 @@ def build(knobs, channels):
     """The model that the knobs ask for: past frames in [0, 1] and a number → logits of that many future frames."""
     if knobs.model == "my_model":
         kernels = knobs.kernel_size, knobs.state_kernel_size
-        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "sheets"
+        names = "dilation", "patch", "peephole", "feedback", "search", "reach", "sheets", "symmetric"
         options = {name: getattr(knobs, name) for name in names}
         options["head"] = () if knobs.head == (0,) else knobs.head
         fast = twin_agrees()

@@ -60,10 +60,18 @@ FILES = [
     "best.pt",
     "main.py",
     "my_model.py",
+    "symmetry.py",
     "advection.py",
     "convlstm.py",
 ]
-RECIPE = {"head": (8,), "feedback": True, "search": 4, "reach": 4, "sheets": 2}  # main.py's network, with a small head
+RECIPE = {
+    "head": (8,),
+    "feedback": True,
+    "search": 4,
+    "reach": 4,
+    "sheets": 2,
+    "symmetric": True,
+}  # main.py's network, with a small head
 
 
 def results(folder):
@@ -610,6 +618,8 @@ def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     model = main.build(main.Knobs(dilation=3, search=2, reach=5, sheets=3), 1)
     assert [layer.cell.dilation for layer in model.encoder] == [1, 3]
     assert (model.search, model.reach, model.sheets) == (2, 5, 3)
+    tied = lambda symmetric: bool(main.build(main.Knobs(symmetric=symmetric), 1).motion.weight._backward_hooks)
+    assert tied(True) and not tied(False)
     folder = here(array, tmp_path, epochs=1, train_sequences=10, weight_decay=0.07)
     (group,) = torch.load(folder / "last.pt")["optimisers"][0]["param_groups"]
     assert group["weight_decay"] == 0.07

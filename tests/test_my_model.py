@@ -620,6 +620,7 @@ OPTIONS = [
     pytest.param({"feedback": True, "reach": 0, "sheets": 2}, id="sheets_without_reach"),
     pytest.param({"search": 1, "hidden": (3, 4)}, id="search"),
     pytest.param({"feedback": True, "search": 2, "reach": 1, "channels": 2}, id="search_reach"),
+    pytest.param({"feedback": True, "search": 1, "reach": 1, "sheets": 2, "head": (9,), "symmetric": True}, id="tied"),
 ]
 
 
@@ -721,6 +722,49 @@ def test_sheets_part_what_moves_apart():
         expected = model.move(torch.maximum(down[t], right[t]), expected.requires_grad_(), weights)
         assert not expected.requires_grad  # a pixel's owner is found, not learned
     torch.testing.assert_close(expected[0], torch.stack((down[5, 0], right[5, 0])), rtol=0, atol=0.05)
+
+
+RECIPE = {"feedback": True, "search": 2, "reach": 1, "sheets": 2, "head": (16, 9), "dilation": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"peephole": False, "head": (8,), "channels": 3}, RECIPE, RECIPE | {"channels": 2, "patch": 4}],
+    ids=["forecaster", "colour", "recipe", "recipe_two_channels"],
+)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["tied", "free"])
+def test_tied_kernels_know_no_direction(options, symmetric):
+    """Forecasts of a frame in all its eight positions are one forecast in eight positions, also after training."""
+    options = {"hidden": (8, 19), "kernel_size": 3, "patch": 2} | options
+    model = EncoderForecaster(**options, symmetric=symmetric).double()
+    kernels = [p for p in model.parameters() if p.ndim == 4]
+    for p in {*model.parameters()} - {*kernels}:
+        torch.nn.init.constant_(p, 0.3)  # biases are free to know directions, so let them be the same for all
+    past, future = torch.rand(2, 2, 3, model.channels, 16, 24, dtype=torch.float64)
+    positions = [
+        lambda x, flips=flips, turned=turned: (x.mT if turned else x).flip(flips)
+        for flips, turned in product([(), (-1,), (-2,), (-1, -2)], [False, True])
+    ]
+
+    def deviations():
+        with torch.no_grad():
+            forecast = model(past, 3)
+            return [relative_error(model(image(past), 3), image(forecast)) for image in positions]
+
+    before, size = deviations(), [p.detach().norm() for p in kernels]
+    F.mse_loss(model(past, 3), future).backward()
+    torch.optim.SGD(kernels, 0.1).step()
+    after = deviations()
+    assert all(p.grad.norm() > 0 for p in kernels)
+    assert before[0] == after[0] == 0
+    if symmetric:
+        assert max(before + after) < 1e-12
+        free = EncoderForecaster(**options)  # kernels are as large as torch would draw them
+        assert [float(s) for s in size] == pytest.approx(
+            [float(p.norm()) for p in free.parameters() if p.ndim == 4], rel=0.3
+        )
+    else:
+        assert min(before[1:] + after[1:]) > 1e-6
 
 
 def test_a_reach_without_feedback_or_sheets_is_refused():
