@@ -90,7 +90,7 @@ class Knobs:
     video_stride: int = knob(1, "of a folder: take every Nth frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
     augment: bool = knob(False, "flip and transpose training sequences, until all forecast frames are trained on (with "
-                                "--grow_until 0 never); no gain in 4 and 6 epochs")  # fmt: skip
+                                "--grow_until 0 never); tied kernels know nearly all of that already")  # fmt: skip
     overlay: int = knob(-1, "lay so many other training sequences over each, the larger value on top: fewer as the "
                             "horizon grows, none once all forecast frames are trained on (with --grow_until 0 never). "
                             "For bright things on black; -1: 2 of Moving MNIST, 0 of your own data", -1, 16,
@@ -118,13 +118,15 @@ class Knobs:
     sheets: int = knob(2, "the head takes the frame before apart into so many, each moved by weights of its own, so "
                           "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
                        tried="1, 2")  # fmt: skip
-    symmetric: bool = knob(True, "tie the kernels, so that they are the same in all directions: a flipped input gives "
-                                 "the flipped forecast, but for what biases learn")  # fmt: skip
+    symmetric: bool = knob(True, "tie the kernels, so that whoever flips or transposes the input, flips or transposes "
+                                 "the forecast, but for what biases learn. Layers then want multiples of 8 channels: "
+                                 "what is left over knows no direction (my_model only)")  # fmt: skip
 
     epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
-    learning_rate: float = knob(0.06, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest",
+    learning_rate: float = knob(0.06, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest. "
+                                "0.04 with --symmetric false and for the references",
                                 1e-9, 1e37, tried="0.02 to 0.08")  # fmt: skip
     weight_decay: float = knob(0.03, "Muon's; our longer runs had 0.01. Without it, kernels grew tenfold in 14,000 "
                                "steps, and short runs ended higher", 0, 1, tried="0 to 0.1")  # fmt: skip

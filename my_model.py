@@ -30,9 +30,9 @@ time, so they do not add up (records/README.md).
   that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
   been expected to show, from the fifth input frame on, and the larger value is drawn, as of bright things on black
   (45.8 to 44.0);
-- `symmetric`: digits move alike in all directions, so kernels are tied: whoever flips or transposes the input flips or
-  transposes the forecast, but for what biases have learned (see symmetry.py). What one sequence teaches of a motion, it
-  teaches of all eight that are its mirror images (51.6 to 42.1, after one epoch, at equal sequences);
+- `symmetric`: kernels are tied so that, but for biases and peepholes, the network is equivariant to flips and
+  transposition (after Cohen & Welling, 2016, see symmetry.py). Digits move by one law in all directions, and what a
+  sequence teaches of a motion counts for its seven flipped and turned versions as well (51.6 to 42.1, after one epoch);
 - dense targets, `draw_from`: training starts with 19 input frames and one to forecast, and shifts to 10 and 10; until
   then every input frame from the sixth on is a target too: more to learn from each sequence, and from a longer memory
   (the longer input: 50.4 to 46.3, at equal sequences).
@@ -184,7 +184,7 @@ class EncoderForecaster(nn.Module):
     search: pixels up to which each patch is looked for in the frame before; the paper: 0, it is not.
     reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
     sheets: into how many the last frame is taken apart for that, each moved by weights of its own.
-    symmetric: tie the kernels, so that they are the same in all directions; they stay so as their gradients are tied.
+    symmetric: tie the kernels, and average their gradients, so that flips of the input flip the forecast.
     Raises ValueError for an even kernel, a layer without channels, a reach without feedback, sheets or n_future below
     1, frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
     """
@@ -245,24 +245,25 @@ class EncoderForecaster(nn.Module):
             self.tie_kernels()
 
     def tie_kernels(self):
-        """Tie each kernel, by what its channels stand for. Biases stay free, for what directions do not share."""
-        pixels, moves, moved = ([square(n)] for n in (self.patch, 2 * self.search + 1, 2 * self.reach + 1))
-        pixels, below, to_head = pixels * self.channels, [], []
+        """Tie each kernel, by what its channels stand for. Biases and peepholes stay free."""
+        pixels, motion = [square(self.patch)] * self.channels, directions(MOTION) if self.search else []
         if self.search:
-            tie(self.motion.weight, directions(MOTION), moves)
-        for stack in filter(None, (self.encoder, self.forecaster)):
-            below, to_head = pixels + directions(MOTION if self.search else 0), []
+            tie(self.motion.weight, motion, [square(2 * self.search + 1)])
+        for stack in (self.encoder, self.forecaster or ()):
+            below = pixels + motion
             for layer in stack:
                 hidden = directions(layer.cell.hidden)
                 if layer.cell.input_to_state is not None:
                     tie(layer.cell.input_to_state, 4 * hidden, below)
                 tie(layer.cell.state_to_state, 4 * hidden, hidden)
-                below, to_head = hidden, to_head + hidden
+                below = hidden
+        below = [square for layer in self.encoder for square in directions(layer.cell.hidden)]
         *convolutions, draw = (layer for layer in self.head if isinstance(layer, nn.Conv2d))
         for convolution in convolutions:
-            tie(convolution.weight, directions(len(convolution.weight)), to_head)
-            to_head = directions(len(convolution.weight))
-        tie(draw.weight, 2 * pixels + self.sheets * moved if self.reach else pixels, to_head)
+            hidden = directions(convolution.out_channels)
+            tie(convolution.weight, hidden, below)
+            below = hidden
+        tie(draw.weight, 2 * pixels + self.sheets * [square(2 * self.reach + 1)] if self.reach else pixels, below)
 
     def forward(self, past, n_future, draw_from=None):
         """draw_from: also draw the frame after each input frame from that one on (it counts from 0).

@@ -1,18 +1,18 @@
-"""Kernels that are the same in all directions: those of a network that, where its input is flipped, flips its output.
+"""Tied kernels: flip or transpose the input of a network, and its output is flipped or transposed.
 
 After Cohen & Welling (2016), arXiv 1602.07576. Each channel stands for a place in a small square: a pixel for its place
-in the patch, a move for where it leads, a hidden channel for one of eight directions. A flip of the frame flips these
-squares as well, and so exchanges their channels. A kernel is symmetric if it stays as it is where it is flipped and its
-channels are exchanged, those that come in and those that go out.
+in the patch, a move for where it comes from, a hidden channel for one of eight directions. Where the frame is flipped,
+so are these squares, and their channels exchange places. A kernel is symmetric if it stays as it is when it is flipped
+and its channels, in and out, exchange theirs.
 """
 
-from functools import partial
+import functools
 
 import torch
 
 # Each undoes itself; together they make the eight symmetries of the square.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)
-# Eight places, each of which a flip exchanges with another, so that all eight symmetries tell them apart.
+# Eight places, all of which each symmetry but the identity moves.
 EIGHT = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -21,7 +21,7 @@ def square(side):
 
 
 def directions(n):
-    """Of n hidden channels: eights, and what is left over, which is not exchanged."""
+    """Squares of n hidden channels: eights; what is left over stays in its place, and so knows no direction."""
     return [EIGHT] * (n // 8) + [square(1)] * (n % 8)
 
 
@@ -34,20 +34,22 @@ def exchanged(flip, squares):
     return torch.cat(channels)
 
 
-def symmetric(kernel, swaps):
-    """The mean of a kernel (n_out, n_in, k, k) in all its eight positions."""
-    for flip, (outputs, inputs) in zip(FLIPS, swaps, strict=True):
+def average(kernel, exchanges):
+    """The mean of a kernel (n_out, n_in, k, k) and its seven flipped and turned versions."""
+    for flip, (outputs, inputs) in zip(FLIPS, exchanges, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel
 
 
 @torch.no_grad()
 def tie(kernel, outputs, inputs):
-    """Make a kernel symmetric, no smaller, and each of its gradients: so it stays symmetric, up to rounding.
+    """Average a kernel, at its old norm, and by a hook (which no deep copy has) each of its gradients.
 
-    outputs, inputs: the squares in which its channels stand.
+    outputs, inputs: the squares in which its channels stand. An optimiser that treats all channels alike leaves the
+    kernel symmetric, up to rounding.
     """
-    swaps = [(exchanged(flip, outputs), exchanged(flip, inputs)) for flip in FLIPS]
-    mean = symmetric(kernel, swaps)
+    exchanges = [(exchanged(flip, outputs), exchanged(flip, inputs)) for flip in FLIPS]
+    on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in exchanges])
+    mean = average(kernel, exchanges)
     kernel.copy_(mean * (kernel.norm() / mean.norm()))
-    kernel.register_hook(partial(symmetric, swaps=swaps))
+    kernel.register_hook(lambda gradient: average(gradient, on(gradient.device)))

@@ -64,14 +64,8 @@ FILES = [
     "advection.py",
     "convlstm.py",
 ]
-RECIPE = {
-    "head": (8,),
-    "feedback": True,
-    "search": 4,
-    "reach": 4,
-    "sheets": 2,
-    "symmetric": True,
-}  # main.py's network, with a small head
+# main.py's network, with a small head
+RECIPE = {"head": (8,), "feedback": True, "search": 4, "reach": 4, "sheets": 2, "symmetric": True}
 
 
 def results(folder):

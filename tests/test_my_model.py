@@ -15,10 +15,12 @@ from conftest import skip_without_compiler
 
 import advection
 import fast_convlstm
+import main
 import native
 import winograd
 from fast_convlstm import FastConvLSTM
 from my_model import ConvLSTM, ConvLSTMCell, EncoderForecaster
+from symmetry import FLIPS, directions, exchanged, square
 
 DTYPES = [torch.float32, torch.bfloat16]  # those that have compiled gates
 
@@ -620,6 +622,7 @@ OPTIONS = [
     pytest.param({"feedback": True, "reach": 0, "sheets": 2}, id="sheets_without_reach"),
     pytest.param({"search": 1, "hidden": (3, 4)}, id="search"),
     pytest.param({"feedback": True, "search": 2, "reach": 1, "channels": 2}, id="search_reach"),
+    # of a tied kernel, one training step shows that its gradient is projected, not only changed
     pytest.param({"feedback": True, "search": 1, "reach": 1, "sheets": 2, "head": (9,), "symmetric": True}, id="tied"),
 ]
 
@@ -725,46 +728,78 @@ def test_sheets_part_what_moves_apart():
 
 
 RECIPE = {"feedback": True, "search": 2, "reach": 1, "sheets": 2, "head": (16, 9), "dilation": 2}
+POSITIONS = [  # of a frame: the square's eight symmetries
+    lambda x, flips=flips, turned=turned: (x.mT if turned else x).flip(flips)
+    for flips, turned in product([(), (-1,), (-2,), (-1, -2)], [False, True])
+]
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"peephole": False, "head": (8,), "channels": 3}, RECIPE, RECIPE | {"channels": 2, "patch": 4}],
-    ids=["forecaster", "colour", "recipe", "recipe_two_channels"],
+    [
+        {"search": 1},
+        {"peephole": False, "head": (8,), "channels": 3},
+        {"feedback": True, "reach": 1},
+        RECIPE,
+        RECIPE | {"channels": 2, "patch": 4},
+    ],
+    ids=["forecaster", "colour", "reach", "recipe", "recipe_two_channels"],
 )
 @pytest.mark.parametrize("symmetric", [True, False], ids=["tied", "free"])
-def test_tied_kernels_know_no_direction(options, symmetric):
-    """Forecasts of a frame in all its eight positions are one forecast in eight positions, also after training."""
+def test_tied_kernels_are_equivariant(options, symmetric):
+    """Forecasts of a frame in all its positions are one forecast in all positions, also after training."""
     options = {"hidden": (8, 19), "kernel_size": 3, "patch": 2} | options
     model = EncoderForecaster(**options, symmetric=symmetric).double()
     kernels = [p for p in model.parameters() if p.ndim == 4]
+    drawn = [p.detach().norm() for p in EncoderForecaster(**options).parameters() if p.ndim == 4]
+    for kernel, norm in zip(kernels, drawn, strict=True):
+        assert kernel.detach().norm() == pytest.approx(norm.item(), rel=0.3)
+        assert len(kernel[0, 0]) == 1 or not torch.equal(kernel, kernel.flip(-1))  # still, each knows directions
     for p in {*model.parameters()} - {*kernels}:
         torch.nn.init.constant_(p, 0.3)  # biases are free to know directions, so let them be the same for all
-    past, future = torch.rand(2, 2, 3, model.channels, 16, 24, dtype=torch.float64)
-    positions = [
-        lambda x, flips=flips, turned=turned: (x.mT if turned else x).flip(flips)
-        for flips, turned in product([(), (-1,), (-2,), (-1, -2)], [False, True])
-    ]
+    past, future = torch.rand(2, 2, 4, model.channels, 16, 24, dtype=torch.float64)
 
     def deviations():
         with torch.no_grad():
-            forecast = model(past, 3)
-            return [relative_error(model(image(past), 3), image(forecast)) for image in positions]
+            forecast = model(past, 3, 1)
+            return [relative_error(model(image(past), 3, 1), image(forecast)) for image in POSITIONS]
 
-    before, size = deviations(), [p.detach().norm() for p in kernels]
-    F.mse_loss(model(past, 3), future).backward()
+    before = deviations()
+    F.mse_loss(model(past, 3, 1)[:, -4:], future).backward()
+    assert all(p.grad.norm() > 0 for p in kernels)
     torch.optim.SGD(kernels, 0.1).step()
     after = deviations()
-    assert all(p.grad.norm() > 0 for p in kernels)
     assert before[0] == after[0] == 0
-    if symmetric:
-        assert max(before + after) < 1e-12
-        free = EncoderForecaster(**options)  # kernels are as large as torch would draw them
-        assert [float(s) for s in size] == pytest.approx(
-            [float(p.norm()) for p in free.parameters() if p.ndim == 4], rel=0.3
-        )
-    else:
-        assert min(before[1:] + after[1:]) > 1e-6
+    assert max(before + after) < 1e-12 if symmetric else min(before[1:] + after[1:]) > 1e-6
+
+
+def test_directions_change_places_by_hand():
+    """Eight: north-north-west and -east; west-north-west and east-north-east; and the same four in the south."""
+    left_right, up_down, transposed = (exchanged(flip, [*directions(9), square(2)]).tolist() for flip in FLIPS)
+    assert left_right == [1, 0, 3, 2, 5, 4, 7, 6, 8, 10, 9, 12, 11]
+    assert up_down == [6, 7, 4, 5, 2, 3, 0, 1, 8, 11, 12, 9, 10]
+    assert transposed == [2, 4, 0, 6, 1, 7, 3, 5, 8, 9, 11, 10, 12]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_optimisers_keep_kernels_tied(dtype):
+    """Muon's steps are sums in another order for each direction: of the size of rounding, and no more."""
+    model = EncoderForecaster(hidden=(16, 16), kernel_size=3, symmetric=True, **RECIPE)
+    optimisers = main.make_optimisers(model, 0.03, dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        model(torch.rand(2, 3, 1, 16, 16), 2).square().mean().backward()
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = 0.02 * group.get("part", 1)
+            optimiser.step()
+        model.zero_grad()
+    for old, kernel in zip(before, model.parameters(), strict=True):
+        if kernel.ndim == 4:
+            (hook,) = kernel._backward_hooks.values()
+            kernel = kernel.detach()
+            moved = (kernel - old).norm()
+            assert moved > 0 and (kernel - hook(kernel)).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * moved
 
 
 def test_a_reach_without_feedback_or_sheets_is_refused():
