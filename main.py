@@ -119,8 +119,8 @@ class Knobs:
                           "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
                        tried="1, 2")  # fmt: skip
     symmetric: bool = knob(True, "tie the kernels, so that whoever flips or transposes the input, flips or transposes "
-                                 "the forecast, but for what biases learn. Layers then want multiples of 8 channels: "
-                                 "what is left over knows no direction (my_model only)")  # fmt: skip
+                                 "the forecast, but for biases, which stay free. Layers then want multiples of 8 "
+                                 "channels: what is left over knows no direction (my_model only)")  # fmt: skip
 
     epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")

@@ -32,7 +32,7 @@ time, so they do not add up (records/README.md).
   (45.8 to 44.0);
 - `symmetric`: kernels are tied so that, but for biases and peepholes, the network is equivariant to flips and
   transposition (after Cohen & Welling, 2016, see symmetry.py). Digits move by one law in all directions, and what a
-  sequence teaches of a motion counts for its seven flipped and turned versions as well (51.6 to 42.1, after one epoch);
+  sequence teaches of a motion counts for its seven flipped and turned versions as well (51.6 to 42.1, in one epoch);
 - dense targets, `draw_from`: training starts with 19 input frames and one to forecast, and shifts to 10 and 10; until
   then every input frame from the sixth on is a target too: more to learn from each sequence, and from a longer memory
   (the longer input: 50.4 to 46.3, at equal sequences).
@@ -255,9 +255,9 @@ class EncoderForecaster(nn.Module):
                 hidden = directions(layer.cell.hidden)
                 if layer.cell.input_to_state is not None:
                     tie(layer.cell.input_to_state, 4 * hidden, below)
-                tie(layer.cell.state_to_state, 4 * hidden, hidden)
+                tie(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates, each in the same squares
                 below = hidden
-        below = [square for layer in self.encoder for square in directions(layer.cell.hidden)]
+        below = [place for layer in self.encoder for place in directions(layer.cell.hidden)]
         *convolutions, draw = (layer for layer in self.head if isinstance(layer, nn.Conv2d))
         for convolution in convolutions:
             hidden = directions(convolution.out_channels)

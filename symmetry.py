@@ -3,16 +3,17 @@
 After Cohen & Welling (2016), arXiv 1602.07576. Each channel stands for a place in a small square: a pixel for its place
 in the patch, a move for where it comes from, a hidden channel for one of eight directions. Where the frame is flipped,
 so are these squares, and their channels exchange places. A kernel is symmetric if it stays as it is when it is flipped
-and its channels, in and out, exchange theirs.
+and its channels, in and out, exchange theirs. It is stored whole, each weight in all its eight places.
 """
 
 import functools
 
 import torch
 
-# Each undoes itself; together they make the eight symmetries of the square.
+# Doing or not doing each gives 2·2·2 = 8: the symmetries of the square, quarter turns included.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)
-# Eight places, all of which each symmetry but the identity moves.
+# A compass: 0 and 1 are NNW and NNE, 2 and 3 WNW and ENE, 4 to 7 the same in the south; -1 is no channel. Each symmetry
+# but the identity moves all eight.
 EIGHT = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -26,7 +27,7 @@ def directions(n):
 
 
 def exchanged(flip, squares):
-    """Of all channels that stand in these squares, which one comes in the place of each."""
+    """Of all channels that stand in these squares, which one comes in the place of each: a permutation."""
     channels, first = [], 0
     for places in squares:
         channels.append(first + flip(places)[places >= 0])
@@ -43,10 +44,10 @@ def average(kernel, exchanges):
 
 @torch.no_grad()
 def tie(kernel, outputs, inputs):
-    """Average a kernel, at its old norm, and by a hook (which no deep copy has) each of its gradients.
+    """Average a kernel, at its old norm, and by a hook, which a deep copy has not, each of its gradients.
 
-    outputs, inputs: the squares in which its channels stand. An optimiser that treats all channels alike leaves the
-    kernel symmetric, up to rounding.
+    outputs, inputs: the squares in which its channels stand. SGD, AdamW and Muon do the same to channels that exchange
+    their places, and so leave the kernel symmetric, up to rounding.
     """
     exchanges = [(exchanged(flip, outputs), exchanged(flip, inputs)) for flip in FLIPS]
     on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in exchanges])

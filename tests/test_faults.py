@@ -503,7 +503,7 @@ def begun(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"learning_rate": 0.5}, "learning_rate was 0.04 and is now 0.5"),
+        ({"learning_rate": 0.5}, f"learning_rate was {main.Knobs.learning_rate} and is now 0.5"),
         ({"hidden": "4,4"}, "hidden was (8,) and is now (4, 4)"),
         (
             {"seed": 1, "epochs": 2},

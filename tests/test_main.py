@@ -392,7 +392,7 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
 def test_every_knob_of_the_network_comes_with_its_weights():
     """One that did not would silently score another network than was trained."""
     network = {"model"} | {*inspect.signature(EncoderForecaster).parameters} & {*vars(main.Knobs())}
-    assert set(names_under("model", main.Knobs())) == network and len(network) == 12
+    assert set(names_under("model", main.Knobs())) == network and len(network) == 13
 
 
 def test_weights_near_the_root_are_scored_within_out(array, tmp_path, monkeypatch):
