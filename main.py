@@ -192,7 +192,7 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(self, kernels, dtype, weight_decay):
-        self.kernels, self.dtype = list(kernels), dtype
+        self.kernels, self.dtype = [k for k in kernels if k.requires_grad], dtype  # others are frozen
         matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in self.kernels]  # views, no copies
         super().__init__(matrices, weight_decay=weight_decay)
 
@@ -367,7 +367,7 @@ def train(setup, run, model, optimisers):
         sharpening = dissimilarity(logits, truth) if progress >= knobs.sharpen_from else 0.0
         loss = cross_entropy + sharpening * len(truth) / len(index)
         (loss * WORLD).backward()  # as DistributedDataParallel averages the gradients over the processes
-        unused = [name for name, p in model.named_parameters() if p.grad is None]
+        unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), knobs.clip))
         mean_loss = float(sum_over_processes(cross_entropy.detach(), device))

@@ -619,6 +619,22 @@ def test_knobs_reach_the_network_and_its_optimiser(array, tmp_path):
     assert group["weight_decay"] == 0.07
 
 
+def test_a_frozen_layer_stays(array, tmp_path, monkeypatch):
+    """And all the others learn."""
+    start, build = {}, main.build
+
+    def frozen(*arguments):
+        model = build(*arguments)
+        model.encoder[0].requires_grad_(False)
+        start.update({name: value.clone() for name, value in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(main, "build", frozen)
+    last = torch.load(here(array, tmp_path, epochs=1, train_sequences=10) / "last.pt")["model"]
+    same = {name for name, value in start.items() if torch.equal(last[name], value)}
+    assert same == {name for name in start if name.startswith("encoder.0.")} and len(same) == 4
+
+
 def test_edited_gates_are_noticed(monkeypatch):
     """By both of their twins: the cell, and gates.c for fp32 and for bf16. An edit doubles one of the results."""
     skip_without_compiler()
