@@ -126,7 +126,7 @@ class Knobs:
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.06, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest. "
-                                "0.04 with --symmetric false and for the references",
+                                "Free kernels (--symmetric false) and the references had 0.04",
                                 1e-9, 1e37, tried="0.02 to 0.08")  # fmt: skip
     weight_decay: float = knob(0.03, "Muon's; our longer runs had 0.01. Without it, kernels grew tenfold in 14,000 "
                                "steps, and short runs ended higher", 0, 1, tried="0 to 0.1")  # fmt: skip
