@@ -70,7 +70,8 @@ def test_the_commands_are_these():
         "python main.py --model convlstm --learning_rate 0.04 --max_minutes 15",
         "python main.py --model seq2seq --learning_rate 0.04 --max_minutes 15",
         f"{BEFORE} --augment True --batch_size 16 --weight_decay 0.01 --max_minutes 132 --out results_array",
-        f"{BEFORE} --data fresh --batch_size 16 --weight_decay 0.01 --max_minutes 130 --out results_long",
+        "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --hidden 96,96 --max_minutes 120 "
+        "--out results_long",
         "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main.py --batch_size 32",
     ]
 
