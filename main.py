@@ -99,7 +99,7 @@ class Knobs:
     # --weights brings all of this group along
     model: str = knob("my_model", "the network; convlstm and seq2seq are the references",
                       choices=("my_model", "convlstm", "seq2seq"), group="model")  # fmt: skip
-    hidden: tuple[int, ...] = knob((64, 64), "hidden channels of each layer, bottom to top (not seq2seq); the "
+    hidden: tuple[int, ...] = knob((96, 96), "hidden channels of each layer, bottom to top (not seq2seq); the "
                                    "paper's: 128,64,64", 1, 10**6, tried="1 to 3 layers of 4 to 128")  # fmt: skip
     kernel_size: int = knob(3, "input-to-state kernel, odd (not seq2seq); the paper's: 5", 1, 255, tried="1 to 5")
     state_kernel_size: int = knob(0, "state-to-state kernel, odd; 0 = the same (my_model only)", 0, 255, tried="3, 5")
@@ -122,7 +122,7 @@ class Knobs:
                                  "the forecast, but for biases, which stay free. Layers then want multiples of 8 "
                                  "channels: what is left over knows no direction (my_model only)")  # fmt: skip
 
-    epochs: int = knob(3, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
+    epochs: int = knob(2, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
     batch_size: int = knob(8, "sequences a step, over all processes together", 1, tried="2 to 16")
     learning_rate: float = knob(0.06, "Muon's, for the convolution kernels; AdamW takes 1/20 of it for the rest. "

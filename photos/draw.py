@@ -132,7 +132,7 @@ def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.5)
     axes.set_ylim(-0.4, 9.1)
-    ours = "What main.py trains: hidden=(64, 64), feedback=True, head=(128, 128), search=4, reach=4, sheets=2, …"
+    ours = "What main.py trains: hidden=(96, 96), feedback=True, head=(128, 128), search=4, reach=4, sheets=2, …"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.35, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     key = "in each half: same name and colour, same weights"
