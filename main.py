@@ -315,8 +315,10 @@ def announce_pace(run, seconds_a_step, knobs, bar):
 
 
 def evaluation_due(step, steps, steps_per_epoch):
-    """Whether to evaluate: early, at the end, after each epoch or, if that has few steps, each hundredth of the run."""
-    every = steps_per_epoch if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, math.ceil(steps / 100))
+    """Whether to evaluate: early, at the end, and after each epoch; if they are few, each quarter of the run, and if
+    they are many and short, each hundredth."""
+    quarter, hundredth = math.ceil(steps / 4), math.ceil(steps / 100)
+    every = min(steps_per_epoch, quarter) if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, hundredth)
     return step in (FIRST_LOOK, steps) or (steps > 0 and step % every == 0)
 
 

@@ -468,10 +468,12 @@ def test_the_pace_is_of_the_horizon_that_was_timed():
         (150, 1, [*range(2, 151, 2)]),
         (36_000, 1, [50, *range(360, 36_001, 360)]),  # for hours
         (12_000, 60, [50, *range(60, 12_001, 60)]),
+        (2024, 1012, [50, 506, 1012, 1518, 2024]),  # as shipped
+        (303, 101, [50, 76, 152, 228, 303]),
         (0, 1, [50]),  # as the clock will tell
     ],
 )
-def test_evaluations_are_few_where_epochs_are_small(steps, steps_per_epoch, expected):
+def test_evaluations_are_neither_too_few_nor_too_many(steps, steps_per_epoch, expected):
     assert [s for s in range(1, 1 + (steps or 100)) if main.evaluation_due(s, steps, steps_per_epoch)] == expected
 
 
