@@ -119,8 +119,8 @@ class Knobs:
                           "that digits that overlap can part; 1: it stays whole (with a reach only)", 1, 16,
                        tried="1, 2")  # fmt: skip
     symmetric: bool = knob(True, "tie the kernels, so that whoever flips or transposes the input, flips or transposes "
-                                 "the forecast, but for biases, which stay free. Layers then want multiples of 8 "
-                                 "channels: what is left over knows no direction (my_model only)")  # fmt: skip
+                                 "the forecast, but for biases and peepholes, which stay free. Layers then want "
+                                 "multiples of 8 channels: others know no direction (my_model only)")  # fmt: skip
 
     epochs: int = knob(2, "passes over the training sequences", 1, 10**6, group="optimisation", tried="1 to 6")
     max_minutes: float = knob(0.0, "train for X minutes instead of epochs; 0 = off", 0, 1e6, tried="0.001 to 150")
@@ -281,7 +281,7 @@ def progress_at(step, run, knobs):
 
 def cost(knobs, progress):
     """What a step costs at this progress, in input frames. A forecast frame that waits for the one before costs more:
-    on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
+    of 64 channels on two CPU cores 1.6 times with batches of 4, 1.3 with 8, 1.0 to 1.2 with 16."""
     waits = knobs.model == "seq2seq" or (knobs.model == "my_model" and knobs.feedback)
     n_future = horizon(knobs, progress)
     return inputs(knobs, n_future) + (1 + 2.4 / max(4, knobs.batch_size / WORLD) if waits else 1.0) * n_future
@@ -315,8 +315,8 @@ def announce_pace(run, seconds_a_step, knobs, bar):
 
 
 def evaluation_due(step, steps, steps_per_epoch):
-    """Whether to evaluate: early, at the end, and after each epoch; if they are few, each quarter of the run, and if
-    they are many and short, each hundredth."""
+    """Whether to evaluate: early, at the end, and after each epoch or quarter of the run, whichever is shorter; where
+    an epoch ends before the early look, after each epoch or hundredth, whichever is longer."""
     quarter, hundredth = math.ceil(steps / 4), math.ceil(steps / 100)
     every = min(steps_per_epoch, quarter) if steps_per_epoch >= FIRST_LOOK else max(steps_per_epoch, hundredth)
     return step in (FIRST_LOOK, steps) or (steps > 0 and step % every == 0)
