@@ -1,6 +1,7 @@
 """The README does what it says: its commands run, what it names exists, its numbers are those of records/."""
 
 import ast
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -202,6 +203,13 @@ def test_the_first_number_is_that_of_the_record():
     first = README.split("## What you will see")[0]
     for run, who in (("default", "my_model"), ("default", "black"), ("default", "copy_last"), ("long", "my_model")):
         assert f"{record(run)['scores'][who]['mse_per_frame']['mean']:.1f}" in first
+
+
+def test_what_a_run_prints_is_that_of_the_record():
+    printed = re.findall(r"^epoch (\S+) +train loss (\S+), validation loss (\S+), MSE +(\S+) ", README, re.M)
+    rows = list(csv.DictReader((ROOT / "records" / "default" / "log.csv").read_text().splitlines()))
+    keys = ("epoch", "{:.5g}"), ("train_loss", "{:.4f}"), ("val_loss", "{:.4f}"), ("val_mse_per_frame", "{:.1f}")
+    assert printed == [tuple(f.format(float(row[key])) for key, f in keys) for row in rows]
 
 
 def test_the_spread_is_that_of_the_records():
