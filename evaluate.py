@@ -125,7 +125,7 @@ def draw(folder, forecast, dataset, frames_in, frames_out, device, title):
 def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device, title):
     """predict_best.png, predict_median.png and predict_worst.png, so that nobody has to trust a lucky sample.
 
-    And predict_last_frame.png: of ten forecasts, from the best to the worst, the frame that is hardest.
+    And predict_last_frame.png: of ten forecasts, from the best to the worst, the frame that is hardest; MSE is of all.
     """
     n = len(order)
     ranks = {"best": 0, "median": n // 2, "worst": n - 1}
@@ -134,8 +134,10 @@ def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device,
 
     index = order[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
     past, truth = cut(dataset[index], frames_in, frames_out)
-    last = [forecast(one[None].to(device), frames_out)[0][0, -1].cpu() for one in past]  # large ones fit in memory
-    rows = {"truth": (1, truth[:, -1]), "forecast": (1, torch.stack(last))}
+    every = [forecast(one[None].to(device), frames_out)[0][0].cpu() for one in past]  # large ones fit in memory
+    errors = [f"MSE {(f - t).square().sum() / frames_out:.0f}" for f, t in zip(every, truth, strict=True)]
+    numbers = [f"sequence {i + 1:,}" for i in index]
+    rows = {"truth": (numbers, truth[:, -1]), "forecast": (errors, torch.stack([frames[-1] for frames in every]))}
     words = f"{title}: frame {frames_in + frames_out} of {len(index)} sequences, from the best forecast to the worst"
     figures.grid(folder / "predict_last_frame.png", rows, words)
 

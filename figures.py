@@ -51,7 +51,7 @@ def loss(path, history, baselines, title):
     figure = Figure(figsize=(9, 4))
     left, right = figure.subplots(1, 2)
     seen = [row["sequences"] / 1000 for row in history]
-    kinds = ("train_loss", "train", "train (frames trained on)"), ("val_loss", "validation", "validation")
+    kinds = ("train_loss", "train", "train (mean since the last point)"), ("val_loss", "validation", "validation")
     for key, split, label in kinds:
         left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
     left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
@@ -165,7 +165,7 @@ def prediction(path, past, truth, forecast, title):
 
 @styled
 def grid(path, rows, title, most=10):
-    """rows: name → (number of its first frame, (T, C, H, W) in [0, 1]); of more than `most` frames, some.
+    """rows: name → (number of its first frame or words for each, (T, C, H, W) in [0, 1]); of more than `most`, some.
 
     One picture with a few words, every pixel of a frame a square of whole pixels: 40 axes would take ten times as long.
     """
@@ -187,7 +187,8 @@ def grid(path, rows, title, most=10):
             image = image[..., None] if image.ndim == 2 else image
             enlarged = image.repeat(scale, 0).repeat(scale, 1)
             picture[top + 26 :, left:][: height * scale, : width * scale] = enlarged
-            axes.text(left + width * scale / 2, top + 22, first + t, ha="center", va="bottom", fontsize=8)
+            above = first + t if isinstance(first, int) else first[t]
+            axes.text(left + width * scale / 2, top + 22, above, ha="center", va="bottom", fontsize=8)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     fit(axes.text(picture.shape[1] / 2, 14, title, ha="center", va="top", fontsize=10), 0.97 * figure.bbox.width)
     write(figure, path)

@@ -227,7 +227,7 @@ def make_optimisers(model, weight_decay, dtype):
 
     An lr given here is not heeded: `train` sets the schedule's in each group at each step, times the group's "part".
     """
-    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # the layer that draws comes last
+    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # what draws comes last, as registered
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "part": ADAM_PART}
     return [Muon(kernels, dtype, weight_decay), torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)]
 

@@ -329,7 +329,7 @@ class EncoderForecaster(nn.Module):
     def move(self, frame, expected, weights):
         """A frame (B, C, H, W), taken apart by what each sheet was expected to show, and moved: what each shows next.
 
-        A pixel goes whole to the sheet that was most expected to show it, to others in proportion; to all, if none was.
+        The sheet most expected to show a pixel gets all of it, others in proportion less; if none was, each gets all.
         """
         claims = expected.detach() + DOUBT  # who owns a pixel follows from what was expected, and is not learned
         parts = frame[:, None] * (claims / claims.amax(1, keepdim=True))

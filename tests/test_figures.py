@@ -137,7 +137,8 @@ LONGER = [*HISTORY, {"sequences": 3000, "train_loss": 0.3, "val_loss": 0.2, "min
 
 def test_losses_are_those_of_the_history(monkeypatch):
     left, right = drawn(monkeypatch, figures.loss, LONGER, {"black": 175.0, "optical_flow": 180.0}, "title").axes
-    assert lines(left) == {"train (frames trained on)": [[1, 3], [0.5, 0.3]], "validation": [[1, 3], [0.4, 0.2]]}
+    train, validation = [[1, 3], [0.5, 0.3]], [[1, 3], [0.4, 0.2]]
+    assert lines(left) == {"train (mean since the last point)": train, "validation": validation}
     of_all = lines(right)
     assert of_all.pop("validation") == [[1, 3], [90, 60]]
     assert {label: set(y) for label, (_, y) in of_all.items()} == {
@@ -156,7 +157,7 @@ def test_the_legend_of_losses_lies_inside(monkeypatch):
     (legend,) = figure.legends
     box = legend.get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.width and 0 <= box.y0 < box.y1
-    assert [text.get_text() for text in legend.get_texts()][:2] == ["train (frames trained on)", "validation"]
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["train (mean since the last point)", "validation"]
     assert len(legend.get_texts()) == 5
 
 

@@ -360,7 +360,9 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
     for name, level in expected.items():
         mse = 256 * (level / 255) ** 2
         assert pictures[f"predict_{name}"] == (level, f"of a: the {name} of 5 sequences, MSE {mse:.0f}")
-    (_, truth), (_, last) = pictures["predict_last_frame"].values()
+    (numbers, truth), (errors, last) = pictures["predict_last_frame"].values()
+    assert numbers == [f"sequence {n}" for n in (3, 5, 1, 4, 2)]
+    assert errors == [f"MSE {256 * (level / 255) ** 2:.0f}" for level in (10, 40, 90, 160, 200)]
     assert (truth[:, 0, 0, 0] * 255).round().tolist() == [10, 40, 90, 160, 200] and not last.any()
 
 
