@@ -67,7 +67,7 @@ from machine import (
     stop_on_signals,
     sum_over_processes,
 )
-from moving_mnist import AUGMENTATION, ORDER, OVERLAYS, DataError, augment, shape_of
+from moving_mnist import ORDER, OVERLAYS, DataError, shape_of
 from my_model import EncoderForecaster, twin_agrees
 
 
@@ -89,8 +89,6 @@ class Knobs:
     video_size: int = knob(64, "of a folder: pixels a side to which videos are resized", 12, 4096, tried="16 to 64")
     video_stride: int = knob(1, "of a folder: take every Nth frame", 1, 10**6, tried="1, 2")
     video_colour: bool = knob(False, "of a folder: red, green and blue; else the grey")
-    augment: bool = knob(False, "flip and transpose training sequences, until all forecast frames are trained on (with "
-                                "--grow_until 0 never); tied kernels know nearly all of that already")  # fmt: skip
     overlay: int = knob(-1, "lay so many other training sequences over each, the larger value on top: fewer as the "
                             "horizon grows, none once all forecast frames are trained on (with --grow_until 0 never). "
                             "For bright things on black; -1: 2 of Moving MNIST, 0 of your own data", -1, 16,
@@ -148,7 +146,7 @@ class Knobs:
     weights: str = knob("", "start from these weights: a best.pt; they bring the knobs of their network along")
     save_minutes: float = knob(2.0, "minutes between checkpoints; each evaluation makes one, too", 0, 1e6)
 
-    seed: int = knob(0, "of weights, order, augmentation, overlays and new sequences", 0, 2**63 - 1, group="system",
+    seed: int = knob(0, "of weights, order, overlays and new sequences", 0, 2**63 - 1, group="system",
                      tried="0 to 2")  # fmt: skip
     device: str = knob("auto", "what to compute on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = knob("auto", "auto: bf16 where the hardware multiplies it", choices=("auto", "bf16", "fp32"))
@@ -259,18 +257,12 @@ def overlays(knobs, n_future):
 
 
 def batch_of(setup, step, index, n_future):
-    """Training sequences (n, T, C, H, W), overlaid and augmented: those of index that are this process's part."""
-    knobs, mine = setup.knobs, slice(RANK, None, WORLD)
-
-    def integers(stream, high, size):
-        """For the whole batch, so that it does not depend on how many processes share it."""
-        return np.random.default_rng((knobs.seed, step, stream)).integers(high, size=size)
-
+    """Training sequences (n, T, C, H, W), overlaid: those of index that are this process's part."""
+    mine, rng = slice(RANK, None, WORLD), np.random.default_rng((setup.knobs.seed, step, OVERLAYS))
     frames = setup.training[index[mine]]
-    for others in integers(OVERLAYS, len(setup.training), size=(overlays(knobs, n_future), len(index))):
+    # drawn for the whole batch, so that they do not depend on how many processes share it
+    for others in rng.integers(len(setup.training), size=(overlays(setup.knobs, n_future), len(index))):
         frames = torch.maximum(frames, setup.training[others[mine]])
-    if knobs.augment and n_future < knobs.frames_out:
-        frames = augment(frames, integers(AUGMENTATION, 2, size=(len(index), 3))[mine].astype(bool))
     return frames
 
 

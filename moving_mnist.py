@@ -1,4 +1,4 @@
-"""What the model sees: the array and its splits, augmentation, the law that generates it, and the digits in it.
+"""What the model sees: the array and its splits, the law that generates it, and the digits in it.
 
 Sequences are uint8 (B, T, C, H, W) at every boundary: B batch, T frames, C channels, H height, W width.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ORDER, AUGMENTATION, FRESH, OVERLAYS = 1, 2, 3, 4  # streams of random numbers, of one seed
+ORDER, FRESH, OVERLAYS = 1, 3, 4  # streams of random numbers, of one seed; others would change every run
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
 
 
@@ -118,20 +118,6 @@ class FreshMovingMNIST:
 
     def __getitem__(self, index):
         return torch.from_numpy(render(self.digits[self.chosen[index]], self.positions[index]))
-
-
-def augment(batch, symmetries):
-    """Each sequence of (B, T, C, H, W) under symmetries of the motion law: booleans (B, 3), one row a sequence.
-
-    The law does not change under transposition (where the canvas is square) and, but for the rounding of positions,
-    under flips. Under reversal of time it does: a wall cuts the step towards it short, not the step back.
-    """
-    sequences = []
-    for sequence, (mirror, upside_down, transpose) in zip(batch, symmetries, strict=True):
-        sequence = sequence.flip([axis for axis, on in ((-1, mirror), (-2, upside_down)) if on])
-        square = sequence.shape[-1] == sequence.shape[-2]
-        sequences.append(sequence.transpose(-1, -2) if transpose and square else sequence)
-    return torch.stack(sequences)
 
 
 def trajectories(rng, n, n_frames=20, n_digits=2, step=0.1):

@@ -64,7 +64,7 @@ def array(tmp_path_factory):
 
 def flags(data, out, **changes):
     knobs = {"data": data, "out": out, "frames_in": FRAMES_IN, "frames_out": FRAMES_OUT, "hidden": 8, "head": 8,
-             "batch_size": 5, "epochs": 2, "precision": "fp32", "device": "cpu", "augment": True} | changes  # fmt: skip
+             "batch_size": 5, "epochs": 2, "precision": "fp32", "device": "cpu", "overlay": 1} | changes  # fmt: skip
     return [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
 
 

@@ -711,14 +711,6 @@ def test_muon_computes_as_training_does(array, tmp_path, monkeypatch, precision)
     assert steps == [torch.bfloat16 if precision == "bf16" else torch.float32] * 2
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(False, 0), (True, 3)])
-def test_augmented_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, asked, expected):
-    batches = []
-    monkeypatch.setattr(main, "augment", lambda batch, symmetries: batches.append(symmetries.shape) or batch)
-    here(array, tmp_path, epochs=1, train_sequences=20, augment=asked, grow_until=0.7)  # progress 1/8, 3/8, 5/8, 7/8
-    assert batches == [(5, 3)] * expected
-
-
 @pytest.mark.parametrize(("overlay", "expected"), [(0, [0, 0, 0, 0]), (1, [1, 1, 1, 0]), (2, [2, 2, 1, 0])])
 def test_overlaid_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, overlay, expected):
     """Each sequence is the larger value of itself and of so many others, drawn anew, and some need all of them."""
@@ -726,7 +718,7 @@ def test_overlaid_until_all_frames_are_trained_on(array, tmp_path, monkeypatch, 
     monkeypatch.setattr(main, "cut", lambda frames, *others: batches.append(frames) or cut(frames, *others))
     keep = lambda data, index: data.split == "train" and len(index) == 5 and fetched.append(index)
     monkeypatch.setattr(MovingMNIST, "__getitem__", lambda data, index: keep(data, index) or fetch(data, index))
-    knobs = {"epochs": 1, "train_sequences": 20, "augment": False, "grow_until": 0.7, "overlay": overlay}
+    knobs = {"epochs": 1, "train_sequences": 20, "grow_until": 0.7, "overlay": overlay}
     here(array, tmp_path, **knobs)  # progress 1/8, 3/8, 5/8, 7/8, with 1, 1, 3 and 4 forecast frames
     known = MovingMNIST(array, "train")[np.arange(20)]
     made_of = lambda frames, n: any(
@@ -768,7 +760,7 @@ def test_one_optimiser_is_enough(array, tmp_path, monkeypatch):
 )
 def test_what_a_step_is_scored_on(changes, scored, array, tmp_path):
     """Of each frame: how many input frames it is drawn from, and how far behind the last of them it lies."""
-    folder = here(array, tmp_path, epochs=1, train_sequences=5, batch_size=5, reach=0, augment=False, **changes)
+    folder = here(array, tmp_path, epochs=1, train_sequences=5, batch_size=5, reach=0, overlay=0, **changes)
     torch.manual_seed(0)
     model = main.build(parse(main.Knobs, flags(array, tmp_path, reach=0)), 1)
     frames = torch.from_numpy(np.concatenate(split(array, slice(0, 5)), 1)[:, :, None]).float()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import moving_mnist
 from download import digit_sheet
-from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, augment, digits_of, generate, open_array, render
+from moving_mnist import DataError, FreshMovingMNIST, MovingMNIST, digits_of, generate, open_array, render
 
 # The law -----------------------------------------------------------------------------------------------
 
@@ -126,6 +126,22 @@ def test_walls_by_hand(start, turn, expected):
     rng = Drawn([[start]], [[turn]])
     positions = moving_mnist.trajectories(rng, 1, n_frames=4, n_digits=1, step=0.125)
     np.testing.assert_allclose(positions[0, :, 0], expected, rtol=0, atol=1e-6)
+
+
+def test_the_law_is_the_same_in_all_directions():
+    """So kernels may be tied: transposed, a square moves as the law moves it elsewhere, turns at walls included;
+    flipped, within a pixel."""
+
+    def moved(row, column, turn):
+        positions = moving_mnist.trajectories(Drawn([[(row, column)]], [[turn]]), 1, n_frames=20, n_digits=1)
+        return torch.from_numpy(render(np.full((1, 1, 28, 28), 255, np.uint8), positions))
+
+    row, column, turn = 0.3, 0.53, 0.07
+    sequence = moved(row, column, turn)
+    assert torch.equal(sequence.mT, moved(column, row, 0.25 - turn))
+    mirrored, expected = sequence.flip(-1), moved(row, 1 - column, 0.5 - turn)
+    first = lambda frames: (frames[0, :, 0].amax(-2) > 0).int().argmax(-1)  # the square's first column
+    assert (first(mirrored) - first(expected)).abs().max() <= 1 and not torch.equal(mirrored, sequence)
 
 
 def test_defaults_are_the_official_numbers():
@@ -482,70 +498,6 @@ def test_mutated_headers_are_arrays_or_refused(folder, changes, length):
         assert array.dtype == np.uint8 and array.ndim == 5
         whole = array[:, :, 0] if array.shape[2] == 1 else np.moveaxis(array, 2, -1)
         assert whole.tobytes() == bytes(content)[-array.size :]
-
-
-# Augmentation ------------------------------------------------------------------------------------------
-
-RAMP = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)  # (T, C, H, W), all different
-NOTHING = (False, False, False)
-
-
-@pytest.mark.parametrize(
-    ("symmetries", "expected"),
-    [
-        (NOTHING, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
-        ((True, False, False), [[[1, 0], [3, 2]], [[5, 4], [7, 6]]]),  # mirror
-        ((False, True, False), [[[2, 3], [0, 1]], [[6, 7], [4, 5]]]),  # upside down
-        ((False, False, True), [[[0, 2], [1, 3]], [[4, 6], [5, 7]]]),  # rows become columns
-        ((True, True, True), [[[3, 1], [2, 0]], [[7, 5], [6, 4]]]),
-        ((True, False, True), [[[1, 3], [0, 2]], [[5, 7], [4, 6]]]),  # mirror, then transpose: a quarter turn
-    ],
-    ids=str,
-)
-def test_symmetries_by_hand(symmetries, expected):
-    found = augment(RAMP[None], torch.tensor([symmetries]))
-    assert found.dtype == torch.uint8 and found[0, :, 0].tolist() == expected
-
-
-def test_each_sequence_has_its_own_symmetry():
-    batch = torch.stack([RAMP, RAMP + 10, RAMP + 20])
-    before = batch.clone()
-    symmetries = torch.tensor([[True, False, False], NOTHING, [False, True, True]])
-    found = augment(batch, symmetries)
-    assert found.shape == batch.shape and torch.equal(batch, before)
-    for k in range(3):
-        assert torch.equal(found[k], augment(batch[k : k + 1], symmetries[k : k + 1])[0])
-    assert torch.equal(found[1], batch[1])
-
-
-def test_colours_stay_in_their_channels():
-    batch = torch.arange(2 * 3 * 3 * 3, dtype=torch.uint8).view(1, 2, 3, 3, 3)
-    symmetries = [[True, True, True]]
-    found = augment(batch, symmetries)
-    for c in range(3):
-        assert torch.equal(found[:, :, c : c + 1], augment(batch[:, :, c : c + 1], symmetries))
-
-
-def test_frames_that_are_not_square_are_not_transposed():
-    batch = torch.arange(12, dtype=torch.uint8).view(1, 2, 1, 2, 3)
-    assert torch.equal(augment(batch, torch.tensor([[False, False, True]])), batch)
-    flipped = augment(batch, torch.tensor([[True, False, True]]))
-    assert flipped[0, :, 0].tolist() == [[[2, 1, 0], [5, 4, 3]], [[8, 7, 6], [11, 10, 9]]]
-
-
-def test_symmetric_motion_obeys_the_law():
-    """Transposed, a square moves as the law moves it elsewhere, turns at walls included; flipped, within a pixel."""
-
-    def moved(row, column, turn):
-        positions = moving_mnist.trajectories(Drawn([[(row, column)]], [[turn]]), 1, n_frames=20, n_digits=1)
-        return torch.from_numpy(render(np.full((1, 1, 28, 28), 255, np.uint8), positions))
-
-    row, column, turn = 0.3, 0.53, 0.07
-    sequence = moved(row, column, turn)
-    assert torch.equal(augment(sequence, [[False, False, True]]), moved(column, row, 0.25 - turn))
-    mirrored, expected = augment(sequence, [[True, False, False]]), moved(row, 1 - column, 0.5 - turn)
-    first = lambda frames: (frames[0, :, 0].amax(-2) > 0).int().argmax(-1)  # the square's first column
-    assert (first(mirrored) - first(expected)).abs().max() <= 1 and not torch.equal(mirrored, sequence)
 
 
 # Digits cut out of an array ----------------------------------------------------------------------------
