@@ -125,7 +125,7 @@ def draw(folder, forecast, dataset, frames_in, frames_out, device, title):
 def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device, title):
     """predict_best.png, predict_median.png and predict_worst.png, so that nobody has to trust a lucky sample.
 
-    And predict_last_frame.png: of ten forecasts, from the best to the worst, the frame that is hardest; MSE is of all.
+    And predict_last_frame.png: of ten forecasts, from the best to the worst, the frame that is hardest.
     """
     n = len(order)
     ranks = {"best": 0, "median": n // 2, "worst": n - 1}
@@ -139,6 +139,7 @@ def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device,
     numbers = [f"sequence {i + 1:,}" for i in index]
     rows = {"truth": (numbers, truth[:, -1]), "forecast": (errors, torch.stack([frames[-1] for frames in every]))}
     words = f"{title}: frame {frames_in + frames_out} of {len(index)} sequences, from the best forecast to the worst"
+    words += f" (MSE of all {frames_out} frames)"
     figures.grid(folder / "predict_last_frame.png", rows, words)
 
 
