@@ -28,7 +28,6 @@ SHORT = "--epochs 1 --train_sequences 8 --hidden 4 --head 4,4 --batch_size 4"
 # 13 steps, at which the clock is read first, are then one epoch
 BY_CLOCK = f"{SHORT} --max_minutes 0.001 --train_sequences 40 --batch_size 3 --frames_in 2 --frames_out 2"
 ARRAY = f"{BY_CLOCK} --data raw/mnist_test_seq.npy --overlay 2"
-BEFORE = "python main.py --symmetric False --learning_rate 0.04 --hidden 64,64"  # as of earlier records
 # by command
 SHORTER = {2: SHORT, 4: "--frames_in 5 --frames_out 3", 5: SHORT, 6: ARRAY, 7: ARRAY, 8: ARRAY, 9: BY_CLOCK}
 METRICS = ("mse_per_frame", "mae_per_frame", "ssim", "ssim_openstl", "psnr", "cross_entropy_per_sequence")
@@ -70,7 +69,7 @@ def test_the_commands_are_these():
         "python main.py --sharpen_from 1 --out results_unsharpened",
         "python main.py --model convlstm --hidden 64,64 --learning_rate 0.04 --max_minutes 15",
         "python main.py --model seq2seq --learning_rate 0.04 --max_minutes 15",
-        f"{BEFORE} --augment True --batch_size 16 --weight_decay 0.01 --max_minutes 132 --out results_array",
+        "python main.py --batch_size 16 --weight_decay 0.01 --max_minutes 120 --out results_array",
         "python main.py --data fresh --batch_size 16 --weight_decay 0.01 --max_minutes 120 --out results_long",
         "torchrun --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main.py --batch_size 32",
     ]
