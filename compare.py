@@ -80,4 +80,4 @@ def compare(out, latest, first_sequence):
     past, truth = first_sequence[:cut] / 255, first_sequence[cut:][: latest["frames_out"]] / 255
     strips = {"input": (1, past), "truth": (cut + 1, truth)}
     strips |= {name: (cut + 1, run["forecast"]) for name, run in runs.items()}
-    figures.grid(out / "compare_strip.png", strips, f"the first sequence of the {title.rpartition(', ')[0]}")
+    figures.grid(out / "compare_strip.png", strips, f"{title}: the first")

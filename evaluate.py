@@ -135,7 +135,7 @@ def draw_ranked(folder, forecast, dataset, order, frames_in, frames_out, device,
     index = order[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
     past, truth = cut(dataset[index], frames_in, frames_out)
     every = [forecast(one[None].to(device), frames_out)[0][0].cpu() for one in past]  # large ones fit in memory
-    errors = [f"MSE {(f - t).square().sum() / frames_out:.0f}" for f, t in zip(every, truth, strict=True)]
+    errors = [error(f, t) for f, t in zip(every, truth, strict=True)]
     numbers = [f"sequence {i + 1:,}" for i in index]
     rows = {"truth": (numbers, truth[:, -1]), "forecast": (errors, torch.stack([frames[-1] for frames in every]))}
     words = f"{title}: frame {frames_in + frames_out} of {len(index)} sequences, from the best forecast to the worst"
@@ -148,9 +148,13 @@ def draw_named(folder, forecast, dataset, frames_in, frames_out, device, named, 
     past, truth = cut(dataset[np.array([i for i, _ in named.values()])], frames_in, frames_out)
     prediction = forecast(past.to(device), frames_out)[0].cpu()
     for (name, (_, words)), p, t, f in zip(named.items(), past, truth, prediction, strict=True):
-        words = f"{title}: {words}, MSE {(f - t).square().sum() / frames_out:.0f}"
-        figures.prediction(folder / f"predict_{name}.png", p, t, f, words)
+        figures.prediction(folder / f"predict_{name}.png", p, t, f, f"{title}: {words}, {error(f, t)}")
     return past, truth, prediction
+
+
+def error(forecast, truth):
+    """Of one sequence, in words; both (T, C, H, W)."""
+    return f"MSE {(forecast - truth).square().sum() / len(truth):.0f}"
 
 
 def write_results(folder, results, first_forecast):
