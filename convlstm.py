@@ -1,12 +1,12 @@
-"""The reference: ConvLSTM as most people run it in PyTorch, written plainly.
+"""The reference: ConvLSTM as most people run it in PyTorch, in plain code.
 
-It is here to be trusted, not to be fast: `bench.py` times `my_model.py` against it, the tests hold the two
-equal, and the checkpoints of two widely used models load into it by name and give the same outputs:
+It is for trust, not for speed. In the tests `my_model.py`, without peepholes, gives the same numbers.
+Checkpoints of two widely used models load into it by name and give the same outputs:
 
 - `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
 - `EncoderDecoderConvLSTM`, the seq2seq of https://github.com/holmdk/Video-Prediction-using-PyTorch
 
-`ConvLSTMForecaster` is `my_model.EncoderForecaster` as a user of the first would build it.
+`ConvLSTMForecaster` is `my_model.EncoderForecaster`, built from the first of them.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch.
 """
@@ -15,19 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-State = tuple[torch.Tensor, torch.Tensor]  # (h, c), each (B, Ch, H, W), whatever batch_first says
+State = tuple[torch.Tensor, torch.Tensor]  # (h, c), each (B, Ch, H, W), with and without batch_first
 
 
 class ConvLSTMCell(nn.Module):
-    """One time step: one convolution over x and h side by side gives the gates i, f, o, g, in this order.
+    """One time step: one convolution over x and h gives the gates i, f, o, g, in this order. No peepholes.
 
-    No peepholes. * convolves, ∘ multiplies element by element.
+    * is a convolution, [ , ] joins channels, ∘ multiplies element by element.
 
     i, f, o = σ(W * [x, h] + b)        c' = f ∘ c + i ∘ g
     g = tanh(W * [x, h] + b)           h' = o ∘ tanh(c')
     """
 
-    def __init__(self, input_dim: int, hidden_dim: int, kernel_size: int | tuple[int, int], bias: bool = True):
+    def __init__(
+        self, input_dim: int, hidden_dim: int, kernel_size: int | tuple[int, int], bias: bool = True
+    ):
         super().__init__()
         kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in kernel):
@@ -54,9 +56,9 @@ class ConvLSTMCell(nn.Module):
 class ConvLSTM(nn.Module):
     """A stack of cells over time.
 
-    `hidden_dim` is a number, or a list or tuple with one a layer; `kernel_size` a number or a pair (kh, kw),
-    or a list with one of these a layer. Unlike the original, an int kernel works, a state can be passed, and
-    with `batch_first=False` the outputs too are (T, B, Ch, H, W), as in `nn.LSTM` (there batch first).
+    `hidden_dim`: a number, or a list or tuple with one for each layer. `kernel_size`: a number or a pair
+    (kh, kw), or a list with one of these for each layer. Three things differ from the original: an int kernel
+    works, a state can be passed, and with `batch_first=False` the outputs, too, are (T, B, Ch, H, W).
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class ConvLSTM(nn.Module):
     ):
         super().__init__()
         hidden_dims = [hidden_dim] * num_layers if isinstance(hidden_dim, int) else list(hidden_dim)
-        # a pair is one kernel's height and width, so only a list can mean one kernel a layer
+        # a tuple is one kernel's height and width; only a list has one kernel for each layer
         kernel_sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size] * num_layers
         for name, values in (("hidden_dim", hidden_dims), ("kernel_size", kernel_sizes)):
             if len(values) != num_layers:
@@ -84,10 +86,10 @@ class ConvLSTM(nn.Module):
     def forward(
         self, input_tensor: torch.Tensor, hidden_state: list[State] | None = None
     ) -> tuple[list[torch.Tensor], list[State]]:
-        """input_tensor (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (layer_output_list, last_state_list).
+        """input_tensor (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (outputs, last states).
 
-        Each output has its layout, each state is (h, c). With return_all_layers the lists have one entry a
-        layer, else the last layer's alone. `hidden_state` has one (h, c) a layer; None means zeros.
+        `hidden_state`: a list with one (h, c) for each layer, or None for zeros. The results are lists, too:
+        of all layers with return_all_layers, else of the last. An output has the layout of the input.
         """
         if hidden_state is None:
             hidden_state = [None] * len(self.cell_list)
@@ -113,8 +115,8 @@ class ConvLSTM(nn.Module):
 class EncoderDecoderConvLSTM(nn.Module):
     """x (B, T, in_chan, H, W) → frames after the sigmoid (B, 1, future_seq, H, W), channel before time.
 
-    The decoder is fed encoder_2's last h first, then the h of decoder_2 from the step before. As in the
-    original, its own h and c start from zeros: the encoder's cell state is not handed over.
+    The decoder's first input is the last h of encoder_2. Its later inputs are the h of decoder_2 one step
+    before. As in the original, the h and c of the decoder start from zeros.
     """
 
     def __init__(self, nf: int, in_chan: int):
@@ -137,8 +139,8 @@ class EncoderDecoderConvLSTM(nn.Module):
             state_2 = self.decoder_2_convlstm(state_1[0], state_2)
             h = state_2[0]
             outputs.append(h)
-        # not in bf16, which rounds a sure pixel to 1, and in which torch's weight gradient of a Conv3d to one channel
-        # is NaN on a CPU with AMX where there is one thread
+        # Not in bf16, which rounds a probability near 1 to 1. Also, on a CPU with AMX and one thread, torch's
+        # bf16 weight gradient of a Conv3d to one channel is NaN.
         with torch.autocast(x.device.type, enabled=False):
             return torch.sigmoid(self.decoder_CNN(torch.stack(outputs, 2).to(x.dtype)))
 
@@ -146,8 +148,8 @@ class EncoderDecoderConvLSTM(nn.Module):
 class ConvLSTMForecaster(nn.Module):
     """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
 
-    `my_model.EncoderForecaster` without peepholes. The forecaster has an input, which is always zeros, so the
-    weights of its first layer for that input do nothing (204,800 of 7,788,560 with the defaults).
+    `my_model.EncoderForecaster` without peepholes. The forecaster's input is always zeros, so its first layer
+    has weights that do nothing: 204,800 of 7,788,560 with the defaults.
     """
 
     def __init__(self, channels: int = 1, hidden=(128, 64, 64), kernel_size=5, patch: int = 4):
@@ -161,7 +163,9 @@ class ConvLSTMForecaster(nn.Module):
 
     def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
         if past.shape[-2] % self.patch or past.shape[-1] % self.patch:
-            raise ValueError(f"frames of {past.shape[-2]}×{past.shape[-1]} cannot be cut into patches of {self.patch}")
+            raise ValueError(
+                f"frames of {past.shape[-2]}×{past.shape[-1]} cannot be cut into patches of {self.patch}"
+            )
         x = F.pixel_unshuffle(past, self.patch)  # (B, T, C·P², H/P, W/P)
         _, states = self.encoder(x)
         zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
@@ -172,7 +176,7 @@ class ConvLSTMForecaster(nn.Module):
 
 
 class Seq2SeqForecaster(nn.Module):
-    """`EncoderDecoderConvLSTM` with the interface of the others: past (B, T, C, H, W) → logits of n_future frames."""
+    """`EncoderDecoderConvLSTM` as a forecaster: past (B, T, C, H, W) → logits of n_future frames."""
 
     def __init__(self, channels: int = 1, nf: int = 64):
         super().__init__()

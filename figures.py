@@ -1,219 +1,200 @@
-"""The pictures. Grey scale fixed to 0–1, axes with units.
-
-Every function with a path writes that file, whole or not at all, and raises CheckpointError where it cannot.
-"""
+"""The pictures: curves and frames (T, C, H, W) in [0, 1] → PNG or GIF, as bytes. 0 is black, 1 is white."""
 
 import io
 import itertools
+from textwrap import fill
 
 import cv2
-import matplotlib
+import matplotlib.style
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot, whose backend, of a notebook say, is the user's
+from matplotlib.figure import Figure  # not pyplot, whose state belongs to the user
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from checkpoint import publish
-
-COLOURS = {
-    "train": "#9aa5b1",
-    "validation": "#0b6e99",
-    "black": "#222222",
-    "copy_last": "#c8553d",
-    "optical_flow": "#8a6fb0",
-}
-MODEL_COLOURS = ["#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"]  # in order, then again
 LABELS = {"black": "black frame", "copy_last": "last frame copied", "optical_flow": "optical flow"}
-
+COLORS = {"black": "#222222", "copy_last": "#c8553d", "optical_flow": "#8a6fb0"}
+MODEL_COLORS = "#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"
+MODEL_STYLES = [{"color": color, "marker": marker, "ms": 4} for marker in "os^D" for color in MODEL_COLORS]
+MSE_LABEL = "MSE (sum over the pixels of a frame)"
+CROSS_ENTROPY_LABEL = "cross-entropy (nats per pixel)"
 DPI = 150
-styled = matplotlib.rc_context({  # for our pictures only: those of a notebook keep their own
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "legend.frameon": False, "savefig.dpi": DPI, "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a $ in the name of a file is a dollar
-})  # fmt: skip
+STYLE = {
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a $ in a file's name is a dollar
+}
+styled = matplotlib.style.context(STYLE, after_reset=True)  # a notebook and these pictures keep their own
 
 
-def write(figure, path):
+def to_png(figure, title=""):
+    """With a title, and a legend below the axes in as many columns as fit. The figure grows by its height."""
+    figure.suptitle(fill(title, 110), fontsize=11)
+    pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    handles = {fill(label, 70): handle for handle, label in itertools.chain(*pairs)}
+    for columns in range(min(len(handles), 5), 0, -1):
+        legend = figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
+        box = legend.get_window_extent()
+        if box.width < figure.bbox.width or columns == 1:
+            figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
+            break
+        legend.remove()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    publish(path, buffer.getvalue())
-
-
-def fit(text, width):
-    """Shrink the text until it is no wider, in pixels of its figure."""
-    while (wide := text.get_window_extent().width) > width and text.get_fontsize() > 3:
-        text.set_fontsize(text.get_fontsize() * min(0.98, width / wide))  # not quite in proportion
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 @styled
-def loss(path, history, baselines, title):
-    """history: rows with sequences, train_loss, val_loss, val_mse_per_frame; baselines: name → mse_per_frame."""
-    figure = Figure(figsize=(9, 4))
-    left, right = figure.subplots(1, 2)
-    seen = [row["sequences"] / 1000 for row in history]
-    kinds = ("train_loss", "train", "train (mean since the last point)"), ("val_loss", "validation", "validation")
-    for key, split, label in kinds:
-        left.plot(seen, [row[key] for row in history], "o-", ms=3, color=COLOURS[split], label=label)
-    left.set(xlabel="training sequences seen (thousands)", ylabel="cross-entropy (nats per pixel)", title=title)
-    left.set(xlim=(0, None), ylim=(0, 1.05 * max(row[key] for row in history for key in ("train_loss", "val_loss"))))
-    errors = [row["val_mse_per_frame"] for row in history]
-    right.plot(seen, errors, "o-", ms=3, color=COLOURS["validation"], label="validation")
-    for name, value in baselines.items():
-        right.axhline(value, ls="--", lw=1, color=COLOURS[name], label=f"{LABELS[name]}: {value:.0f}")
-    right.set(xlabel="training sequences seen (thousands)", ylabel="MSE per frame (sum over pixels)")
-    right.set(xlim=(0, None), ylim=(0, None), title=f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
-    figure.legend(handles=[*left.lines, *right.lines[1:]], loc="outside lower center", ncols=3)
-    fit(left.title, 0.45 * figure.bbox.width)
-    write(figure, path)
+def loss(history, baselines, phases, title):
+    """The loss curve. history: rows of log.csv, of which some have a validation loss.
 
-
-@styled
-def per_frame(path, panels):
-    """panels: title → name → one value a forecast frame."""
-    n = len(panels)
-    figure = Figure(figsize=(3.4 * max(n, 2), 4))
-    (row,) = figure.subplots(1, n, sharey=True, squeeze=False)
-    for axes, (title, curves) in zip(row, panels.items(), strict=True):
-        draw_curves(axes, curves)
-        axes.set_title(title)
-        fit(axes.title, 0.9 * figure.bbox.width / n)
-    row[0].set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None))
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    write(figure, path)
-
-
-@styled
-def compare(path, histories, curves, validation, test):
-    """histories: model → rows with minutes, sequences, val_loss; curves: model or baseline → MSE of each frame.
-
-    validation, test: what the histories and the curves are of, in words.
+    baselines: name → MSE. phases: (epoch, what training does from there on), in order.
     """
+    figure = Figure(figsize=(11, 4.4))
+    left, right = figure.subplots(1, 2)
+    points = [row for row in history if row["val_loss"] is not None]
+    epochs, training = ([row[name] for row in history] for name in ("epoch", "train_loss"))
+    names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
+    evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
+    phases = [(epoch, words) for epoch, words in phases if epoch <= epochs[-1]]
+    label = "training (its task changes at the dotted lines)" if phases else "training"
+    left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
+    more = f", {numbers[-1]:,} at the end" if numbers[-1] != numbers[0] else ""
+    left.plot(evaluated, validation, **MODEL_STYLES[0], label=f"validation ({numbers[0]:,} sequences{more})")
+    for k, (epoch, words) in enumerate(phases):  # each has its own height, above the curves
+        text, side = (f"{words} → ", "right") if epoch > 0.6 * epochs[-1] else (f" → {words}", "left")
+        left.axvline(epoch, lw=1, ls=":", color="black")
+        look = {"ha": side, "va": "top", "fontsize": 7.5, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
+        left.text(epoch, 0.98 - 0.055 * k, text, transform=left.get_xaxis_transform(), **look)
+    top = 1.05 * max(*training, *validation) / (0.97 - 0.055 * len(phases))
+    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, top))
+    left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
+    right.plot(evaluated, errors, **MODEL_STYLES[0])
+    for name, value in baselines.items():
+        right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")
+    right.set(ylabel=MSE_LABEL, ylim=(0, None))
+    right.set_title(f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
+    thousands = history[-1]["sequences"] / epochs[-1] / 1000
+    functions = lambda x: x * thousands, lambda x: x / thousands
+    for axes in (left, right):
+        axes.set(xlabel="epoch", xlim=(0, 1.03 * epochs[-1]))
+        axes.secondary_xaxis("top", functions, xlabel="training sequences (thousands)")
+    return to_png(figure, title)
+
+
+@styled
+def per_frame(panels):
+    """panels: title → name → one MSE a forecast frame."""
+    figure = Figure(figsize=(max(6.8, 3.4 * len(panels)), 3.8))
+    (row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (title, curves) in zip(row, panels.items(), strict=True):
+        draw_curves(axes, curves, fill(title, 40 if len(panels) > 1 else 80))
+    row[0].set_ylabel(MSE_LABEL)
+    return to_png(figure)
+
+
+@styled
+def compare(histories, curves, title):
+    """Runs side by side. histories: run → its evaluations. curves: run or baseline → MSE of each frame."""
     figure = Figure(figsize=(12, 4))
     by_time, by_sequences, by_frame = figure.subplots(1, 3)
-    for (name, history), colour in zip(histories.items(), itertools.cycle(MODEL_COLOURS), strict=False):
-        losses = [row["val_loss"] for row in history]
-        for axes, x in (
-            (by_time, [row["minutes"] for row in history]),
-            (by_sequences, [row["sequences"] / 1000 for row in history]),
-        ):
-            axes.plot(x, losses, "o-", ms=4, color=colour, label=name)
-    for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences seen (thousands)"):
-        axes.set(xlabel=xlabel, ylabel="cross-entropy (nats per pixel)", yscale="log", title=validation)
-        axes.set(xlim=(0, None))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
-    words = {name: f"{name} (no log)" for name, history in histories.items() if not history}  # only scored
-    draw_curves(by_frame, {words.get(name, name): curve for name, curve in curves.items()})
-    by_frame.set(ylabel="MSE per frame (sum over pixels)", ylim=(0, None), title=test.replace(", ", ",\n"))
-    for axes in figure.axes:
-        fit(axes.title, 0.28 * figure.bbox.width)
-    figure.legend(*by_frame.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    write(figure, path)
+    for (name, rows), style in zip(histories.items(), itertools.cycle(MODEL_STYLES), strict=False):
+        losses = [row["val_loss"] for row in rows]
+        by_time.plot([row["minutes"] for row in rows], losses, **style, label=name)
+        by_sequences.plot([row["sequences"] / 1000 for row in rows], losses, **style, label=name)
+    for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences (thousands)"):
+        axes.set(xlabel=xlabel, ylabel=CROSS_ENTROPY_LABEL, yscale="log", title="validation", xlim=(0, None))
+        ticks = LogLocator(subs=(1, 2, 5))
+        axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
+    draw_curves(by_frame, curves, "test")
+    by_frame.set_ylabel(MSE_LABEL)
+    return to_png(figure, title)
 
 
-@styled
-def scaling(path, rows):
-    """rows of bench.py: what grows, seconds and bytes of a training step. Logarithmic axes."""
-    units = {"batch": "sequences a batch", "frames": "frames in, and as many out", "size": "pixels a side",
-             "hidden": "hidden channels of each of 3 layers"}  # fmt: skip
-    figure = Figure(figsize=(12, 5))
-    all_axes = figure.subplots(2, 4, sharex="col", sharey="row")
-    for (knob, unit), (time, memory) in zip(units.items(), all_axes.T, strict=True):
-        some = [row for row in rows if row["grows"] == knob]
-        x = [row[knob][0] if knob == "hidden" else row[knob] for row in some]
-        for axes, key, scale in (time, "seconds", 1e3), (memory, "bytes", 2**-20):
-            # of channels, weights and work grow as the square, states in proportion
-            power, name = (2, "as the square") if knob in ("size", "hidden") else (1, "in proportion")
-            y = [row[key] * scale for row in some]
-            axes.loglog(x, y, "o-", ms=4, color=COLOURS["validation"], label="measured")
-            axes.loglog(x, [y[-1] * (v / x[-1]) ** power for v in x], ":", color=COLOURS["black"], label=name)
-            axes.set_xticks(x, [str(v) for v in x])
-            axes.minorticks_off()
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.legend(fontsize=8)
-        memory.set_xlabel(unit)
-    all_axes[0, 0].set_ylabel("training step (ms)")
-    all_axes[1, 0].set_ylabel("its peak memory (MiB)")
-    write(figure, path)
-
-
-def draw_curves(axes, curves):
-    """name → one value a forecast frame."""
-    models = itertools.cycle(MODEL_COLOURS)
+def draw_curves(axes, curves, title):
+    """curves: run or baseline → one value a forecast frame."""
+    styles = itertools.cycle(MODEL_STYLES)
     for name, curve in curves.items():
-        frames = range(1, len(curve) + 1)
-        colour = COLOURS[name] if name in LABELS else next(models)
-        axes.plot(frames, curve, "--" if name in LABELS else "o-", ms=4, color=colour, label=LABELS.get(name, name))
-    axes.set(xlabel="forecast frame", xticks=list(range(1, len(curve) + 1, -(-len(curve) // 10))))
+        dashed = {"color": COLORS.get(name), "ls": "--", "marker": "_" if len(curve) == 1 else ""}
+        style = dashed if name in LABELS else next(styles)
+        axes.plot(range(1, len(curve) + 1), curve, **style, label=LABELS.get(name, name))
+    ticks = range(1, len(curve) + 1, -(-len(curve) // 10))
+    axes.set(title=title, xlabel="forecast frame", xticks=ticks, ylim=(0, None))
 
 
-def to_grey(frames):
+def to_uint8(frames):
     """(T, C, H, W) in [0, 1] → uint8 (T, H, W), or (T, H, W, 3) of three channels; others show their mean."""
     frames = np.asarray(frames, np.float32)
     frames = np.moveaxis(frames, 1, -1) if frames.shape[1] == 3 else frames.mean(1)
     return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
 
 
-def prediction(path, past, truth, forecast, title):
-    """Rows input, truth, forecast, error; all (T, C, H, W) in [0, 1]."""
+def prediction(past, truth, forecast, title):
+    """Rows: input, truth, forecast, error. Without a truth (None), only input and forecast."""
+    n = len(past) + 1
+    if truth is None:
+        return grid({"input": (1, past), "forecast": (n, forecast)}, title)
     error = np.abs(np.asarray(forecast, np.float32) - np.asarray(truth, np.float32))
-    future = {"truth": truth, "forecast": forecast, "|error|": error}
-    rows = {"input": (1, past), **{name: (len(past) + 1, frames) for name, frames in future.items()}}
-    grid(path, rows, title)
+    rows = {"input": (1, past), "truth": (n, truth), "forecast": (n, forecast), "|error|": (n, error)}
+    return grid(rows, title)
 
 
 @styled
-def grid(path, rows, title, most=10):
-    """rows: name → (number of its first frame or words for each, (T, C, H, W) in [0, 1]); of more than `most`, some.
+def grid(rows, title, most=10):
+    """rows: name → (number of its first frame, or words for each; frames). Of more than `most` frames, some.
 
-    One picture with a few words, every pixel of a frame a square of whole pixels: 40 axes would take ten times as long.
+    All frames are one image, which has the pixels of the PNG. Axes for each would take ten times as long.
     """
     height, width = np.shape(next(iter(rows.values()))[1])[-2:]
-    scale = max(1, round(144 / width))
-    high, wide = height * scale + 34, width * scale + 8  # with the number above and a gap
-    columns = min(max(len(frames) for _, frames in rows.values()), most)
-    picture = np.full((56 + len(rows) * high, 110 + columns * wide, 3), 255, np.uint8)
-    size = picture.shape[1] / DPI, picture.shape[0] / DPI
-    figure = Figure(figsize=size, dpi=DPI, layout="none")  # as it is saved, so that pixels are pixels
+    scale = max(1, -(-128 // width))
+    height, width = height * scale, width * scale
+    labels = [fill(name, 24 if len(name) > 24 else 12, max_lines=6, placeholder=" …") for name in rows]
+    left = 20 + 11 * max(len(line) for label in labels for line in label.split("\n"))  # 11 pixels a character
+    wide = left + min(max(len(frames) for _, frames in rows.values()), most) * (width + 8)
+    title = fill(title, max(20, wide // 13))
+    top = 57 + 25 * len(title.split("\n"))
+    picture = np.full((top + len(rows) * (height + 34) - 26, wide, 3), 255, np.uint8)
+    figure = Figure(figsize=(wide / DPI, len(picture) / DPI), dpi=DPI, layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    for r, (name, (first, frames)) in enumerate(rows.items()):
-        top, some = 56 + r * high, np.linspace(0, len(frames) - 1, min(len(frames), most)).astype(int)
-        label = name.replace(" ", "\n")
-        fit(axes.text(96, top + height * scale / 2 + 24, label, ha="right", va="center", fontsize=9), 90)
-        for k, t in enumerate(some):
-            left, image = 110 + k * wide, to_grey(frames[t : t + 1])[0]
-            image = image[..., None] if image.ndim == 2 else image
-            enlarged = image.repeat(scale, 0).repeat(scale, 1)
-            picture[top + 26 :, left:][: height * scale, : width * scale] = enlarged
-            above = first + t if isinstance(first, int) else first[t]
-            axes.text(left + width * scale / 2, top + 22, above, ha="center", va="bottom", fontsize=8)
+    for y, label, (first, frames) in zip(itertools.count(top, height + 34), labels, rows.values()):
+        axes.text(left - 14, y + height / 2, label, ha="right", va="center", fontsize=9)
+        for k, t in enumerate(np.linspace(0, len(frames) - 1, min(len(frames), most)).astype(int)):
+            x = left + k * (width + 8)
+            image = to_uint8(frames[t : t + 1])[0].repeat(scale, 0).repeat(scale, 1)
+            picture[y : y + height, x : x + width] = image if image.ndim == 3 else image[..., None]
+            words = first + t if isinstance(first, int) else first[t]
+            axes.text(x + width / 2, y - 4, words, ha="center", va="bottom", fontsize=7.5)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
-    fit(axes.text(picture.shape[1] / 2, 14, title, ha="center", va="top", fontsize=10), 0.97 * figure.bbox.width)
-    write(figure, path)
+    axes.text(wide / 2, 14, title, ha="center", va="top", fontsize=10)
+    return to_png(figure)
 
 
-def animation(path, past, truth, forecast, title):
-    """A looping GIF, exact greys: truth on the left; on the right the input, then the forecast in its place."""
-    left, right = np.concatenate([past, truth]), np.concatenate([past, forecast])
-    scale = max(1, min(4, 256 // left.shape[-1]))  # of large videos no larger pictures
+def animation(past, truth, forecast, title):
+    """A looping GIF, exact greys. Left: the truth, unless it is None. Right: input, then forecast."""
+    videos = [to_uint8(np.concatenate([past, future])) for future in (truth, forecast) if future is not None]
+    scale = max(1, min(4, 256 // videos[0].shape[2]))  # large videos are not enlarged
+    videos = [video.repeat(scale, 1).repeat(scale, 2) for video in videos]
+    n_frames, height, width, *channels = videos[0].shape
 
-    def bar(text, width, colours):
-        image = np.full((22, width, *colours), 40, np.uint8)
-        (wide, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)
-        size = 0.45 * min(1, (width - 8) / wide)  # so that it fits
-        return cv2.putText(image, text, (6, 16), cv2.FONT_HERSHEY_SIMPLEX, size, (255,) * 3, 1, cv2.LINE_AA)
+    def write(canvas, text, x, y, wide):
+        font = cv2.FONT_HERSHEY_SIMPLEX
+        size = 0.45 * min(1, (wide - 8) / max(1, cv2.getTextSize(text, font, 0.45, 1)[0][0]))
+        cv2.putText(canvas, text, (x + 6, y), font, size, (255,) * 3, 1, cv2.LINE_AA)
 
     images = []
-    for t, pair in enumerate(zip(to_grey(left), to_grey(right), strict=True), 1):
-        a, b = (cv2.resize(x, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST) for x in pair)
-        width, colours = a.shape[1], a.shape[2:]
-        names = f"truth {t}", f"{'input' if t <= len(past) else 'forecast'} {t}"
-        gap = np.full((a.shape[0] + 22, 8, *colours), 40, np.uint8)
-        panels = [np.vstack([bar(name, width, colours), x]) for name, x in zip(names, (a, b), strict=True)]
-        images.append(np.vstack([np.hstack([panels[0], gap, panels[1]]), bar(title, 2 * width + 8, colours)]))
-    first, *rest = (Image.fromarray(image) for image in images)
+    for t in range(n_frames):
+        canvas = np.full((height + 44, len(videos) * (width + 8) - 8, *channels), 40, np.uint8)
+        names = "truth", "input" if t < len(past) else "forecast"
+        for x, name, video in zip(itertools.count(0, width + 8), names[-len(videos) :], videos):
+            canvas[22:-22, x : x + width] = video[t]
+            write(canvas, f"{name} {t + 1}", x, 16, width)
+        write(canvas, title, 0, height + 38, canvas.shape[1])
+        images.append(Image.fromarray(canvas))
     buffer = io.BytesIO()
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=150, loop=0)
-    publish(path, buffer.getvalue())
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=150, loop=0)
+    return buffer.getvalue()

@@ -1,11 +1,11 @@
-"""The ruler: what each number means, and what a forecaster without a network reaches (the baselines).
+"""What each number means (the metrics), and what a forecast without a network scores (the baselines).
 
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
-the prediction and y the truth. A curve (T,) has one value per frame position, a mean over the sequences;
-the one number of a table is the mean of its curve. Curves of batches combine by their weighted mean.
-Inputs of any float type are taken exactly: metrics work in float64, which neither TF32 nor autocast touches.
+the prediction and y the truth. A curve (T,) has one value a frame position, a mean over the sequences. The
+number in a table is the mean of its curve. Metrics compute in float64.
 """
 
+import functools
 import math
 
 import cv2
@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 
 METRICS = {  # in the order of the tables: heading and unit
-    "mse_per_frame": ("MSE", "squared grey level (0-1), summed over the pixels of a frame, mean over sequences"),
-    "mae_per_frame": ("MAE", "grey level (0-1), summed over the pixels of a frame, mean over sequences"),
+    "mse_per_frame": ("MSE", "squared grey level (0-1), sum over a frame's pixels, mean over sequences"),
+    "mae_per_frame": ("MAE", "grey level (0-1), sum over a frame's pixels, mean over sequences"),
     "ssim": ("SSIM", "1 is identical; Gaussian 11x11 window, sigma 1.5, data range 1, mean over sequences"),
     "ssim_openstl": ("SSIM*", "1 is identical; uniform 7x7 window, data range 2, mean over sequences"),
     "psnr": ("PSNR", "dB, of each frame on a 0-1 scale, mean over sequences"),
-    "cross_entropy_per_sequence": (
-        "cross-entropy",
-        "nats, summed over all predicted pixels of a sequence, mean over sequences",
-    ),
+    "cross_entropy_per_sequence": ("cross-entropy", "nats, sum over a sequence, mean over sequences"),
 }
 HEADINGS = tuple(heading for heading, _ in METRICS.values())
 GAUSSIAN = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
@@ -32,8 +29,8 @@ UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
 def mse_per_frame(prediction, truth):
     """Σ (x − y)² over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: squared grey level, 0–1.
 
-    What every Moving MNIST table calls MSE (PredRNN's code clips the forecast to 0–1 first): 4,096 times the mean over
-    pixels. A black forecast scores about 175.
+    What every Moving MNIST table calls MSE. For 64 × 64 pixels it is 4,096 times the mean over pixels, and a
+    black forecast scores about 175. PredRNN's code first clips the forecast to 0–1.
     """
     return _mean_over_sequences(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
 
@@ -55,18 +52,19 @@ def mae_per_frame(prediction, truth):
 def psnr(prediction, truth):
     """10·log10(1 / mean of (x − y)² over a frame's pixels), then mean over sequences → (T,). Unit: dB.
 
-    One frame without any error makes its mean infinite. SimVP's 37.97 and 38.35 are not comparable: they come
-    from uint8 arrays, where 20 grey levels square to 144 instead of 400. Integers are refused here.
+    One frame without any error makes the mean infinite. SimVP's 37.97 and 38.35 are not comparable: they come
+    from uint8 arrays, where the square of 20 grey levels is 144 instead of 400. Integers are refused here.
     """
-    return _mean_over_sequences(lambda x, y: -10 * (x - y).square().mean((2, 3, 4)).log10(), prediction, truth)
+    decibels = lambda x, y: -10 * (x - y).square().mean((2, 3, 4)).log10()
+    return _mean_over_sequences(decibels, prediction, truth)
 
 
 def ssim(prediction, truth):
     """Structural similarity, Wang et al. (2004), data range 1, mean over pixels, channels, sequences → (T,).
 
     Equal to scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5, data_range=1,
-    use_sample_covariance=False), which leaves out 5 pixels at each border. Right for a 0–1 scale, but the
-    published tables mean other things: see `ssim_openstl`.
+    use_sample_covariance=False), which leaves out 5 pixels at each border. The published tables differ: see
+    `ssim_openstl`.
     """
     return _mean_over_sequences(lambda x, y: similarity(x, y).mean((2, 3, 4)), prediction, truth)
 
@@ -75,7 +73,7 @@ def ssim_openstl(prediction, truth):
     """The SSIM of the OpenSTL and SimVP tables, for comparison with them only → (T,).
 
     scikit-image's old default for floats: uniform 7×7 window, sample covariance, and data range 2, as if grey
-    levels went from −1 to 1. The tables of PredRNN (range 255) and Earthformer (batch-derived) differ again.
+    levels went from −1 to 1. Other tables differ: PredRNN's range is 255, Earthformer's depends on the batch.
     """
     options = {"window": UNIFORM, "data_range": 2, "norm": 49 / 48}
     return _mean_over_sequences(lambda x, y: similarity(x, y, **options).mean((2, 3, 4)), prediction, truth)
@@ -84,36 +82,40 @@ def ssim_openstl(prediction, truth):
 def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
     """SSIM of every window: (…, H, W) twice → (…, H − k + 1, W − k + 1), in the dtype of x; gradients pass.
 
-    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. Variances are differences of products
-    that bf16 or TF32 would spoil. The window is separable: to slide it along n pixels is one (n − k + 1, n) matrix, and
-    two matrix products are a few times as fast on a CPU as a convolution.
+    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. Not in bf16 or TF32: their
+    rounding spoils variances. The window is separable, so two products with matrices (n − k + 1, n) slide it
+    along both axes. On a CPU this is a few times as fast as a convolution.
     """
     (H, W), k = y.shape[-2:], len(window)
     if min(H, W) < k:
         raise ValueError(f"frames of {H} × {W} are smaller than the {k} × {k} window of SSIM")
-    slide = lambda n: (torch.eye(n, dtype=window.dtype).unfold(0, k, 1) @ window).to(x)
+    down, right = (sliding(n, window, x.dtype, x.device) for n in (H, W))
     maps = torch.stack([x, y, x * x + y * y, x * y])
-    mx, my, squares, product = slide(H) @ maps @ slide(W).T  # local means
+    mx, my, squares, product = down @ maps @ right.T  # local means
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mxx_myy, mxy = mx * mx + my * my, mx * my
     variances, covariance = norm * (squares - mxx_myy), norm * (product - mxy)
     return (2 * mxy + c1) * (2 * covariance + c2) / ((mxx_myy + c1) * (variances + c2))
 
 
+@functools.lru_cache(100)  # as a copy to a GPU waits for all that it computes
+@torch.inference_mode(False)  # the next call may need gradients
+def sliding(n, window, dtype, device):
+    """The matrix (n - k + 1, n) that slides a window of k numbers along n pixels."""
+    return (torch.eye(n, dtype=window.dtype).unfold(0, len(window), 1) @ window).to(dtype).to(device)
+
+
 def cross_entropy_per_sequence(logits, truth):
-    """−Σ [y·ln σ(z) + (1 − y)·ln(1 − σ(z))] over the T·C·H·W pixels, mean over sequences → scalar. Unit: nats.
+    """−Σ [y·ln σ(z) + (1 − y)·ln(1 − σ(z))] over T·C·H·W pixels, mean over sequences → scalar. Unit: nats.
 
-    z: logits. As in Table 1 of the ConvLSTM paper (its best network: 3670.85, on its own data).
+    z: logits. As in Table 1 of the ConvLSTM paper, whose best network has 3670.85 on the paper's data.
     """
-
-    def nats(z, y):
-        return F.binary_cross_entropy_with_logits(z, y, reduction="none").sum((1, 2, 3, 4))
-
+    nats = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").sum((1, 2, 3, 4))
     return _mean_over_sequences(nats, logits, truth, is_logits=True)
 
 
 def black(past, n_future):
-    """(B, T, C, H, W) → (B, n_future, C, H, W): nothing but background, as of a network gone blank."""
+    """(B, T, C, H, W) → (B, n_future, C, H, W): nothing but background, as a failed network draws."""
     return past.new_zeros(len(past), n_future, *past.shape[2:])
 
 
@@ -127,7 +129,7 @@ def optical_flow(past, n_future):
     """(B, T, C, H, W) → (B, n_future, C, H, W): the motion between the last two frames goes on.
 
     OpenCV's dense flow (DIS, https://arxiv.org/abs/1603.03590) on the mean of the channels, then backward
-    warping once a frame. The flow is warped with the frame; a static one would stop at the object's edge.
+    warping once a frame. The flow is warped with the frame: a fixed flow would stop at the object's edge.
     """
     _check("past", past)
     _, T, C, H, W = past.shape
@@ -159,11 +161,11 @@ def _check(name, frames, is_logits=False):
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
     if not is_logits and (low < -1e-6 or high > 1 + 1e-6):
-        raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: not divided by 255, or logits?")
+        raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: divide by 255, or sigmoid?")
 
 
 def _checked(prediction, truth, is_logits=False):
-    """Both, where float64 exists."""
+    """Both, on a device that has float64."""
     _check("logits" if is_logits else "prediction", prediction, is_logits)
     _check("truth", truth)
     if prediction.shape != truth.shape:

@@ -1,62 +1,62 @@
-"""What the model sees: the array and its splits, the law that generates it, and the digits in it.
+"""The data: the Moving MNIST array and its splits, its generator, and data of your own.
 
-Sequences are uint8 (B, T, C, H, W) at every boundary: B batch, T frames, C channels, H height, W width.
+Sequences are uint8 (B, T, C, H, W): B batch, T frames, C channels, H height, W width.
+raw/digits_train.png and raw/digits_test.png hold MNIST's first 10,000 training digits and every fifth test
+digit (Y. LeCun, C. Cortes, CC BY-SA 3.0), 100 a row. Without internet, they make a stand-in for the array.
 """
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
-ORDER, FRESH, OVERLAYS = 1, 3, 4  # streams of random numbers, of one seed; others would change every run
+from download import ARRAY, DIGITS, RAW, fetch, has_size
+from support import UserError
+from support.checkpoint import lock_folder, open_atomic
+from support.distributed import print0, to_device
+from support.videos import read_videos
+
+ORDER, FRESH, OVERLAYS = 1, 3, 4  # streams of random numbers of one seed
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
-
-
-class DataError(Exception):
-    """Data that cannot be used, or not with these knobs, in one sentence."""
+N_SEQUENCES = 10_000  # of the official array
+OFFICIAL, STAND_IN = "Moving MNIST array", "stand-in array"
 
 
 def open_array(path):
-    """A memory map (T, N, C, H, W) of the uint8 .npy at path, time first as the official array is.
+    """A memory map (T, N, C, H, W) of a .npy file, time first as the official array is.
 
-    Refused with a DataError: anything but C-ordered uint8 of shape (T, N, H, W) or (T, N, H, W, C), and a
-    file that is longer or shorter than its header says. Nothing pickled is ever loaded.
+    Raises UserError for anything but C-ordered uint8 of shape (T, N, H, W) or (T, N, H, W, C), and for a file
+    whose length is not what its header says. Nothing pickled is ever loaded.
     """
     path = Path(path)
     if os.path.exists(path) and not path.is_file():
-        raise DataError(f"{path} is not a file")
+        raise UserError(f"{path} is not a file")
     try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            start = file.tell()
+        array = np.lib.format.open_memmap(path, "r")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # the header is a literal that numpy evaluates: any error there is a bad header
-        why = next(iter(str(error).splitlines()), type(error).__name__)[:100]
-        raise DataError(f"{path} is not a .npy array ({why})") from error
-    if dtype != np.uint8:
-        kind = "pickled objects" if dtype.hasobject else str(dtype)
-        raise DataError(f"{path} holds {kind}; expected uint8 (grey values 0 to 255)")
-    if len(shape) not in (4, 5) or min(shape) < 1 or bool in map(type, shape):
-        raise DataError(f"{path} has shape {shape}; expected (T, N, H, W) or (T, N, H, W, C), time first")
-    if fortran:
-        raise DataError(f"{path} is in Fortran order; expected C order: save numpy.ascontiguousarray of it")
-    expected, found = start + int(np.prod(shape, dtype=object)), path.stat().st_size
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # untrusted file: numpy evaluates the header, which may raise anything
+        raise UserError(f"{path} is not a whole .npy array ({error!r:.100})") from error
+    if array.dtype != np.uint8:
+        raise UserError(f"{path} holds {array.dtype}; expected uint8 (grey values 0 to 255)")
+    if array.ndim not in (4, 5) or array.size == 0:
+        raise UserError(f"{path} has shape {array.shape}; expected (T, N, H, W) or (T, N, H, W, C)")
+    if not array.flags.c_contiguous:
+        raise UserError(f"{path} is in Fortran order; expected C order: save numpy.ascontiguousarray of it")
+    expected, found = array.offset + array.nbytes, path.stat().st_size
     if found != expected:
-        raise DataError(
-            f"{path} has {found:,} bytes; its header says {expected:,}: it is damaged or still being written"
-        )
-    array = np.memmap(path, np.uint8, "r", start, shape)
-    return array[:, :, None] if len(shape) == 4 else np.moveaxis(array, -1, 2)
+        raise UserError(f"{path} has {found:,} bytes; its header says {expected:,}: it is damaged")
+    return array[:, :, None] if array.ndim == 4 else np.moveaxis(array, -1, 2)
 
 
 class Sequences:
     """frames (T, N, C, H, W), uint8: `dataset[index array]` → uint8 tensor (B, T, C, H, W)."""
 
-    split = "all"  # which part of the data, for titles
+    split = "all"  # which part of the data
 
     def __init__(self, frames):
         self.frames = frames
@@ -64,45 +64,46 @@ class Sequences:
     def start_epoch(self, epoch):
         """Nothing to do: every epoch has the same sequences."""
 
+    def fit_on_gpu(self, device):
+        """Move to an NVIDIA GPU with five times the memory."""
+        if device.type == "cuda" and 5 * self.frames.nbytes < torch.cuda.mem_get_info(device)[0]:
+            self.frames = torch.from_numpy(self.frames).to(device)
+
+    @property
+    def shape(self):
+        return self.frames.shape[:1] + self.frames.shape[2:]  # (T, C, H, W)
+
     def __len__(self):
         return self.frames.shape[1]
 
     def __getitem__(self, index):
+        if isinstance(self.frames, torch.Tensor):
+            return self.frames[:, to_device(torch.from_numpy(index), self.frames.device)].transpose(0, 1)
         return torch.from_numpy(self.frames[:, index].swapaxes(0, 1))
 
 
-def shape_of(dataset):
-    """(T, C, H, W) of its sequences."""
-    return tuple(dataset[np.arange(1)].shape[1:])
-
-
 class MovingMNIST(Sequences):
-    """One split of an array (T, N, C, H, W), or of the one at a path.
+    """One split of an array (T, N, C, H, W), or of the one at a path. Of the official array, they have 8,100,
+    900 and 1,000 sequences, as in Earthformer's protocol."""
 
-    split: "train", "validation" or "test", the first 81, the next 9 and the last 10 percent of the sequences
-    (8,100, 900 and 1,000 of the official array, as in Earthformer's protocol), or "all".
-    """
-
-    def __init__(self, path, split, sequences=0):
-        array = path if isinstance(path, np.ndarray) else open_array(path)
-        name = "this data" if array is path else path
+    def __init__(self, array, split, sequences=0, name="this data"):
+        array = array if isinstance(array, np.ndarray) else open_array(array)
         n = array.shape[1]
         first, last = (n * percent // 100 for percent in SPLITS[split])
-        if sequences:
-            last = min(last, first + sequences)
+        last = min(last, first + sequences) if sequences else last
         if first == last:
-            raise DataError(f"{name} has {n} sequences, too few for a {split} split; it takes at least 6")
+            raise UserError(f"{name} has {n} sequences, too few for a {split} split; it needs at least 6")
         self.split = split
-        part = array[:, first:last]
-        try:  # in memory: a file that shrinks under a map kills the process
-            super().__init__(np.array(part, order="C"))
+        try:  # in memory: a file that shrinks under a memory map kills the process
+            super().__init__(np.array(array[:, first:last], order="C"))
         except MemoryError as error:
-            raise DataError(f"the {split} split of {name} takes {part.nbytes / 2**30:.1f} GiB, more than the memory "
-                            "has; lower train_sequences, or save a smaller array") from error  # fmt: skip
+            raise UserError(f"no memory for the {split} split of {name}; lower train_sequences") from error
 
 
 class FreshMovingMNIST:
-    """n new sequences an epoch, drawn from `digits` by the law of `generate`; the same interface."""
+    """n new sequences an epoch, generated from `digits` as by `generate`; the interface of Sequences."""
+
+    shape = (20, 1, 64, 64)
 
     def __init__(self, digits, n, seed):
         self.digits, self.n, self.seed = digits, n, seed
@@ -113,6 +114,9 @@ class FreshMovingMNIST:
         self.chosen = rng.integers(len(self.digits), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
 
+    def fit_on_gpu(self, device):
+        """It is made on the CPU."""
+
     def __len__(self):
         return self.n
 
@@ -121,10 +125,10 @@ class FreshMovingMNIST:
 
 
 def trajectories(rng, n, n_frames=20, n_digits=2, step=0.1):
-    """Positions (n, n_frames, n_digits, 2) in [0, 1]² by the law of Srivastava et al. (2015).
+    """Positions (n, n_frames, n_digits, 2) in [0, 1]², as Srivastava et al. (2015) generate them.
 
-    Uniform start, uniform direction, constant step. Each frame steps first; a digit that leaves is put back
-    on the wall and turns (the overshoot is dropped, it is no mirror); then the frame is recorded.
+    Uniform start and direction, constant step. In each frame, a digit steps first. If it leaves, it is put
+    back on the wall and turns around: no mirror, as the overshoot is dropped. Then its position is recorded.
     """
     position = rng.random((n, n_digits, 2))
     angle = rng.random((n, n_digits)) * 2 * np.pi
@@ -139,24 +143,22 @@ def trajectories(rng, n, n_frames=20, n_digits=2, step=0.1):
 
 
 def render(digits, positions, size=64):
-    """digits (n, n_digits, d, d) uint8 and positions (n, T, n_digits, 2) → (n, T, 1, size, size), overlap by maximum.
+    """digits (n, n_digits, d, d), uint8, and positions (n, T, n_digits, 2) → (n, T, 1, size, size).
 
-    A digit padded to the canvas's row length is one run of memory, and moving it on the canvas is moving the
-    run: row·size + column bytes on. So each digit of each frame is one wide element, read and written as a whole.
+    Where digits overlap, the maximum counts. Padded to the canvas's row length, a digit is one run of memory.
+    Moving it by rows and columns moves the run by row·size + column bytes. So each digit of each frame is one
+    wide element, read and written as a whole.
     """
-    n, n_frames, n_digits, _ = positions.shape
-    d = digits.shape[-1]
-    row, column = np.moveaxis((positions * (size - d)).astype(np.int64), -1, 0)  # the floor, as none is negative
-    strips = np.zeros((n, n_digits, d, size), np.uint8)
-    strips[..., :d] = digits
+    (n, n_frames, n_digits, _), d = positions.shape, digits.shape[-1]
+    pixels = (positions * (size - d)).astype(np.int64)  # the floor, as none is negative
+    strips = np.pad(digits, ((0, 0), (0, 0), (0, 0), (0, size - d)))
     run = np.dtype(("V", (d - 1) * size + d))
     strips = np.ndarray((n, n_digits), run, strips, strides=(n_digits * d * size, d * size))
     frames = np.empty((n, n_frames, 1, size, size), np.uint8)
     starts = np.ndarray(frames.size - run.itemsize + 1, run, frames, strides=(1,))
-    place = np.arange(n * n_frames).reshape(n, n_frames, 1) * size * size + row * size + column
+    place = np.arange(n * n_frames).reshape(n, n_frames, 1) * size * size + pixels @ (size, 1)
     as_bytes = lambda runs: runs.view(np.uint8).reshape(*runs.shape, run.itemsize)
-    for a in range(0, n, 16):  # few enough to stay in the cache
-        b = slice(a, a + 16)
+    for b in (slice(a, a + 16) for a in range(0, n, 16)):  # few enough to stay in the cache
         frames[b] = 0
         for k in range(n_digits):
             here, strip = place[b, :, k], strips[b, k, None]
@@ -171,49 +173,108 @@ def render(digits, positions, size=64):
 def generate(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1):
     """n sequences (n, n_frames, 1, size, size), uint8, of digits drawn from `digits` (m, 28, 28), uint8.
 
-    The official law, https://arxiv.org/abs/1502.04681. The same arguments give the same sequences.
+    The generator of the official array, https://arxiv.org/abs/1502.04681. Same arguments, same sequences.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(digits), size=(n, n_digits))
     return render(digits[chosen], trajectories(rng, n, n_frames, n_digits, step), size)
 
 
-def digits_of(frames):
-    """The different digits (m, 28, 28) that sequences (T, N, 1, H, W) of two show, cut out where farthest apart.
+class Data(NamedTuple):
+    training: Sequences | FreshMovingMNIST
+    validation: Sequences | FreshMovingMNIST
+    test: Sequences
+    name: str
 
-    Pairs that no two empty rows or columns ever part are left out. Of MNIST's digits, nearly all that are found are the
-    original to the bit: there, as here, the centre of mass lies in the middle of 28×28 pixels.
-    """
-    gaps = np.array([widest_gap(frames[:, :, 0].any(axis)) for axis in (2, 3)])  # of columns, of rows: (2, 2, T, N)
-    found = []
-    for n, best in enumerate(gaps[:, 0].reshape(-1, frames.shape[1]).argmax(0)):
-        kind, t = divmod(best, len(frames))
-        width, end = gaps[kind, :, t, n]
-        if width >= 2:
-            frame = frames[t, n, 0]
-            found += map(centred, (frame[:, :end], frame[:, end:]) if kind == 0 else (frame[:end], frame[end:]))
-    found = [digit for digit in found if digit is not None]
-    return np.unique(found, axis=0) if found else np.empty((0, 28, 28), np.uint8)
+    @property
+    def is_moving_mnist(self):  # and no array of your own in its place
+        return self.name.partition(",")[0] in (OFFICIAL, STAND_IN)
 
 
-def widest_gap(ink):
-    """Of booleans (..., L), the most that are False in a row between two that are True, and where they end."""
-    gap, seen = np.zeros(ink.shape[:-1], int), np.zeros(ink.shape[:-1], bool)
-    widest, end = np.zeros_like(gap), np.zeros_like(gap)
-    for place, here in enumerate(np.moveaxis(ink, -1, 0)):
-        wider = here & seen & (gap > widest)
-        widest, end = np.where(wider, gap, widest), np.where(wider, place, end)
-        gap, seen = np.where(here, 0, gap + 1), seen | here
-    return widest, end
+def load_data(data, train_sequences, seed, n_frames, video):
+    """The three splits, as knobs of main.py say; n_frames: in and out together. Raises UserError."""
+    if data in ("array", "fresh"):
+        array, name = moving_mnist_array()
+    else:
+        path, name = Path(data), Path(data).name or Path(data).resolve().name
+        if not name.isprintable():  # or log.csv could not hold it
+            raise UserError(f"{name!a} is a name with characters that cannot be printed; rename it")
+        array = open_array(path) if path.suffix == ".npy" else read_videos(path, n_frames, *video)
+    if data == "fresh":
+        held_out, digits = training_digits()
+        training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
+        validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
+        # training sees no sequence of the official array, but the digits of the stand-in
+        test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
+        if test.shape != training.shape:
+            raise UserError(f"{name} has sequences {test.shape}, not {training.shape}; move it away")
+        name += f", trained on fresh sequences of {len(digits):,} digits"
+        return Data(training, validation, test, name)
+    for words in find_oddities(array) if name not in (OFFICIAL, STAND_IN) else ():
+        print0(f"warning   {words}")
+    training = MovingMNIST(array, "train", train_sequences, name)
+    return Data(training, *(MovingMNIST(array, split, 0, name) for split in ("validation", "test")), name)
 
 
-def centred(part):
-    """What is drawn in part (H, W), its centre of mass in the middle of (28, 28); None if no digit is so large."""
-    rows, columns = (part.any(axis).nonzero()[0] for axis in (1, 0))
-    digit = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    mass = digit / digit.sum()
-    before = [round(14 - along @ np.arange(len(along))) for along in (mass.sum(1), mass.sum(0))]
-    after = [28 - first - n for first, n in zip(before, digit.shape, strict=True)]
-    if max(digit.shape) > 20 or min(*before, *after) < 0:
-        return None
-    return np.pad(digit, tuple(zip(before, after, strict=True)))
+def find_oddities(array):
+    """Sentences on what is probably wrong with an array (T, N, C, H, W) of your own."""
+    T, N = array.shape[:2]
+    some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
+    if T > 4 * N and T > 100:
+        yield f"{T:,} frames of only {N:,} sequences: is N first? Expected time first, (T, N, H, W)"
+    if some.max() <= 1:
+        yield f"no value is above {some.max()}: expected grey levels from 0 to 255"
+    elif T > 1 and (motion := np.abs(np.diff(some, axis=0)).mean()) < 0.05:
+        yield f"hardly anything moves: from frame to frame, a pixel changes by {motion:.3f} grey levels"
+
+
+def moving_mnist_array():
+    """(array, name): the official array, your own in its place, or without internet the stand-in."""
+    path, stand_in = RAW / ARRAY.name, RAW / "moving_mnist_standin.npy"
+    if os.path.exists(path) and not has_size(path, ARRAY.size):
+        return open_array(path), path.name
+    if os.path.exists(stand_in) and not os.path.exists(path) and not os.path.exists(f"{path}.gz"):
+        print0("using the stand-in array (python download.py fetches the official one)")
+        return open_array(stand_in), STAND_IN
+    try:
+        return open_array(fetch(ARRAY)), OFFICIAL
+    except UserError as error:
+        print0(f"{error}\ncontinuing with a stand-in array: the same generator, with the digits in raw/")
+        return open_array(make_stand_in(stand_in)), STAND_IN
+
+
+def make_stand_in(path):
+    """Generate an array like the official one; test digits are in its last tenth only. Returns the path."""
+    with lock_folder(path.parent, wait=True):
+        if os.path.exists(path):
+            return path
+        train, test = (read_digits(RAW / f"digits_{name}.png") for name in ("train", "test"))
+        array, tenth = np.empty((20, N_SEQUENCES, 64, 64), np.uint8), N_SEQUENCES // 10
+        for k in tqdm(range(10), "generating", disable=None):
+            sequences = generate(test if k == 9 else train, tenth, seed=(150204681, k))  # (B, T, 1, H, W)
+            array[:, k * tenth : (k + 1) * tenth] = sequences[:, :, 0].swapaxes(0, 1)
+        try:
+            with open_atomic(path) as out:
+                np.save(out, array)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from error
+    return path
+
+
+def training_digits():
+    """MNIST's training digits, or those in raw/: (a twelfth, held out for validation; the rest)."""
+    try:
+        digits = np.fromfile(fetch(DIGITS), np.uint8, offset=16).reshape(-1, 28, 28)
+    except UserError as error:
+        print0(f"{error}\ncontinuing with the 10,000 training digits in raw/")
+        digits = read_digits(RAW / "digits_train.png")
+    return np.split(digits, [len(digits) // 12])
+
+
+def read_digits(path):
+    """The digits (n, 28, 28), uint8, of a picture with 100 a row."""
+    content = path.read_bytes() if path.is_file() else b""  # cv2.imread fails at some paths on Windows
+    sheet = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE) if content else None
+    if sheet is None or sheet.shape[0] % 28 or sheet.shape[1] != 100 * 28:
+        raise UserError(f"{path} is missing or damaged; `git checkout {path}` brings it back")
+    return sheet.reshape(-1, 28, 100, 28).swapaxes(1, 2).reshape(-1, 28, 28)

@@ -1,57 +1,35 @@
-"""The ConvLSTM encoder-forecaster of Shi et al. (2015), https://arxiv.org/abs/1506.04214, written by hand.
+"""The ConvLSTM encoder-forecaster of Shi et al. (2015), https://arxiv.org/abs/1506.04214, by hand.
 
-The paper's network: frames enter cut into patches, pass through a stack of ConvLSTM layers (the encoder), and every
-layer's state is copied to a second stack (the forecaster), which is fed nothing and unrolls the future from its states.
-All its hidden states together, through one convolution, give the frames. In what main.py trains, the encoder itself
-goes on as the forecaster, fed with the frame that it drew last.
+Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. The paper copies its
+states to a second stack (the forecaster), which unrolls the future. One convolution turns states into frames.
+`EncoderForecaster()` is that network. `main.py` switches on what follows.
 
-B batch, T frames, C channels, H height, W width; Ch hidden channels, k kernel size, P patch.
+Changes from the paper, and why (records/README.md has the measurements):
+- The model returns logits, so that the cross-entropy stays exact where a pixel is certain.
+- Forget gates start open, and frames start nearly black. This saves the first steps.
+- `head_channels`: hidden layers in the head. A linear map of the states cannot shift pixels inside a patch.
+- `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
+- `dilation`: the upper layers see farther. A digit's far end has to turn with it at a wall.
+- `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
+- `motion_layers`: the head moves several layers of the frame independently, so that digits can part.
+- `equivariant`: flip or transpose the input, and the forecast follows. Each sequence teaches eight.
 
-Changes from the paper, and why. Those from `head` on are off in `EncoderForecaster()`, the paper's network, and on in
-main.py. Gains are in validation MSE, that of the head's first layer in test MSE, each measured beside the recipe of its
-time, so they do not add up (records/README.md).
-- logits are returned, not frames, so that the cross-entropy of a sure pixel stays exact;
-- forget gates start open (bias 1) and frames start nearly black (bias -3; with a reach, as the last frame, blurred),
-  which saves the first steps;
-- `head`: hidden layers before the 1×1 convolution, the first 3×3. Digits move 3.6 pixels a frame, less than a
-  patch of 4, and a linear map of the states cannot shift what is inside it (one layer: 94.0 to 87.5, in a prototype,
-  at equal time; a second: 91.4 to 87.8, at equal sequences);
-- `feedback`: one stack for both, fed with its own last frame while it forecasts. Each weight learns from past and
-  future alike, and half as many are to be learned (94.7 to 90.3, at equal sequences);
-- `dilation`: above the first layer, the taps of the state-to-state kernel are `dilation` patches apart, 2 in main.py.
-  When one end of a digit meets a wall, the other, up to seven patches off, has to turn with it (67.8 to 64.0);
-- `reach`: the head draws on the last frame, moved: for each patch it gives the weights of all moves up to so many
-  pixels, 4 in main.py (after Finn et al., 2016, see advection.py). Most of the next frame is the last one, moved, and
-  states that need not hold every pixel have room for the motion (64.0 to 58.7);
-- `search`: the first layer also sees how each patch moved since the frame before, by up to so many pixels, 4 in
-  main.py; block matching tells (see advection.py). Digits move by fractions of a pixel, which show only over several
-  frames: a network that need not measure motion can keep count of them (58.7 to 53.6, dense targets beginning later);
-- `sheets`: the head takes the last frame apart into so many, 2 in main.py, and moves each by weights of its own, so
-  that digits that overlap go their ways (as the layers of Wang & Adelson, 1994, do). Each keeps of a frame what it had
-  been expected to show, from the fifth input frame on, and the larger value is drawn, as of bright things on black
-  (45.8 to 44.0);
-- `symmetric`: kernels are tied so that, but for biases and peepholes, the network is equivariant to flips and
-  transposition (after Cohen & Welling, 2016, see symmetry.py). Digits move by one law in all directions, and what a
-  sequence teaches of a motion counts for its seven flipped and turned versions as well (51.6 to 42.1, in one epoch);
-- dense targets, `draw_from`: training starts with 19 input frames and one to forecast, and shifts to 10 and 10; until
-  then every input frame from the sixth on is a target too: more to learn from each sequence, and from a longer memory
-  (the longer input: 50.4 to 46.3, at equal sequences).
+B batch, T frames, C channels, H height, W width, L motion layers; Ch hidden channels, P patch size.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from advection import advect, block_match
-from fast_convlstm import FastConvLSTM
-from symmetry import directions, square, tie
+from motion import advect, block_match, matching_costs, move_layers
 
-DOUBT = 0.05  # added to what each sheet is expected to show, so that none loses a pixel for good
-MOTION = 16  # channels of the motion that block matching finds
+MOTION_CHANNELS = 16  # of what block matching finds
 
 
-def kernel(n_in, n_out, size):
-    """A convolution's weight (n_out, n_in, size, size), drawn as torch draws its own."""
+def new_kernel(n_in, n_out, size):
+    """A convolution's weight (n_out, n_in, size, size), initialized as torch does it."""
     bound = (n_in * size * size) ** -0.5
     return nn.Parameter(torch.empty(n_out, n_in, size, size).uniform_(-bound, bound))
 
@@ -63,24 +41,28 @@ class ConvLSTMCell(nn.Module):
     f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
     o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
 
-    A peephole Wc has one number per channel, shared over space, so that H and W stay free.
+    A peephole Wc has one number a channel, shared over space, so H and W stay free.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
-    def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True, dilation=1):
+    def __init__(
+        self, in_channels, hidden_channels, kernel_size, state_kernel_size, peephole=True, dilation=1
+    ):
         super().__init__()
         for k in (kernel_size, state_kernel_size):
             if k % 2 == 0:
                 raise ValueError(f"kernel size {k} is even; use an odd one, so that frames keep their size")
-        self.hidden = hidden
-        self.padding = kernel_size // 2, dilation * (state_kernel_size // 2)
+        self.hidden_channels = hidden_channels
         self.dilation = dilation  # of the state-to-state kernel
-        self.input_to_state = kernel(in_channels, 4 * hidden, kernel_size) if in_channels else None
-        self.state_to_state = kernel(hidden, 4 * hidden, state_kernel_size)
-        self.bias = nn.Parameter(torch.zeros(4 * hidden))
-        self.peephole = nn.Parameter(torch.zeros(3, hidden)) if peephole else None
+        self.padding = kernel_size // 2, dilation * (state_kernel_size // 2)
+        self.input_to_state = (
+            new_kernel(in_channels, 4 * hidden_channels, kernel_size) if in_channels else None
+        )
+        self.state_to_state = new_kernel(hidden_channels, 4 * hidden_channels, state_kernel_size)
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_channels))
+        self.peephole = nn.Parameter(torch.zeros(3, hidden_channels)) if peephole else None
         with torch.no_grad():
-            self.bias[hidden : 2 * hidden] = 1.0  # forget gates start open
+            self.bias[hidden_channels : 2 * hidden_channels] = 1.0  # forget gates start open
 
     def forward(self, x, state):
         """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each → the next (h, c)."""
@@ -94,187 +76,142 @@ class ConvLSTMCell(nn.Module):
         h_next = torch.sigmoid(o + wo * c_next) * torch.tanh(c_next)
         return h_next, c_next
 
-    def zeros(self, x):
+    def zero_state(self, x):
         wide = torch.promote_types(x.dtype, torch.float32)  # under autocast x may be bf16; c must not be
-        state = x.new_zeros(x.shape[0], self.hidden, *x.shape[-2:], dtype=wide)
-        return state, state
+        zeros = x.new_zeros(x.shape[0], self.hidden_channels, *x.shape[-2:], dtype=wide)
+        return zeros, zeros
 
 
 class ConvLSTM(nn.Module):
-    """One layer over time: the cell, once a frame. `fast=False` runs exactly that; `fast=True` its twin.
+    """One layer over time: the cell, once a frame, or a fast function that gives the same numbers.
 
-    The twin never calls the cell, so main.py and bench.py set fast=False where `twin_agrees` finds that they differ.
+    `fast` is None until `support.fast.attach` sets it. With `--no_fast`, every frame goes through the cell.
     """
 
-    def __init__(self, in_channels, hidden, kernel_size, state_kernel_size, peephole=True, dilation=1, fast=True):
+    def __init__(
+        self, in_channels, hidden_channels, kernel_size, state_kernel_size, peephole=True, dilation=1
+    ):
         super().__init__()
-        self.cell = ConvLSTMCell(in_channels, hidden, kernel_size, state_kernel_size, peephole, dilation)
-        self.fast = fast
+        self.cell = ConvLSTMCell(
+            in_channels, hidden_channels, kernel_size, state_kernel_size, peephole, dilation
+        )
+        self.fast = None
 
     def forward(self, x, state, n_frames):
-        """x (B, T, C, H, W) or None, state (None: zeros) → hidden states (B, T, Ch, H, W), and the last h and c."""
-        state = self.cell.zeros(x) if state is None else state
-        if self.fast:
-            return self.forward_fast(x, state, n_frames)
-        hidden_states = []
-        for t in range(n_frames):
-            state = self.cell(None if x is None else x[:, t], state)
-            hidden_states.append(state[0])
-        return torch.stack(hidden_states, 1), state
-
-    def forward_fast(self, x, state, n_frames):
-        cell, device = self.cell, state[0].device.type
-        if x is not None and x.shape[2] != cell.input_to_state.shape[1]:
-            raise ValueError(f"the input has {x.shape[2]} channels; expected {cell.input_to_state.shape[1]}")
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
-        c_dtype = torch.promote_types(dtype, torch.float32)
-        cast = lambda w: w if w.dtype == dtype else w.to(dtype, memory_format=torch.channels_last)
-        input_to_state = None if x is None else cast(cell.input_to_state)
-        weights = input_to_state, cast(cell.state_to_state), cell.bias.to(dtype)
-        peephole = state[0].new_zeros(3, cell.hidden) if cell.peephole is None else cell.peephole
-        h, c = (s.permute(0, 2, 3, 1) for s in state)
-        x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
-        with torch.autocast(device, enabled=False):
-            args = h.to(dtype), c.to(c_dtype), n_frames, *weights, peephole.to(c_dtype), cell.dilation
-            hs, h, c = FastConvLSTM.apply(x, *args)
-        return hs.permute(1, 0, 4, 2, 3), (h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2))
-
-
-def twin_agrees():
-    """Whether the fast layer computes what the cell above says, in float64; what is compiled has its own checks."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        for in_channels, peephole, dilation in ((4, True, 1), (4, False, 2), (0, True, 1)):
-            x, state = torch.randn(1, 3, 4, 5, 5).double(), torch.randn(2, 1, 4, 5, 5).double().mul(20)
-            x.requires_grad_(), state.requires_grad_()
-            try:
-                layer = ConvLSTM(in_channels, 4, 3, 3, peephole, dilation).double()
-                for parameter in layer.parameters():
-                    nn.init.uniform_(parameter, -1, 1)
-                leaves = [*layer.parameters(), state, *([x] if in_channels else [])]
-                found = []
-                for layer.fast in (True, False):
-                    hidden_states, (_, c) = layer(x if in_channels else None, state.unbind(), 3)
-                    gradients = torch.autograd.grad(hidden_states.sum() + c.sum(), leaves, materialize_grads=True)
-                    found.append((hidden_states, c, *gradients))
-                if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
-                    return False
-            except Exception:  # the edited cell has other parts, which may raise anything
-                return False
-    return True
+        """x (B, T, C, H, W) or None, state (None: zeros) → hidden states (B, T, Ch, H, W), last (h, c)."""
+        state = self.cell.zero_state(x) if state is None else state
+        if self.fast is not None:
+            hidden_states, state = self.fast(self.cell, x, state, n_frames)
+        else:
+            hidden_states = []
+            for t in range(n_frames):
+                state = self.cell(None if x is None else x[:, t], state)
+                hidden_states.append(state[0])
+            hidden_states = torch.stack(hidden_states, 1)
+        return hidden_states, state
 
 
 def unroll(layers, x, states, n_frames):
-    """A stack over n_frames: x (B, T, C, H, W) or None, each layer's state → each layer's hidden states and state."""
-    hidden_states, last = [], []
+    """Run a stack over n_frames: x (B, T, C, H, W) or None → hidden states and last state of each layer."""
+    hidden_states, last_states = [], []
     for layer, state in zip(layers, states, strict=True):
         x, state = layer(x, state, n_frames)
         hidden_states.append(x)
-        last.append(state)
-    return hidden_states, last
+        last_states.append(state)
+    return hidden_states, last_states
 
 
 class EncoderForecaster(nn.Module):
-    """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
+    """past (B, T, C, H, W) in [0, 1] → logits of the next n_future frames (B, n_future, C, H, W).
 
-    The defaults are the paper's best network, ConvLSTM(5×5)-5×5-128-5×5-64-5×5-64: 7,585,296 parameters.
-    head: channels of hidden layers, 3×3 then 1×1, before the 1×1 convolution that draws the patches; the paper: none.
-    feedback: no second stack; the encoder goes on as the forecaster, fed with the frame that it drew last.
-    search: pixels up to which each patch is looked for in the frame before; the paper: 0, it is not.
-    reach: pixels up to which the head can move the last frame, each patch by its own weights; the paper: 0, it cannot.
-    sheets: into how many the last frame is taken apart for that, each moved by weights of its own.
-    symmetric: tie the kernels, and average their gradients, so that flips of the input flip the forecast.
-    Raises ValueError for an even kernel, a layer without channels, a reach without feedback, sheets or n_future below
-    1, frames of another shape, frames that it cannot cut into patches and, on the CPU, frames that leave [0, 1].
+    The defaults are the paper's best network: 7,585,296 parameters. Raises ValueError for arguments that do
+    not fit together and, on the CPU, for frames outside [0, 1].
     """
 
     def __init__(
         self,
         channels=1,
-        hidden=(128, 64, 64),
+        hidden_channels=(128, 64, 64),  # of each layer, bottom to top
         kernel_size=5,  # input-to-state
         state_kernel_size=None,  # state-to-state; None: the same
         dilation=1,  # of the state-to-state kernels above the first layer
-        patch=4,
+        patch_size=4,
         peephole=True,
-        head=(),
-        feedback=False,
-        search=0,
-        reach=0,
-        sheets=1,
-        symmetric=False,
-        fast=True,
+        head_channels=(),  # hidden layers of the head: the first 3×3, the others 1×1
+        feedback=False,  # True: no second stack
+        max_motion=0,  # pixels a frame that the motion head can see and apply
+        motion_layers=1,
+        equivariant=False,
     ):
         super().__init__()
-        if 0 in (*hidden, *head):
-            raise ValueError(f"a layer without channels: hidden {hidden}, head {head}")
-        if reach and not feedback:
-            raise ValueError(f"reach {reach} needs feedback, as it moves the frame drawn before; set reach to 0")
-        if sheets < 1:
-            raise ValueError(f"sheets is {sheets}; expected at least 1")
-        self.channels, self.patch, self.search, self.reach = channels, patch, search, reach
-        self.sheets = sheets if reach else 1
-        pixels = channels * patch * patch
-        self.motion = nn.Conv2d((2 * search + 1) ** 2, MOTION, 1) if search else None
-        options = kernel_size, state_kernel_size or kernel_size, peephole
-        layers = lambda n_input: nn.ModuleList(
-            ConvLSTM(n_in, n, *options, dilation if layer else 1, fast)
-            for layer, (n_in, n) in enumerate(zip((n_input, *hidden[:-1]), hidden, strict=True))
-        )
-        self.encoder = layers(pixels + (MOTION if search else 0))
-        self.forecaster = None if feedback else layers(0)  # its first layer has no input
-        head_layers, n_in = [], sum(hidden)
-        for n in head:
-            k = 1 if head_layers else 3
-            head_layers += nn.Conv2d(n_in, n, k, padding=k // 2), nn.GELU()
+        if 0 in (*hidden_channels, *head_channels):
+            raise ValueError(f"a layer has no channels: hidden {hidden_channels}, head {head_channels}")
+        if max_motion and not feedback:
+            raise ValueError(f"max_motion is {max_motion}; without feedback it has to be 0")
+        if motion_layers < 1:
+            raise ValueError(f"motion_layers is {motion_layers}; expected at least 1")
+        self.channels, self.patch_size, self.max_motion = channels, patch_size, max_motion
+        self.motion_layers = motion_layers if max_motion else 1
+        self.advect, self.matching_costs = advect, matching_costs  # support.fast may replace both
+        n_pixels, n_moves = channels * patch_size**2, (2 * max_motion + 1) ** 2
+        self.motion = nn.Conv2d(n_moves, MOTION_CHANNELS, 1) if max_motion else None
+
+        def stack(in_channels):
+            sizes = enumerate(zip((in_channels, *hidden_channels[:-1]), hidden_channels, strict=True))
+            options = kernel_size, state_kernel_size or kernel_size, peephole
+            return nn.ModuleList(ConvLSTM(a, b, *options, dilation if k else 1) for k, (a, b) in sizes)
+
+        self.encoder = stack(n_pixels + (MOTION_CHANNELS if max_motion else 0))
+        self.forecaster = None if feedback else stack(0)  # its first layer has no input
+        head, n_in = [], sum(hidden_channels)
+        for n in head_channels:
+            size = 1 if head else 3
+            head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with a reach also the gain on those of the moved frame, and the weights of each sheet's moves
-        moves = (2 * reach + 1) ** 2
-        self.outputs = [pixels, pixels, sheets * moves] if reach else [pixels]
+        # logits; with motion also the gain of the moved frame, and the weights of each layer's moves
+        self.outputs = [n_pixels, n_pixels, motion_layers * n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
-            if reach:  # the first forecast is the last frame, blurred
+            if max_motion:  # the first forecast is the last frame, blurred
                 draw.bias.zero_()
-                draw.bias[pixels : 2 * pixels] = 1.0
-                draw.bias[2 * pixels + moves // 2 :: moves] = 2.0  # each sheet's move by nothing
+                draw.bias[n_pixels : 2 * n_pixels] = 1.0
+                draw.bias[2 * n_pixels + n_moves // 2 :: n_moves] = 2.0  # each layer's move by nothing
             else:
-                draw.bias.fill_(-3.0)  # frames start nearly black, as they are
-        self.head = nn.Sequential(*head_layers, draw)
-        if symmetric:
-            self.tie_kernels()
+                draw.bias.fill_(-3.0)  # frames start nearly black
+        self.head = nn.Sequential(*head, draw)
+        if equivariant:
+            self.make_kernels_equivariant()
 
-    def tie_kernels(self):
-        """Tie each kernel, by what its channels stand for. Biases and peepholes stay free."""
-        pixels, motion = [square(self.patch)] * self.channels, directions(MOTION) if self.search else []
-        if self.search:
-            tie(self.motion.weight, motion, [square(2 * self.search + 1)])
+    def make_kernels_equivariant(self):
+        """Tie every kernel, by what its channels stand for. Biases and peepholes stay free."""
+        pixels = [square(self.patch_size)] * self.channels
+        moves, below = [square(2 * self.max_motion + 1)], pixels
+        if self.max_motion:
+            below = pixels + directions(MOTION_CHANNELS)
+            make_equivariant(self.motion.weight, directions(MOTION_CHANNELS), moves)
         for stack in (self.encoder, self.forecaster or ()):
-            below = pixels + motion
             for layer in stack:
-                hidden = directions(layer.cell.hidden)
+                hidden = directions(layer.cell.hidden_channels)
                 if layer.cell.input_to_state is not None:
-                    tie(layer.cell.input_to_state, 4 * hidden, below)
-                tie(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates, each in the same squares
+                    make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
+                make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
                 below = hidden
-        below = [place for layer in self.encoder for place in directions(layer.cell.hidden)]
+        below = [place for layer in self.encoder for place in directions(layer.cell.hidden_channels)]
         *convolutions, draw = (layer for layer in self.head if isinstance(layer, nn.Conv2d))
         for convolution in convolutions:
             hidden = directions(convolution.out_channels)
-            tie(convolution.weight, hidden, below)
+            make_equivariant(convolution.weight, hidden, below)
             below = hidden
-        tie(draw.weight, 2 * pixels + self.sheets * [square(2 * self.reach + 1)] if self.reach else pixels, below)
+        outputs = 2 * pixels + self.motion_layers * moves if self.max_motion else pixels
+        make_equivariant(draw.weight, outputs, below)
 
     def forward(self, past, n_future, draw_from=None):
-        """draw_from: also draw the frame after each input frame from that one on (it counts from 0).
+        """With draw_from, also draw the frame after each input frame from that one on (counted from 0).
 
-        Then logits are (B, T - 1 - draw_from + n_future, C, H, W). The sheets, too, part from there on; without it,
-        from the middle of past.
+        Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
         self.check(past, n_future)
-        start, last = draw_from, past.shape[1] - 1
-        if draw_from is None:
-            start = last // 2 if self.sheets > 1 else last  # sheets need some frames to part
+        last = past.shape[1] - 1
         black = torch.zeros_like(past[:, :1])
         encoded, states = self.encode(past, black, [None] * len(self.encoder))
         if self.forecaster is not None:
@@ -283,66 +220,114 @@ class EncoderForecaster(nn.Module):
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)[0]
-        expected = black.expand(-1, self.sheets, -1, -1, -1)  # of each sheet
+        # motion layers need some frames to part, so they start in the middle of the input
+        start = draw_from if draw_from is not None else last // 2 if self.motion_layers > 1 else last
+        expected = black.expand(-1, self.motion_layers, -1, -1, -1)  # what each layer should show
         drawn, expected = self.draw([h[:, start:] for h in encoded], past[:, start:], expected)
         logits, frame = [drawn], past[:, -1:]
-        for _ in range(n_future - 1):  # the state after the last input frame has drawn the first forecast frame
-            # not detached: gradients pass through the frames as well, if not through their block matching
-            before, frame = frame, torch.sigmoid(logits[-1][:, -1:])
+        for _ in range(n_future - 1):  # the last input frame has drawn the first forecast frame
+            before, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
             hidden_states, states = self.encode(frame, before, states)
             drawn, expected = self.draw(hidden_states, frame, expected)
             logits.append(drawn)
         logits = torch.cat(logits, 1)
-        return logits[:, -n_future:] if draw_from is None else logits  # None: earlier ones were for the sheets
+        return logits[:, -n_future:] if draw_from is None else logits
+
+    @torch.inference_mode()
+    def forecast(self, past, n_future):
+        """past (B, T, C, H, W) in [0, 1] → the next n_future frames (B, n_future, C, H, W) in [0, 1]."""
+        self.eval()
+        return torch.sigmoid(self(past, n_future).float())
 
     def encode(self, frames, before, states):
-        """The encoder over frames (B, T, C, H, W), and the one before them (B, 1, C, H, W): as unroll."""
-        x = F.pixel_unshuffle(frames, self.patch)  # (B, T, C·P², H/P, W/P)
-        if self.search:
-            before = torch.cat((before, frames[:, :-1]), 1)
-            likely = block_match(frames.flatten(0, 1), before.flatten(0, 1), self.patch, 2 * self.search + 1)
+        """Run the encoder over frames (B, T, C, H, W); before: the frame that precedes them."""
+        x = F.pixel_unshuffle(frames, self.patch_size)  # (B, T, C·P², H/P, W/P)
+        if self.max_motion:
+            before = torch.cat((before, frames[:, :-1]), 1).flatten(0, 1)
+            options = self.patch_size, self.max_motion, self.matching_costs
+            likely = block_match(frames.flatten(0, 1), before, *options)
             x = torch.cat((x, self.motion(likely).unflatten(0, frames.shape[:2])), 2)
         return unroll(self.encoder, x, states, frames.shape[1])
 
     def draw(self, hidden_states, frames=None, expected=None):
-        """Hidden states → logits. With a reach, also from the frames that they saw last and what was expected of those.
+        """Hidden states → logits (B, T, C, H, W), and what each motion layer should show next.
 
-        Each layer's (B, T, Ch, H/P, W/P), frames (B, T, C, H, W), what each sheet was expected to show of the first of
-        them (B, S, C, H, W) → logits (B, T, C, H, W), what each sheet is expected to show next.
+        hidden_states: (B, T, Ch, H/P, W/P) of each layer. frames: those that they saw last, (B, T, C, H, W).
+        expected: what each motion layer should show of the first of them, (B, L, C, H, W).
         """
         B, T = hidden_states[0].shape[:2]
-        # to the head as images, time before batch, as the layers lay them out in memory: (T·B, sum of Ch, H/P, W/P)
-        as_images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
-        drawn = self.head(as_images).split(self.outputs, 1)
-        logits = F.pixel_shuffle(drawn[0], self.patch)
-        if self.reach:
-            gain = F.pixel_shuffle(drawn[1], self.patch)
-            weights = drawn[2].unflatten(1, (self.sheets, -1)).permute(0, 1, 3, 4, 2)
+        # time before batch, as the layers lie in memory: (T·B, sum of Ch, H/P, W/P)
+        images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
+        drawn = self.head(images).split(self.outputs, 1)
+        logits = F.pixel_shuffle(drawn[0], self.patch_size)
+        if self.max_motion:
+            gain = F.pixel_shuffle(drawn[1], self.patch_size)
+            weights = drawn[2].unflatten(1, (self.motion_layers, -1)).permute(0, 1, 3, 4, 2)
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
             moved = []
             for frame, w in zip(frames.unbind(1), weights.unflatten(0, (T, B)), strict=True):
-                expected = self.move(frame, expected, w)
-                moved.append(expected.amax(1))
-            logits = logits + gain * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # ±3.9; of 0 and 1, infinite
+                expected = move_layers(frame, expected, w, self.patch_size, self.advect)
+                moved.append(expected.amax(1))  # the brighter layer is in front
+            logits = logits + gain * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # finite, at most ±3.9
         return logits.unflatten(0, (T, B)).transpose(0, 1), expected
-
-    def move(self, frame, expected, weights):
-        """A frame (B, C, H, W), taken apart by what each sheet was expected to show, and moved: what each shows next.
-
-        The sheet most expected to show a pixel gets all of it, others in proportion less; if none was, each gets all.
-        """
-        claims = expected.detach() + DOUBT  # who owns a pixel follows from what was expected, and is not learned
-        parts = frame[:, None] * (claims / claims.amax(1, keepdim=True))
-        return advect(parts.flatten(0, 1), weights.flatten(0, 1), self.patch).unflatten(0, parts.shape[:2])
 
     def check(self, past, n_future):
         if n_future < 1:
             raise ValueError(f"n_future is {n_future}; expected at least 1")
         if past.ndim != 5 or past.shape[2] != self.channels:
             raise ValueError(f"frames have shape {tuple(past.shape)}; expected (B, T, {self.channels}, H, W)")
-        if past.shape[3] % self.patch or past.shape[4] % self.patch:
-            raise ValueError(f"frames of {past.shape[3]}×{past.shape[4]} cannot be cut into patches of {self.patch}")
-        if past.device.type == "cpu" and past.numel():  # elsewhere a look at the values would stall the device
+        H, W = past.shape[3:]
+        if H % self.patch_size or W % self.patch_size:
+            raise ValueError(f"frames of {H}×{W} cannot be cut into patches of {self.patch_size}")
+        if past.device.type == "cpu" and past.numel():  # elsewhere this look would stall the device
             low, high = past.aminmax()
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"frames have values from {low:.4g} to {high:.4g}; expected 0 to 1")
+
+
+# Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
+# Each channel has a place in a small square. A pixel has its place in the patch, a move the place it comes
+# from, a hidden channel one of eight directions. A flip of the frame flips these squares: channels move.
+# A kernel is equivariant if flipping it and permuting its channels leaves it as it is.
+FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # 2·2·2 symmetries
+# Where the eight directions of hidden channels stand, -1 for nobody; every symmetry moves all eight
+COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
+
+
+def square(side):
+    return torch.arange(side**2).view(side, side)
+
+
+def directions(n):
+    """The squares of n hidden channels: groups of eight. Those left over have no direction."""
+    return [COMPASS] * (n // 8) + [square(1)] * (n % 8)
+
+
+def permutation(flip, squares):
+    """Which channel comes in the place of each when all squares are flipped."""
+    channels, first = [], 0
+    for places in squares:
+        channels.append(first + flip(places)[places >= 0])
+        first += len(channels[-1])
+    return torch.cat(channels)
+
+
+def symmetric_mean(kernel, permutations):
+    """The mean of a kernel (n_out, n_in, k, k) and its seven transformed copies."""
+    for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
+        kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
+    return kernel
+
+
+@torch.no_grad()
+def make_equivariant(kernel, outputs, inputs):
+    """Average a kernel over its eight copies, keep its norm, and let a hook average each of its gradients.
+
+    outputs, inputs: the squares of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
+    rounding. The hook is lost on a deep copy and on `.to("meta")`.
+    """
+    permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
+    on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
+    mean = symmetric_mean(kernel, permutations)
+    kernel.copy_(mean * (kernel.norm() / mean.norm()))
+    kernel.register_hook(lambda gradient: symmetric_mean(gradient, on(gradient.device)))

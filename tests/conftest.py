@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a small array, and main.py in this process or in its own."""
+"""What the tests share: a small array, and main.py in this process or in its own."""
 
 import os
 import shutil
@@ -9,16 +9,19 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # on a GPU, whose sums have no fixed order, little would be equal
+if "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        "-1"  # on a GPU, whose sums have no fixed order, little would be equal
+    )
 
 import numpy as np
 import pytest
 import torch
 
-import figures
 import main
 import moving_mnist
-from knobs import parse
+from support import evaluation
+from support.run import Run
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
@@ -27,6 +30,10 @@ TRAIN, VALIDATION, TEST = slice(0, 46), slice(46, 51), slice(51, 57)  # 81, 9 an
 STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
 # at Python's shutdown a thread of gloo's may abort the process: with this launcher it always would
 ABORTS_AT_SHUTDOWN = (str(ROOT / "tests" / "after.py"), "import atexit, os; atexit.register(os.abort)")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the numerical tests on the GPU, too")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -62,27 +69,58 @@ def array(tmp_path_factory):
     return path
 
 
+SMALL = {
+    "frames_in": FRAMES_IN,
+    "frames_out": FRAMES_OUT,
+    "hidden_channels": 8,
+    "head_channels": 8,
+    "batch_size": 5,
+    "epochs": 2,
+    "max_minutes": 0,
+    "precision": "fp32",
+    "device": "cpu",
+    "overlay": 1,
+}
+
+
 def flags(data, out, **changes):
-    knobs = {"data": data, "out": out, "frames_in": FRAMES_IN, "frames_out": FRAMES_OUT, "hidden": 8, "head": 8,
-             "batch_size": 5, "epochs": 2, "precision": "fp32", "device": "cpu", "overlay": 1} | changes  # fmt: skip
-    return [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
+    """The command line of a small run. A list is several values, True and False a bare flag."""
+    words = []
+    for name, value in {"data": data, "out": out, **SMALL, **changes}.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def here(data, out, pictures=False, **changes):
-    """Run in this process, which saves the imports, and unless asked without pictures; the run's folder."""
-    knobs = parse(main.Knobs, flags(data, out, **changes))
+    """Run main.main in this process, which saves the imports; the run's folder."""
+    folders, start = [], main.start
+
+    @contextmanager
+    def noting_the_folder(*arguments):
+        with start(*arguments) as run:
+            folders.append(run.folder)
+            yield run
+
     with pytest.MonkeyPatch.context() as patch:
-        for name in () if pictures else ("loss", "per_frame", "grid", "animation", "compare"):
-            patch.setattr(figures, name, lambda *arguments, **options: None)
-        main.main(knobs)
-    return Path(knobs.out) / knobs.model
+        patch.setattr(main, "start", noting_the_folder)
+        if not pictures:
+            for name in ("draw_loss", "draw_validation"):
+                patch.setattr(Run, name, lambda *_: None)
+            for name in ("draw_ranked", "draw_beyond", "compare_runs"):
+                patch.setattr(evaluation, name, lambda *_: None)
+        main.main(main.parse(flags(data, out, **changes)))
+    return folders[-1]
 
 
-def start(*arguments, launcher=(), stdout=subprocess.PIPE, **environment):
-    """Run in a process of its own; stdout and stderr are text."""
-    command = [sys.executable, *launcher, str(ROOT / "main.py"), *arguments]
+def start(*arguments, launcher=(), stdout=subprocess.PIPE, script=ROOT / "main.py", cwd=None, **environment):
+    """Run main.py in a process of its own; stdout and stderr are text."""
+    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
     streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen(command, env=ENVIRONMENT | environment, **streams)
+    return subprocess.Popen(command, env=ENVIRONMENT | environment, cwd=cwd, **streams)
 
 
 def finish(process, status=0, timeout=120):
@@ -103,7 +141,7 @@ def wait_until(condition, process, seconds=120):
 
 @pytest.fixture(scope="session")
 def reference(array, tmp_path_factory):
-    """(folder, stdout) of one uninterrupted run, with a rank left over from elsewhere, which is nobody's. Read only."""
+    """(folder, stdout) of one uninterrupted run, read only. A RANK from elsewhere is ignored."""
     out = tmp_path_factory.mktemp("reference")
     printed, _ = finish(start(*flags(array, out), RANK="1"))
     return out / "my_model", printed
@@ -124,7 +162,9 @@ class Reader:
         print(kind, path, file=self.process.stdin, flush=True)
         ended = self.process.stdout.readline()
         hung.cancel()
-        assert ended.startswith(("read", "refused")), ended or f"crashed or hung, status {self.process.wait()}"
+        assert ended.startswith(("read", "refused")), (
+            ended or f"crashed or hung, status {self.process.wait()}"
+        )
         return ended
 
 
@@ -158,3 +198,28 @@ def mounted(folder, *commands):
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", folder], capture_output=True)
+
+
+def clone(folder, **edits):
+    """A copy of the code in the folder, raw/ linked; edits: module name → list of (old text, new text)."""
+    for name in ("support", "raw", "records"):
+        target = folder / name
+        if name == "support":
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.symlink_to(ROOT / name)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    edit(folder, **edits)
+    return folder
+
+
+def edit(folder, **edits):
+    """Replace text in files of a clone; each old text has to be there once."""
+    for module, changes in edits.items():
+        path = folder / f"{module.replace('.', '/')}.py"
+        text = path.read_text("utf-8")
+        for old, new in changes:
+            assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path.name}"
+            text = text.replace(old, new)
+        path.write_text(text, "utf-8")

@@ -8,12 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import videos
-from moving_mnist import DataError
+from support import UserError, checkpoint, videos
 
 READ = {
-    "videos": lambda path: videos.read_folder(path, 4, 32).shape,
+    "videos": lambda path: videos.read_videos(path, 4, 32).shape,
     "checkpoint": lambda path: [*checkpoint.load(path)],
 }
 
@@ -35,7 +33,7 @@ if __name__ == "__main__":
         kind, path = line.rstrip("\n").split(" ", 1)
         try:
             ended = f"read {READ[kind](path)}"
-        except (DataError, checkpoint.CheckpointError) as error:
+        except UserError as error:
             ended = f"refused {error}"
         except Exception as error:
             ended = f"failed {error!r}"

@@ -1,41 +1,61 @@
-"""Models side by side and beyond their training: what is compared with what, and that the cases are what they say."""
+"""Runs side by side and beyond their training: what is compared with what."""
 
 import json
-import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import here
+from conftest import finish, flags, start, wait_until
 from PIL import Image
 
-import beyond
-import compare
-import download
 import metrics
+import moving_mnist
 from moving_mnist import generate
+from support import checkpoint, evaluation
+
+
+def results(folder):
+    return json.loads((folder / "metrics.json").read_text("utf-8"))
 
 
 def rows(path):
     lines = [
-        line.strip("| ").split(" | ")
-        for line in path.read_text().splitlines()
-        if line.startswith("| ") and "---" not in line
-    ][1:]
-    return {cells[0].strip("| "): cells[1:] for cells in lines}
+        line.strip("| ").split(" | ") for line in path.read_text("utf-8").splitlines() if line[:2] == "| "
+    ]
+    return {cells[0]: cells[1:] for cells in lines[1:]}
 
 
-def test_every_model_that_has_results_is_compared(array, tmp_path):
-    few = {"epochs": 1, "train_sequences": 10}
-    folders = [here(array, tmp_path, pictures=True, model=model, **few) for model in ("my_model", "convlstm")]
-    found = rows(tmp_path / "compare.md")
-    assert set(found) == {"my_model", "convlstm", "black frame", "last frame copied", "optical flow"}
-    for folder in folders:
-        results = json.loads((folder / "metrics.json").read_text())
-        parameters, seen, _, _, mse, *_ = found[folder.name]
-        assert (parameters, seen) == (f"{results['parameters']:,}", "10")
-        assert mse == f"{results['scores'][folder.name]['mse_per_frame']['mean']:.4g}"
+BASELINES = {"black frame", "last frame copied", "optical flow"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks a folder that others read")
+def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
+    """Held up until both want to write compare.md."""
+    models = "my_model", "convlstm"
+    processes = [
+        start(*flags(array, tmp_path, model=model, epochs=1, max_minutes=0, train_sequences=10))
+        for model in models
+    ]
+    for model, process in zip(models, processes, strict=True):
+        wait_until((tmp_path / model / "best.pt").exists, process)
+    with checkpoint.lock_folder(tmp_path):
+        for model, process in zip(models, processes, strict=True):
+            wait_until((tmp_path / model / "metrics.json").exists, process)
+        assert not (tmp_path / "compare.md").exists()
+    printed = [finish(process)[0] for process in processes]
+    assert sorted("new run   differs from" in text for text in printed) == [False, True]
+    found, (first, second) = rows(tmp_path / "compare.md"), models
+    if "new run" in printed[0]:
+        first, second = second, first
+    (label,) = (name for name in found if name.startswith(f"{second} (model {second} (was {first})"))
+    assert set(found) == {first, label, *BASELINES}
+    for name in first, label:
+        folder = tmp_path / name.split()[0]
+        parameters, seen, _, error, *_ = found[name]
+        assert (parameters, seen) == (f"{results(folder)['parameters']:,}", "10")
+        assert error == f"{results(folder)['scores'][folder.name]['mse_per_frame']['mean']:#.4g}"
     for picture in ("compare.png", "compare_strip.png"):
         with Image.open(tmp_path / picture) as image:
             image.load()
@@ -49,94 +69,69 @@ def edited(change):
     """metrics.json after change(its dict)."""
 
     def damage(folder):
-        results = json.loads((folder / "metrics.json").read_text())
-        change(results)
-        (folder / "metrics.json").write_text(json.dumps(results))
+        change(found := results(folder))
+        (folder / "metrics.json").write_text(json.dumps(found))
 
     return damage
 
 
 DAMAGE = {
     "half": text("metrics.json", "{"),
-    "list": text("metrics.json", "[]"),
-    "null": text("metrics.json", "null"),
     "nested": text("metrics.json", "[" * 100_000),
-    "no scores": edited(lambda results: results.pop("scores")),
-    "other data": edited(lambda results: results.update(first_sequence="0")),
-    "scores of another": edited(lambda results: results["scores"].pop("my_model")),
-    "score of text": edited(lambda results: results["scores"]["my_model"]["mse_per_frame"].update(mean="low")),
-    "shorter curve": edited(lambda results: results["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
-    "parameters of text": edited(lambda results: results.update(parameters="many")),
-    "empty forecast": text("forecast.npy", ""),
+    "other data": edited(lambda found: found.update(first_sequence="0")),
+    "scores of another": edited(lambda found: found["scores"].pop("my_model")),
+    "shorter curve": edited(lambda found: found["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
+    "parameters of text": edited(lambda found: found.update(parameters="many")),
     "other forecast": lambda folder: np.save(folder / "forecast.npy", np.zeros((4, 1, 8, 8), np.uint8)),
-    "forecast of text": lambda folder: np.save(folder / "forecast.npy", np.full((4, 1, 16, 16), "x")),
     "empty log": text("log.csv", "step\n1\n"),
+    "no config": lambda folder: (folder / "config.json").unlink(),
 }
 
 
-def test_damaged_neighbours_are_left_out(reference, tmp_path):
+def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
-    unprintable = "~caf\udce9"  # no UTF-8
-    for name in ("one", "two", unprintable, *DAMAGE):
+    for name in ("one", "two", *DAMAGE):
         shutil.copytree(folder, tmp_path / name)
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
-    stray, young = (tmp_path / f"compare.md.{number}.tmp" for number in (1, 2))
-    for half in stray, young:
-        half.write_bytes(b"half")
-    os.utime(stray, (0, 0))
-    latest = json.loads((folder / "metrics.json").read_text())
-    compare.compare(tmp_path, latest, np.zeros((20, 1, 16, 16), np.uint8))
-    assert young.exists() and not stray.exists()  # of a run that was killed long ago
-    assert set(rows(tmp_path / "compare.md")) == {"one", "two", "black frame", "last frame copied", "optical flow"}
-    left_out = ", ".join([*sorted(DAMAGE), ascii(unprintable)])
-    words = f"Left out, as they do not fit together with these: {left_out}.\n"
-    assert (tmp_path / "compare.md").read_text().endswith(words)
+    (tmp_path / "compare.md.123.tmp").write_bytes(b"half")  # of a run that was killed
+    evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
+    assert set(rows(tmp_path / "compare.md")) == {"one", "two", *BASELINES}
+    assert not list(tmp_path.glob("*.tmp"))
+    assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 
 
 def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
     """The forecast that is tested notes what it is shown."""
-    seen = []
+    monkeypatch.setattr(evaluation, "N_BEYOND", 8)
+    seen, task = [], evaluation.Task(None, 10, 10, torch.device("cpu"))
 
-    def forecast(past, n):
-        seen.append((past, n))
+    def noting(past, n):
+        seen.extend([(past, n)] if len(past) > 1 else [])
         return metrics.copy_last(past, n), None
 
-    results = beyond.beyond(tmp_path, "my_model", forecast, 10, 10, torch.device("cpu"), n_sequences=8)
-    assert list(results) == ["as in training", "20 frames", "30 frames", "three digits", "96×96 pixels"]
-    assert [len(curves["my_model"]) for curves in results.values()] == [10, 20, 30, 10, 10]
-    for curves in results.values():
-        assert set(curves) == {"my_model", "black", "copy_last", "optical_flow"}
-        assert curves["my_model"] == curves["copy_last"]  # the same frames for everyone
-    usual, three, large = [past for past, n in seen if len(past) == 8]
-    assert [(p.shape, n) for p, n in seen if len(p) == 8] == [
-        ((8, 10, 1, 64, 64), 30),
-        ((8, 10, 1, 64, 64), 10),
-        ((8, 10, 1, 96, 96), 10),
-    ]
-    digits = download.digit_sheet(download.RAW / "digits_test.png")
-    ink_squared = np.square(generate(digits, 8, 0, n_frames=40)[:, 10:] / 255).sum((2, 3, 4)).mean(0)
+    score = evaluation.score_beyond_training
+    beyond = lambda forecast: score(tmp_path, "my_model", task._replace(forecast=forecast), 4)
+    found = beyond(noting)
+    assert list(found) == ["as in training", "20 frames", "30 frames", "three digits", "96×96 pixels"]
+    assert [len(curves["my_model"]) for curves in found.values()] == [10, 20, 30, 10, 10]
+    assert all(
+        curves["my_model"] == curves["copy_last"] for curves in found.values()
+    )  # the same frames for all
+    assert [(past.shape[-1], n) for past, n in seen] == [(64, 30), (64, 10), (96, 10)]
+    usual, three, large = (past for past, _ in seen)
+    digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
+    squares = np.square(generate(digits, 8, 0, n_frames=40)[:, 10:] / 255).sum((2, 3, 4)).mean(0)
     for part, n in ("as in training", 10), ("20 frames", 20), ("30 frames", 30):
-        np.testing.assert_allclose(results[part]["black"], ink_squared[:n])
+        np.testing.assert_allclose(found[part]["black"], squares[:n])
     ink = lambda past: past.sum((2, 3, 4)).mean().item()
     assert 1.3 < ink(three) / ink(usual) < 1.5  # as digits overlap
     assert 0.9 < ink(large) / ink(usual) < 1.15
     motion = lambda past: np.abs(np.diff(past.numpy(), axis=1)).sum((2, 3, 4)).mean()
     assert 0.85 < motion(large) / motion(usual) < 1.2  # as many pixels a frame
-    pictures = {path.name for path in tmp_path.iterdir()}
-    cases = ("three_digits", "20_frames", "30_frames", "96x96_pixels")
-    assert pictures == {"beyond.png", *(f"beyond_{case}.png" for case in cases)}
-    of_one_size = lambda past, n: forecast(past, n) if past.shape[-1] == 64 else past[:, :, :, :65].view(1)
-    fewer = beyond.beyond(tmp_path, "my_model", of_one_size, 10, 10, torch.device("cpu"), n_sequences=8)
-    assert list(fewer) == list(results)[:-1] and "beyond    96×96 pixels: not possible (" in capsys.readouterr().out
-    none = beyond.beyond(tmp_path, "my_model", lambda past, n: past.view(1), 10, 10, torch.device("cpu"), n_sequences=8)
-    assert none == {} and beyond.table(none)
-    with monkeypatch.context() as without_digits:
-        without_digits.setattr(download, "RAW", tmp_path)
-        assert beyond.beyond(tmp_path, "my_model", forecast, 10, 10, torch.device("cpu")) == {}
-        assert "digits_test.png is missing or damaged" in capsys.readouterr().out
-    monkeypatch.setattr(beyond, "WORLD", 2)
-    with pytest.raises(RuntimeError, match="invalid for input of size"):
-        beyond.beyond(tmp_path, "my_model", of_one_size, 10, 10, torch.device("cpu"), n_sequences=8)
-    lines = beyond.table(results).splitlines()
-    assert f"{np.mean(results['three digits']['black']):.1f}" in lines[5] and lines[5].startswith("three digits")
+    pictures = {f"beyond{case}.png" for case in ("", "_three_digits", "_30_frames", "_96x96_pixels")}
+    assert {path.name for path in tmp_path.iterdir()} == pictures
+    fewer = beyond(lambda past, n: noting(past, n) if past.shape[-1] == 64 else past.view(1))
+    assert list(fewer) == list(found)[:-1] and "96×96 pixels: not possible (" in capsys.readouterr().out
+    monkeypatch.setattr(moving_mnist, "RAW", tmp_path)
+    assert beyond(noting) == {} and "digits_test.png is missing or damaged" in capsys.readouterr().out

@@ -1,8 +1,5 @@
-/* The gates of one ConvLSTM time step, forward and backward, each one pass over memory: the compiled twins of
-   gates_forward and gates_backward in fast_convlstm.py, which say what the arguments are and which the tests
-   hold these equal to. n rows (one a pixel) of C channels; z holds i, f, o, g side by side in a row.
-
-   Built at start-up by fast_convlstm.gate_functions with -DBF16 or without. NaN passes through every line. */
+/* gates_forward and gates_backward of layer.py, each one pass over memory. n rows (pixels) of C channels;
+   z holds i, f, o, g side by side in a row. Built with -DBF16 or without. NaN passes through every line. */
 #include <stdint.h>
 #include <string.h>
 
@@ -31,7 +28,8 @@ static inline float tanh_(float x) {
     x = x < -8 ? -8 : x;
     float y = x * x;
     float p = 13749310575.f + y * (1964187225.f + y * (64324260.f + y * (675675.f + y * (2145.f + y))));
-    float q = 13749310575.f + y * (6547290750.f + y * (413513100.f + y * (7567560.f + y * (45045.f + y * 66.f))));
+    float q = y * (413513100.f + y * (7567560.f + y * (45045.f + y * 66.f)));
+    q = 13749310575.f + y * (6547290750.f + q);
     return x * p / q;
 }
 static inline float sigmoid(float x) { return 0.5f + 0.5f * tanh_(0.5f * x); }
@@ -44,7 +42,8 @@ void gates_forward(long n, long C, long threads, const real *z, const float *pee
         const real *zi = z + row * 4 * C, *zf = zi + C, *zo = zf + C, *zg = zo + C;
 #pragma omp simd
         for (long k = 0; k < C; k++) {
-            float c0 = c[row * C + k], i = sigmoid(load(zi[k]) + wi[k] * c0), f = sigmoid(load(zf[k]) + wf[k] * c0);
+            float c0 = c[row * C + k];
+            float i = sigmoid(load(zi[k]) + wi[k] * c0), f = sigmoid(load(zf[k]) + wf[k] * c0);
             float c1 = f * c0 + i * tanh_(load(zg[k])), o = sigmoid(load(zo[k]) + wo[k] * c1);
             c_before[row * C + k] = store(c0);
             c[row * C + k] = c1;
@@ -53,15 +52,16 @@ void gates_forward(long n, long C, long threads, const real *z, const float *pee
     }
 }
 
-void gates_backward(long n, long C, long threads, real *z, const float *peephole, const real *c, const real *dh,
-                    const real *dh_next, float *restrict dc, float *sums) {
+void gates_backward(long n, long C, long threads, real *z, const float *peephole, const real *c,
+                    const real *dh, const real *dh_next, float *restrict dc, float *sums) {
     const float *wi = peephole, *wf = peephole + C, *wo = peephole + 2 * C;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long part = 0; part < threads; part++) { /* a part of the rows, and sums (7, C), for each thread */
-        float *restrict si = sums + part * 7 * C, *restrict sf = si + C, *restrict so = sf + C, *restrict sg = so + C;
-        float *restrict pi = sg + C, *restrict pf = pi + C, *restrict po = pf + C;
+        float *restrict si = sums + part * 7 * C, *restrict sf = si + C, *restrict so = sf + C;
+        float *restrict sg = so + C, *restrict pi = sg + C, *restrict pf = pi + C, *restrict po = pf + C;
         for (long row = n * part / threads; row < n * (part + 1) / threads; row++) {
-            real *restrict zi = z + row * 4 * C, *restrict zf = zi + C, *restrict zo = zf + C, *restrict zg = zo + C;
+            real *restrict zi = z + row * 4 * C, *restrict zf = zi + C;
+            real *restrict zo = zf + C, *restrict zg = zo + C;
 #pragma omp simd
             for (long k = 0; k < C; k++) {
                 float c0 = load(c[row * C + k]);

@@ -1,12 +1,12 @@
 """3×3 and 5×5 convolutions on the CPU with 4 and 6 times fewer multiplications: Winograd's method.
 
-Polynomials u and v of TILE and k coefficients have a product of SIDE = TILE + k - 1, which follows from its values
-at SIDE points: uv = E⁻¹ (E u ∘ E v), where E evaluates. (One point is ∞; the value there is the highest coefficient.)
-The transpose of that is a convolution of SIDE inputs x with a kernel v to TILE outputs: y = Eᵀ (E v ∘ E⁻ᵀ x). Its
-gradient is of the same kind: dv = Eᵀ (E dy ∘ E⁻ᵀ x). In two dimensions each map is applied along both.
-Over channels, every ∘ is a matrix product, and these are most of the work.
+Polynomials u and v with TILE and k coefficients have a product with SIDE = TILE + k - 1 coefficients. Its
+values at SIDE points determine it: uv = E⁻¹ (E u ∘ E v), where E evaluates. (One point is ∞: the highest
+coefficient.) The transpose is a convolution of SIDE inputs x with a kernel v to TILE outputs:
+y = Eᵀ (E v ∘ E⁻ᵀ x). Its gradient has the same form: dv = Eᵀ (E dy ∘ E⁻ᵀ x). In two dimensions each map is
+applied along both. Over channels, every ∘ is a matrix product. These are most of the work.
 
-`winograd.c` does what runs over pixels, a tile of TILE×TILE outputs at a time; this file what runs over kernels.
+`winograd.c` does the part over pixels, a tile of TILE×TILE outputs at a time; this file that over kernels.
 N images, H height, W width, C channels, k kernel size; P = SIDE² points.
 """
 
@@ -16,14 +16,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-import native
+from support.fast import build
 
 TILE, WIDTH, BLOCK = 4, 32, 64  # BLOCK tiles at a time
-GAP = 16  # numbers between points in memory: without, they fall on the same lines of the cache
+GAP = 16  # numbers between points in memory, so that they do not compete for the same cache lines
 POINTS = 0, 1, -1, 2, -2, 1 / 2, -1 / 2  # and ∞; near 1, so that rounding errors stay small
 
-# pixels from which it is faster than torch: the kernel is taken to its points and back once, for however many.
-# All is computed in fp32. That beats torch's bf16 too with 5×5 kernels, not with 3×3 nor on a CPU with AMX
+# Pixels from which it is faster than torch. The kernel is transformed once, for however many pixels.
+# All is computed in fp32. With 5×5 kernels that beats torch's bf16, too, but not on a CPU with AMX.
 PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16, 5): 2048}
 
 
@@ -31,20 +31,22 @@ PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16
 def library(dtype, k):
     sizes = {"KERNEL": k, "TILE": TILE, "WIDTH": WIDTH, "BLOCK": BLOCK, "GAP": GAP}
     bf16 = ["-DBF16"] if dtype == torch.bfloat16 else []
-    return native.build("winograd.c", *(f"-D{name}={n}" for name, n in sizes.items()), *bf16)
+    return build.build("winograd.c", *(f"-D{name}={n}" for name, n in sizes.items()), *bf16)
 
 
-def serves(weight, pixels, dilation=1):
-    """Whether the functions below take the place of a convolution with weight (C_out, C_in, k, k) of N·H·W pixels."""
+def is_supported(weight, pixels, dilation=1):
+    """Whether to use it for a convolution with weight (C_out, C_in, k, k) of so many pixels, N·H·W."""
     n_out, n_in, k, _ = weight.shape
-    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not (weight.dtype == torch.bfloat16 and has_amx())
+    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not (
+        weight.dtype == torch.bfloat16 and has_amx()
+    )
     fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
-    return pays and fits and dilation == 1 and works(weight.dtype, k)
+    return pays and fits and dilation == 1 and self_test(weight.dtype, k)
 
 
 @functools.cache
 @torch.autocast("cpu", enabled=False)
-def works(dtype, k):
+def self_test(dtype, k):
     """Whether winograd.c is built, and computes what torch does."""
     if library(dtype, k) is None:
         return False
@@ -55,7 +57,7 @@ def works(dtype, k):
     images = [t.float().permute(0, 3, 1, 2) for t in (x, dy)]
     y = F.conv2d(images[0], weight.float(), bias.float(), padding=k // 2).permute(0, 2, 3, 1)
     d_weight = torch.nn.grad.conv2d_weight(images[0], weight.shape, images[1], padding=k // 2)
-    return native.agree(found, (y, d_weight), dtype)
+    return build.agree(found, (y, d_weight), dtype)
 
 
 def has_amx():
@@ -85,14 +87,14 @@ def to_points(weight):
 
 
 def convolve(points, k, bias, x, y=None):
-    """The kernel's points, x (N, H, W, C_in) → (N, H, W, C_out), "same" padding; added to y, if that is given."""
+    """x (N, H, W, C_in) → (N, H, W, C_out), "same" padding, added to y if given. points: the kernel's."""
     n_in, n_out = x.shape[3], len(points) * WIDTH
     threads, (of_input, of_output, _) = torch.get_num_threads(), maps(k)
     add = y is not None
     y = y if add else x.new_empty(*x.shape[:3], n_out)
     memory = points.new_empty(threads, points.shape[1], BLOCK * (n_in + WIDTH) + 2 * GAP)
     tensors = of_input, of_output.T.contiguous(), x, points, bias.float(), y, memory
-    library(x.dtype, k).convolve(*native.arguments(*x.shape, n_out, threads, add, *tensors))
+    library(x.dtype, k).convolve(*build.arguments(*x.shape, n_out, threads, add, *tensors))
     return y
 
 
@@ -104,6 +106,6 @@ def weight_gradient(dy, x, k):
     points = of_input.new_empty(n_out // WIDTH, len(of_kernel), n_in, WIDTH)
     memory = points.new_empty(len(of_kernel), BLOCK * (n_in + n_out) + (1 + n_out // WIDTH) * GAP)
     tensors = of_input, of_output, x, dy, points, memory
-    library(x.dtype, k).kernel_gradient(*native.arguments(*x.shape, n_out, torch.get_num_threads(), *tensors))
+    library(x.dtype, k).kernel_gradient(*build.arguments(*x.shape, n_out, torch.get_num_threads(), *tensors))
     parts = (of_kernel.T @ points.flatten(2)).unflatten(2, (n_in, WIDTH))
     return parts.permute(0, 3, 2, 1).reshape(n_out, n_in, k, k).to(x.dtype)

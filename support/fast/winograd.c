@@ -1,8 +1,8 @@
-/* Winograd's convolution of channels-last images (Lavin & Gray, https://arxiv.org/abs/1509.09308): what runs over
-   pixels. winograd.py has the idea and the maps, and gives the sizes (-DKERNEL, -DTILE, …) and -DBF16 or not.
+/* Winograd's convolution of channels-last images (Lavin & Gray, arxiv.org/abs/1509.09308), over pixels.
+   winograd.py has the idea and the maps. It sets the sizes (-DKERNEL, -DTILE, …) and perhaps -DBF16.
 
-   K channels in, N out; memory is scratch space. The points of kernels lie as (N / WIDTH, POINTS, K, WIDTH), those
-   of a BLOCK of tiles as (POINTS, BLOCK, channels), with a GAP after each point. */
+   K channels in, N out; memory is scratch space. The points of kernels lie as (N / WIDTH, POINTS, K, WIDTH).
+   Those of a BLOCK of tiles lie as (POINTS, BLOCK, channels), with a GAP after each point. */
 #include <stdint.h>
 
 enum { SIDE = TILE + KERNEL - 1, POINTS = SIDE * SIDE };
@@ -18,7 +18,9 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 #ifdef BF16 /* the upper half of a float32, rounded to nearest even */
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t real, halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-INLINE vector load(const real *x) { return (vector)(__builtin_convertvector(*(const halves *)x, words) << 16); }
+INLINE vector load(const real *x) {
+    return (vector)(__builtin_convertvector(*(const halves *)x, words) << 16);
+}
 INLINE void store(real *y, vector x) {
     words bits = (words)x, nan = (words)(x != x);
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -39,9 +41,10 @@ static grid grid_of(long B, long H, long W) {
     return (grid){H, W, down, across, B * down * across};
 }
 
-/* Where the pixels of a tile begin in memory, from `margin` pixels before its own; -1 outside of the image. */
+/* Where the pixels of a tile begin in memory, from `margin` pixels before its own; -1 outside the image. */
 INLINE void pixels(grid g, long tile, long side, long margin, long channels, long at[SIDE][SIDE]) {
-    long image = tile / (g.down * g.across), top = tile / g.across % g.down * TILE, left = tile % g.across * TILE;
+    long image = tile / (g.down * g.across);
+    long top = tile / g.across % g.down * TILE, left = tile % g.across * TILE;
     for (long i = 0; i < side; i++)
         for (long j = 0; j < side; j++) {
             long y = top + i - margin, x = left + j - margin;
@@ -99,19 +102,22 @@ INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float
     }
 }
 
-/* y (m, WIDTH) = a (m, n) · b (n, WIDTH), or is increased by it; element (i, k) of a is a[i * down + k * across].
+/* y (m, WIDTH) = a (m, n) · b (n, WIDTH), or adds it. Element (i, k) of a is a[i * down + k * across].
    m counts as the next multiple of ROWS. */
-INLINE void multiply(long m, long n, const float *a, long down, long across, const float *b, float *y, int increase) {
+INLINE void multiply(long m, long n, const float *a, long down, long across, const float *b, float *y,
+                     int add) {
     for (long c = 0; c < WIDTH; c += 2 * LANES)
         for (long row = 0; row < m; row += ROWS) {
             vector sum[ROWS][2];
             float *to = y + row * WIDTH + c;
             for (int i = 0; i < ROWS; i++)
-                for (int j = 0; j < 2; j++) sum[i][j] = increase ? *(vector *)(to + i * WIDTH + j * LANES) : (vector){0};
+                for (int j = 0; j < 2; j++)
+                    sum[i][j] = add ? *(vector *)(to + i * WIDTH + j * LANES) : (vector){0};
             for (long k = 0; k < n; k++)
                 for (int i = 0; i < ROWS; i++)
                     for (int j = 0; j < 2; j++)
-                        sum[i][j] += a[(row + i) * down + k * across] * *(vector *)(b + k * WIDTH + c + j * LANES);
+                        sum[i][j] +=
+                            a[(row + i) * down + k * across] * *(vector *)(b + k * WIDTH + c + j * LANES);
             for (int i = 0; i < ROWS; i++)
                 for (int j = 0; j < 2; j++) *(vector *)(to + i * WIDTH + j * LANES) = sum[i][j];
         }
@@ -119,8 +125,9 @@ INLINE void multiply(long m, long n, const float *a, long down, long across, con
 
 /* y (B, H, W, N) of x (B, H, W, K); add: to what is in y, in the place of the bias. memory: for each thread,
    POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) */
-void convolve(long B, long H, long W, long K, long N, long threads, long add, const float *map_in, const float *map_out,
-              const real *x, const float *kernel, const float *bias, real *y, float *memory) {
+void convolve(long B, long H, long W, long K, long N, long threads, long add, const float *map_in,
+              const float *map_out, const real *x, const float *kernel, const float *bias, real *y,
+              float *memory) {
     grid g = grid_of(B, H, W);
     const long stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -147,8 +154,8 @@ void convolve(long B, long H, long W, long K, long N, long threads, long add, co
 }
 
 /* The gradient of the kernel's points. memory: POINTS · (BLOCK · (K + N) + (1 + N / WIDTH) · GAP) */
-void kernel_gradient(long B, long H, long W, long K, long N, long threads, const float *map_in, const float *map_dy,
-                     const real *x, const real *dy, float *d_kernel, float *memory) {
+void kernel_gradient(long B, long H, long W, long K, long N, long threads, const float *map_in,
+                     const float *map_dy, const real *x, const real *dy, float *d_kernel, float *memory) {
     grid g = grid_of(B, H, W);
     const long stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
     float *in = memory, *out = in + POINTS * stride_in;
@@ -161,7 +168,8 @@ void kernel_gradient(long B, long H, long W, long K, long N, long threads, const
             to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
             pixels(g, first + t, TILE, 0, N, at);
             for (long n = 0; n < N; n += WIDTH)
-                to_points(TILE, map_dy, at, WIDTH, dy + n, out + n / WIDTH * POINTS * stride_dy + t * WIDTH, stride_dy);
+                to_points(TILE, map_dy, at, WIDTH, dy + n, out + n / WIDTH * POINTS * stride_dy + t * WIDTH,
+                          stride_dy);
         }
 #pragma omp for collapse(2)
         for (long n = 0; n < N; n += WIDTH)

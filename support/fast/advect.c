@@ -1,10 +1,9 @@
-/* Advection of frames, forward and backward, and block matching: the compiled twins of plain_advect and plain_match in
-   advection.py, which say what the arguments are and which the tests hold these equal to. n frames of c channels, H×W;
-   built with -DP and -DK, as every patch of P×P has K×K weights or costs, row by row. */
+/* advect, forward and backward, and matching_costs of motion.py, which says what the arguments are.
+   n frames of c channels, H×W. Built with -DP and -DK: every patch of P×P has K×K weights or costs. */
 #include <string.h>
 
 #define R (K / 2)
-#define LANES ((K + P + 14) / 16 * 16) /* what a row of weights reaches from a row of the patch, in whole registers */
+#define LANES ((K + P + 14) / 16 * 16) /* the reach of a row of weights, in whole registers */
 
 /* A frame with 2R more lines, each of line pixels and R of them before its own; all that is added is black */
 static void pad(const float *frame, long H, long W, long line, float *restrict F) {
@@ -12,8 +11,8 @@ static void pad(const float *frame, long H, long W, long line, float *restrict F
     for (long y = 0; y < H; y++) memcpy(F + (y + R) * line + R, frame + y * W, W * sizeof(float));
 }
 
-/* scratch (threads, (W + 2R)·(H + 2R)·P): a padded frame as Q[column][row][P], where P pixels from there to the right
-   lie side by side. So the P×P pixels that one weight multiplies are one run of memory. */
+/* scratch (threads, (W + 2R)·(H + 2R)·P): a padded frame as Q[column][row][P], the P pixels to the right.
+   So the P×P pixels that one weight multiplies are one run of memory. */
 void advect_forward(long n, long c, long H, long W, long threads, const float *frames, const float *weights,
                     float *restrict moved, float *scratch) {
     long rows = H + 2 * R, size = (W + 2 * R) * rows * P;
@@ -46,7 +45,8 @@ void advect_forward(long n, long c, long H, long W, long threads, const float *f
 
 /* scratch (threads, 2, H + 2R, W + 2R + LANES): a padded frame, and its gradient. d_frames may be null */
 void advect_backward(long n, long c, long H, long W, long threads, const float *frames, const float *weights,
-                     const float *d_moved, float *restrict d_weights, float *restrict d_frames, float *scratch) {
+                     const float *d_moved, float *restrict d_weights, float *restrict d_frames,
+                     float *scratch) {
     long line = W + 2 * R + LANES, size = (H + 2 * R) * line;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long part = 0; part < threads; part++)
@@ -76,7 +76,7 @@ void advect_backward(long n, long c, long H, long W, long threads, const float *
                                     dF[here + b] += reached;
                                 }
                         }
-                        for (long b = 0; b < K; b++) dw[a * K + b] = image % c ? dw[a * K + b] + sum[b] : sum[b];
+                        for (long b = 0; b < K; b++) dw[a * K + b] = sum[b] + (image % c ? dw[a * K + b] : 0);
                     }
             if (d_frames)
                 for (long y = 0; y < H; y++)
@@ -84,15 +84,15 @@ void advect_backward(long n, long c, long H, long W, long threads, const float *
         }
 }
 
-/* before takes the place of frames above, and costs (n, H/P, W/P, K·K), the result, that of weights. scratch (threads,
-   H + 2R, W + 2R + LANES): a padded frame of those before */
+/* costs (n, H/P, W/P, K·K): the result. scratch (threads, H + 2R, W + 2R + LANES): a padded frame */
 void match(long n, long c, long H, long W, long threads, const float *before, float *restrict costs,
            const float *frames, float *scratch) {
     long line = W + 2 * R + LANES, size = (H + 2 * R) * line;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long part = 0; part < threads; part++)
         for (long image = n * part / threads * c; image < n * (part + 1) / threads * c; image++) {
-            float *restrict F = scratch + part * size, *restrict cost = costs + image / c * (H / P) * (W / P) * K * K;
+            float *restrict F = scratch + part * size;
+            float *restrict cost = costs + image / c * (H / P) * (W / P) * K * K;
             pad(before + image * H * W, H, W, line, F);
             for (long y = 0; y < H; y += P)
                 for (long x = 0; x < W; x += P, cost += K * K)
@@ -103,9 +103,11 @@ void match(long n, long c, long H, long W, long threads, const float *before, fl
                                 const float *moved = F + (y + a + i) * line + x + j;
                                 float pixel = frames[(image * H + y + i) * W + x + j];
 #pragma omp simd
-                                for (long b = 0; b < LANES; b++) sum[b] += (pixel - moved[b]) * (pixel - moved[b]);
+                                for (long b = 0; b < LANES; b++)
+                                    sum[b] += (pixel - moved[b]) * (pixel - moved[b]);
                             }
-                        for (long b = 0; b < K; b++) cost[a * K + b] = image % c ? cost[a * K + b] + sum[b] : sum[b];
+                        for (long b = 0; b < K; b++)
+                            cost[a * K + b] = sum[b] + (image % c ? cost[a * K + b] : 0);
                     }
         }
 }

@@ -1,0 +1,126 @@
+"""Forecast frames of your own: a .npy, a video, or a folder of images. No ground truth is needed.
+
+python predict.py my_frames.npy
+python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import tyro
+
+import figures
+import main
+from support import UserError
+from support.checkpoint import write_atomic
+from support.distributed import run_script
+from support.run import write_npy
+from support.videos import VIDEOS, decode
+
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+
+
+def read_frames(path):
+    """Frames (N, T, H, W, C), float32 in [0, 1]; C is 1 or 3. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path} is not there")
+    if path.is_dir():
+        files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
+        files.sort(key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])  # 2 < 10
+        contents = [np.fromfile(file, np.uint8) for file in files]
+        images = [cv2.imdecode(c, cv2.IMREAD_COLOR_RGB) if c.size else None for c in contents]
+        if not images or any(image is None or image.shape != images[0].shape for image in images):
+            raise UserError(
+                f"{path} needs images of one size; it has {len(images)} files that end as images do"
+            )
+        frames = np.stack(images)
+    elif path.suffix.lower() in VIDEOS:
+        frames = np.stack([frame[..., ::-1] for frame in decode(path)] or [np.zeros((0, 0, 3))])
+    else:
+        try:
+            frames = np.load(path, allow_pickle=False)
+            if frames.dtype.kind not in "buif":
+                raise ValueError(f"it holds {frames.dtype}")
+        except Exception as error:  # untrusted file: loading may raise anything
+            raise UserError(f"{path} is no .npy, no video and no folder of images ({error})") from error
+    shape = frames.shape
+    if frames.ndim == 3:
+        frames = frames[..., None]  # (T, H, W)
+    elif frames.ndim == 4 and frames.shape[-1] not in (1, 3):
+        frames = frames[..., None]  # (N, T, H, W)
+    frames = frames[None] if frames.ndim == 4 else frames
+    if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
+        raise UserError(
+            f"frames have shape {shape}; expected (T, H, W), (T, H, W, C) or (N, T, H, W), T from 2, C 1 or 3"
+        )
+    frames = frames.astype(np.float32) / (255 if np.issubdtype(frames.dtype, np.integer) else 1)
+    if not (frames.min() >= 0 and frames.max() <= 1):
+        raise UserError(
+            f"values go from {frames.min():g} to {frames.max():g}; expected integers 0 to 255, or 0 to 1"
+        )
+    return frames
+
+
+def fit_to_model(frames, model):
+    """Frames (N, T, H, W, C) as the model reads them: (N, T, C, H, W), its channels and patches."""
+    channels, patch = model.channels, getattr(model, "patch_size", None) or getattr(model, "patch", 1)
+    if frames.shape[-1] != channels:  # grey as training has it of videos
+        frames = frames @ np.float32([[0.299], [0.587], [0.114]]) if channels == 1 else frames.repeat(3, -1)
+    N, T, H, W = frames.shape[:4]
+    size = [max(patch, round(n / patch) * patch) for n in (W, H)]
+    if size != [W, H]:
+        print(
+            f"resized   from {H}×{W} to {size[1]}×{size[0]}, as patches of {patch} have to divide the frames"
+        )
+        frames = np.stack(
+            [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames.reshape(N * T, H, W, -1)]
+        )
+    frames = frames.clip(0, 1).reshape(N, T, size[1], size[0], channels)  # 1, where rounding went beyond
+    return torch.from_numpy(frames).movedim(-1, 2)
+
+
+def predict(
+    source: tyro.conf.Positional[Path],
+    weights: Path = Path(__file__).parent / "records" / "long.pt",
+    frames: int = 10,
+    out: Path = Path("forecast"),
+):
+    """Forecast frames of your own: a .npy, a video, or a folder of images.
+
+    Args:
+        source: .npy of (T, H, W), (T, H, W, C) or (N, T, H, W); a video; a folder of images in order.
+        weights: a best.pt of main.py.
+        frames: how many frames to forecast.
+        out: folder for forecast.npy (uint8), forecast.gif and forecast.png.
+    """
+    if frames < 1:
+        raise UserError(f"frames is {frames}; expected at least 1")
+    model = main.load(weights)
+    given = fit_to_model(read_frames(source), model)
+    past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
+    forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
+    words = f"{source.name}: {past.shape[1]} frames in, {frames} forecast"
+    if truth.shape[1]:
+        mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()
+        words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
+    print(words)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
+    write_npy(out / "forecast.npy", array[..., 0] if model.channels == 1 else array)
+    known = truth[0] if truth.shape[1] == frames else None
+    write_atomic(out / "forecast.png", figures.prediction(past[0], known, forecast[0], words))
+    write_atomic(out / "forecast.gif", figures.animation(past[0], known, forecast[0], source.name))
+    print(f"output    {out}")
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: tyro.cli(predict, use_underscores=True, args=sys.argv[1:]), "give fewer or smaller frames"
+    )

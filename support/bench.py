@@ -1,0 +1,129 @@
+"""How fast: the paper's network and that of main.py, the reference, and the paper's convolutions alone.
+
+    python -m support.bench    prints a table and writes bench.json
+
+Contenders take turns, and each one's median counts. Compare times of one run only. The reference has no
+peepholes, and it convolves zeros. An NVIDIA GPU is used if there is one. Steps forecast 10 of 20 frames.
+"""
+
+import json
+import platform
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+import main
+from support.distributed import choose_device
+from support.start import attach
+
+PAPER = {"model": "paper", **main.RECIPES["paper"]}
+# name → knobs; the reference has the layers of the paper's network
+CONTENDERS = {"reference": {**PAPER, "model": "convlstm"}, "paper": PAPER, "my_model": {"model": "my_model"}}
+
+
+def make_step(name, dtype, device, batch, frames=10, training=True):
+    """A function that does one training step of a contender, and returns the loss; or does one forecast."""
+    torch.manual_seed(0)
+    knobs = replace(main.Knobs(), **CONTENDERS[name])
+    model = main.build(knobs, 1).to(device)
+    attach(knobs, model, device, dtype)
+    autocast = partial(torch.autocast, device.type, dtype) if dtype == torch.bfloat16 else nullcontext
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    past, future = torch.rand(2, batch, frames, 1, 64, 64, device=device)
+
+    def step():
+        with torch.inference_mode(not training), autocast():
+            logits = model(past, frames)
+        if training:
+            loss = F.binary_cross_entropy_with_logits(logits.float(), future)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+    return step
+
+
+def paper_convolutions(batch, frames=10, hidden_channels=PAPER["hidden_channels"], pixels=16):
+    """For each kernel: channels in, channels out, images, images at once, whether it passes a gradient on."""
+    n_all, found = batch * frames, []
+    for first in (pixels, 0):  # encoder, forecaster
+        for n_in, n in zip((first, *hidden_channels[:-1]), hidden_channels, strict=True):
+            # frame by frame; the first frame of the encoder has zeros as hidden state, and is left out
+            found.append((n, 4 * n, n_all - batch if first else n_all, batch, True))
+            if n_in:
+                found.append((n_in, 4 * n, n_all, n_all, n_in != pixels))
+    return found
+
+
+def bare_convolutions(convolutions, dtype, device, size=16, kernel_size=PAPER["kernel_size"]):
+    """A function that does these convolutions and nothing else: forward and both gradients, channels last."""
+    k, work = kernel_size, []
+    for n_in, n_out, images, at_once, needs_dx in convolutions:
+        shapes = (images, n_in, size, size), (images, n_out, size, size), (n_out, n_in, k, k)
+        tensors = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+        work.append((*(t.to(memory_format=torch.channels_last) for t in tensors), at_once, needs_dx))
+
+    def backward(dz, x, w, wanted):
+        options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, wanted
+        torch.ops.aten.convolution_backward(dz, x, w, *options)
+
+    def step():
+        for x, dz, w, at_once, needs_dx in work:
+            for x_part, dz_part in zip(x.split(at_once), dz.split(at_once), strict=True):
+                F.conv2d(x_part, w, padding=k // 2)
+                if needs_dx:
+                    backward(dz_part, x_part, w, (True, False, False))
+            backward(dz, x, w, (False, True, False))
+
+    return step
+
+
+def take_turns(functions, rounds, device):
+    """name → median seconds of a call. Every round calls each function once; one more round warms up."""
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)):
+    """Time training steps of `batch` sequences, and forecasts of so many at once; the median of `rounds`."""
+    device, dtype, _ = choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
+    dtypes = {"fp32": torch.float32} | ({"bf16": dtype} if dtype == torch.bfloat16 else {})
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    facts = {"machine": f"{platform.system()} {machine}", "threads": torch.get_num_threads()}
+    facts |= {"torch": torch.__version__, "rounds": rounds, "rows": []}
+    print("{machine}, {threads} threads, torch {torch}".format(**facts))
+    print(f"{'work':15}{'batch':>6}  {'':32}{'ms':>9}{'sequences/s':>13}{'of the first':>14}")
+    for work, n in ("training step", batch), *(("forecast", n) for n in forecasts):
+        functions, training = {}, work == "training step"
+        for label, d in dtypes.items():
+            for name in CONTENDERS:
+                functions[f"{name}, {label}"] = make_step(name, d, device, n, training=training)
+            if training:
+                functions[f"bare convolutions, {label}"] = bare_convolutions(paper_convolutions(n), d, device)
+        medians = take_turns(functions, rounds, device)
+        first = next(iter(medians.values()))
+        for name, seconds in medians.items():
+            facts["rows"].append({"work": work, "batch": n, "name": name, "seconds": seconds})
+            speeds = f"{seconds * 1e3:9.1f}{n / seconds:13.1f}{first / seconds:13.2f}x"
+            print(f"{work:15}{n:6}  {name:32}{speeds}")
+    Path("bench.json").write_text(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(bench)

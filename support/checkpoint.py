@@ -1,0 +1,124 @@
+"""Files that survive a crash: written whole or not at all, loaded only if intact. And locks of folders."""
+
+import errno
+import hashlib
+import io
+import os
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from support import UserError
+
+# Windows cannot replace a file that a virus scanner holds open: try again after these seconds
+PAUSES = (0.1, 0.4, 1.5, 3) if os.name == "nt" else ()
+CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
+
+
+def replace(source, target):
+    for pause in PAUSES:
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    os.replace(source, target)
+
+
+@contextmanager
+def open_atomic(path):
+    """A file to write. It gets the name `path` only when the block ends well and all is safe on the disk."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path, content):
+    """Write bytes so that a crash at any moment leaves the old file or the new one. Raises UserError."""
+    try:
+        with open_atomic(Path(path)) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the file before it is intact") from error
+
+
+def save(path, state):
+    """torch.save with a checksum, whole or not at all. Refuses weights that are not finite."""
+    if not all(weight.isfinite().all() for weight in state["model"].values()):
+        raise FloatingPointError(f"weights are not finite, and {path} was left as it is; lower learning_rate")
+    # to memory first: straight to a file, torch.save hides a full disk behind an error about positions
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()  # ends with the length of the comment, 0
+    comment = hashlib.sha256(content).hexdigest().encode()
+    write_atomic(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+
+
+def load(path, advice="give another file to --weights"):
+    """The saved dict, on the CPU; no pickled code runs. Raises UserError, with the advice at its end."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    # torch.load accepts most files with a flipped bit; the checksum accepts none
+    content, checksum = content[: -CHECKSUM - 2] + b"\0\0", content[-CHECKSUM:]
+    if hashlib.sha256(content).hexdigest().encode() != checksum:
+        raise UserError(f"{path} is damaged, or no checkpoint of this script; {advice}")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return {**state, "knobs": dict(state["knobs"]), "model": dict(state["model"])}
+    except Exception as error:  # untrusted file: loading may raise anything
+        raise UserError(f"{path} is no checkpoint of this script, and was not loaded; {advice}") from error
+
+
+@contextmanager
+def lock_folder(folder, wait=False):
+    """Hold a folder for this process, and make it first. Raises UserError where it cannot be held.
+
+    wait: until another process that holds it ends. Where the file system has no locks, none is held.
+    """
+    folder = Path(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=2 if wait else 0)
+        except Timeout as error:
+            if not wait:
+                words = f"{folder} is in use by another run; wait for it, or give this one a --name"
+                raise UserError(words) from error
+            print(f"waiting for another process that works in {folder}", file=sys.stderr)
+            lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_strays(folder):
+    """Remove what killed runs left half written."""
+    for pattern in ("*.[0-9]*.tmp", "source/*.[0-9]*.tmp"):
+        for stray in Path(folder).glob(pattern):
+            with suppress(OSError):
+                stray.unlink()
+
+
+def weights_hash(model):
+    """A fingerprint of the weights. The same seed, machine and thread count give the same."""
+    sha = hashlib.sha256()
+    for value in model.state_dict().values():
+        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,198 @@
+"""Where a run computes: device, precision, processes. And how it ends: signals and faults in one sentence."""
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support import UserError
+
+# torchrun sets all three
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+)
+OUT_OF_MEMORY += ("valid cuDNN algorithm",)  # cuDNN's way to say it
+LOST_CONNECTION = "closed by peer", "reset by peer", "Broken pipe"  # gloo's words; nccl has its own error
+
+
+def choose_device(wanted, precision):
+    """(device, dtype of the convolutions, the dtype and its reason in words). "auto": the best there is."""
+    mps = torch.backends.mps.is_available() and WORLD_SIZE == 1  # gloo has no mps
+    found = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind = found if wanted == "auto" else wanted
+    if kind not in ("cpu", found):
+        raise UserError(f"device is {kind}, which was not found; set device to auto or {found}")
+    device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
+    native, reason = {"cuda": check_gpu, "mps": lambda _: (False, "mps")}.get(kind, check_cpu)(device)
+    bf16 = native if precision == "auto" else precision == "bf16"
+    # TF32 would round the factors of fp32 convolutions, and those of SSIM, to 10 bits
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if bf16 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    reason = reason if precision == "auto" else "chosen by knob"
+    return device, torch.bfloat16 if bf16 else torch.float32, f"{'bf16' if bf16 else 'fp32'} ({reason})"
+
+
+def check_gpu(device):
+    """Whether the GPU multiplies bf16, and why. Raises UserError if it cannot be used."""
+    if (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
+        raise UserError(
+            f"process {LOCAL_RANK + 1} finds {gpus} GPUs; start one process a GPU: --nproc_per_node={gpus}"
+        )
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except RuntimeError as error:  # a driver that fails, or a GPU for which this torch has no kernels
+        if "out of memory" in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"torch cannot use the GPU: {reason}; install a torch for it (pytorch.org), or set device to cpu"
+        ) from error
+    major, minor = torch.cuda.get_device_capability()
+    return (major, minor) >= (8, 0), f"compute capability {major}.{minor}"
+
+
+def check_cpu(device):
+    """Whether the CPU multiplies bf16, and why."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    older = "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"
+    masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in older
+    units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
+    native = bool(units) and not masked
+    return native, units[0] if native else "no bf16 unit found"
+
+
+def gpu_without_cuda(device):
+    """Whether an NVIDIA driver is installed, but this torch was built without CUDA."""
+    windows = os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "nvcuda.dll")
+    driver = any(map(os.path.exists, ("/proc/driver/nvidia/version", windows)))
+    return driver and device.type == "cpu" and torch.version.cuda is None
+
+
+def init_distributed(device):
+    """Connect to the other processes, if there are any. Raises UserError."""
+    if WORLD_SIZE == 1:
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is {WORLD_SIZE}, but {', '.join(missing)} are not set; use torchrun")
+    try:
+        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # another may download the array
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the processes did not find each other: {reason}") from error
+
+
+def to_device(tensor, device):
+    """A copy on the device. From pinned memory, a GPU takes it without a wait for what it computes."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def all_reduce(value, device):
+    """The sum over all processes."""
+    if WORLD_SIZE == 1:
+        return value
+    value = value.to(device)  # nccl reduces on the GPU only
+    dist.all_reduce(value)
+    return value
+
+
+def broadcast(value):
+    """The value that the first process has."""
+    box = [value]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_rank_0(function, *arguments):
+    """Call a function in the first process only; every process gets its result."""
+    return broadcast(function(*arguments) if RANK == 0 else None)
+
+
+def print0(*words):
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def exit_process(status, message=None):
+    """End this process; the message goes to stderr."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if WORLD_SIZE == 1:
+        sys.exit(status)
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)  # at Python's own shutdown, a thread of gloo may abort the process
+
+
+def stop(signum, frame):
+    """Handle Ctrl-C and SIGTERM: say how to continue, and unwind."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the second time, at once
+    if RANK == 0:
+        join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+        command = join(sys.orig_argv) if WORLD_SIZE == 1 else "the same torchrun command"
+        with suppress(OSError):  # a closed pipe
+            # os.write, as print may be interrupted in its middle
+            os.write(2, os.fsencode(f"\nstopped; this continues: {command}\n"))
+    raise SystemExit(128 + signum)
+
+
+def exit_from_ignored(ignored):
+    """Python prints and ignores what is raised in a __del__ or a weakref callback: end there, too."""
+    if not isinstance(ignored.exc_value, SystemExit):
+        return sys.__unraisablehook__(ignored)
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(ignored.exc_value.code)
+
+
+def run_script(function, out_of_memory_advice=""):
+    """Call a function. A signal or a foreseeable fault ends it with one sentence, a bug with a traceback."""
+    name = f"main.py, rank {RANK}" if WORLD_SIZE > 1 else os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    sys.unraisablehook = exit_from_ignored
+    try:
+        function()
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+            exit_process(0)
+    except SystemExit as stopped:
+        exit_process(stopped.code)
+    except (UserError, FloatingPointError) as error:
+        exit_process(1, f"{name}: {error}")
+    except (MemoryError, RuntimeError) as error:  # on a CPU, torch raises RuntimeError
+        text = " ".join(str(error).partition("Exception raised from")[0].split())  # no C++ stack
+        if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+            exit_process(1, f"{name}: out of memory; {out_of_memory_advice}")
+        if isinstance(error, dist.DistError) or any(words in text for words in LOST_CONNECTION):
+            reason = text or type(error).__name__
+            exit_process(1, f"{name}: lost the other processes ({reason}); if one has ended, it says why")
+        raise
+    except OSError as error:  # of print: files have sentences of their own
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        words = f"{name}: cannot print: {error.strerror}. The last checkpoint is intact"
+        print(words, file=sys.stderr, flush=True)
+        os._exit(1)  # at its end Python would print again

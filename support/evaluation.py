@@ -1,0 +1,330 @@
+"""Score a forecast over a split, beyond the training's task, and beside other runs. Processes share the work.
+
+A forecast is a function (past, n) → (prediction in [0, 1], logits or None). Frames are (B, T, C, H, W).
+"""
+
+import csv
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import figures
+import metrics
+import moving_mnist
+from support import UserError
+from support.checkpoint import lock_folder, remove_strays, write_atomic
+from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
+
+CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
+CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
+BASELINES = {
+    name: lambda past, n, name=name: (getattr(metrics, name)(past, n), None) for name in figures.LABELS
+}
+N_BEYOND = 100  # sequences of each case beyond training
+
+
+class Task(NamedTuple):
+    """What is scored: a forecast, and how many frames it reads and draws."""
+
+    forecast: object
+    frames_in: int
+    frames_out: int
+    device: torch.device
+
+
+def make_forecast(model, autocast):
+    """The model as a forecast."""
+
+    @torch.inference_mode()
+    def forecast(past, n_future):
+        model.eval()
+        with autocast():
+            logits = model(past, n_future).float()
+        return torch.sigmoid(logits), logits
+
+    return forecast
+
+
+def split_frames(frames, frames_in, frames_out, device="cpu"):
+    """uint8 sequences → (past, truth) in [0, 1]."""
+    frames = frames[:, : frames_in + frames_out].to(device).float() / 255
+    return frames[:, :frames_in], frames[:, frames_in:]
+
+
+def evaluate(task, dataset, names, index=None):
+    """name → mean of metrics.<name> over the dataset, or over its sequences in index.
+
+    That is a curve over the frames, for the cross-entropy one value, for "mse_per_sequence" one a sequence.
+    """
+    index = np.arange(len(dataset)) if index is None else index
+    sizes = {CROSS_ENTROPY: 1, EACH: len(index)}
+    sums = {name: torch.zeros(sizes.get(name, task.frames_out)).double() for name in names}
+    mine = np.arange(len(index))[RANK::WORLD_SIZE]
+    at_once = max(
+        1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:]))
+    )  # large frames need no more memory
+    for start in range(0, len(mine), at_once):
+        some = mine[start : start + at_once]
+        past, truth = split_frames(dataset[index[some]], *task[1:])
+        prediction, logits = task.forecast(past, task.frames_out)
+        for name in names:
+            value = getattr(metrics, name)(logits if name == CROSS_ENTROPY else prediction, truth).cpu()
+            if name == EACH:
+                sums[name][some] = value * len(index)
+            else:
+                sums[name] += value * len(some)
+    return {name: all_reduce(value, task.device).cpu() / len(index) for name, value in sums.items()}
+
+
+def mse_curve(task, dataset):
+    """The MSE of each forecast frame, a list."""
+    return evaluate(task, dataset, ["mse_per_frame"])["mse_per_frame"].tolist()
+
+
+def score(name, task, dataset):
+    """(the scores of metrics.json: the model and each baseline → metric → unit, mean and curve; ranking).
+
+    The ranking is the order of the sequences, the best forecast first.
+    """
+    finite = lambda value: float(value) if value.isfinite() else None  # JSON has no infinity, as of PSNR
+    scores = {}
+    for who, forecast in {name: task.forecast, **BASELINES}.items():
+        names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY, EACH)
+        found = evaluate(task._replace(forecast=forecast), dataset, names)
+        if who == name:
+            ranking = found.pop(EACH).argsort(stable=True)
+        scores[who] = {
+            key: {"unit": unit, "mean": finite(found[key].mean()), "per_frame": list(map(finite, found[key]))}
+            for key, (_, unit) in metrics.METRICS.items()
+            if key in found
+        }
+    return scores, ranking
+
+
+def describe_split(results):
+    split = "all" if results["split"] == "all" else f"{results['split']} split"
+    return f"{split} of the {results['data']}, {results['sequences']:,} sequences"
+
+
+def table_cells(scores, missing):
+    """The mean of each metric, in the order of metrics.METRICS, as text."""
+    means = (scores[name]["mean"] if name in scores else None for name in metrics.METRICS)
+    to_text = lambda mean: f"{mean:.0f}" if mean >= 1000 else f"{mean:#.4g}"
+    return [missing if mean is None else to_text(mean) for mean in means]
+
+
+def report(results):
+    """metrics.json as lines for people."""
+    title = f"{describe_split(results)}, mean over {results['frames_out']} forecast frames (SSIM*: OpenSTL's)"
+    lines = [title, " " * 18 + "".join(f"{name:>14}" for name in metrics.HEADINGS)]
+    for who, scores in results["scores"].items():
+        cells = table_cells(scores, "-")
+        lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells))
+    mse = {who: scores["mse_per_frame"]["mean"] for who, scores in results["scores"].items()}
+    better = [
+        f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in BASELINES if mse[who] < mse[results["model"]]
+    ]
+    if better:
+        lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
+    if beyond := results.get("beyond"):
+        names = list(next(iter(beyond.values())))
+        lines += ["", f"beyond training, MSE of {N_BEYOND} generated sequences with test digits"]
+        lines.append(" " * 18 + "".join(f"{figures.LABELS.get(name, name):>20}" for name in names))
+        for case, curves in beyond.items():
+            lines.append(f"{case:18}" + "".join(f"{np.mean(curves[name]):>20.1f}" for name in names))
+    return "\n".join([*lines, "", f"weights   {results['weights']}"])
+
+
+def draw_samples(folder, task, dataset, title):
+    """predict_1.png … predict_4.png and predict.gif, of the same four sequences every time."""
+    index = np.linspace(0, len(dataset) - 1, 4).astype(int)
+    named = {str(k): (i, f"sequence {i + 1} of {len(dataset):,}") for k, i in enumerate(index, 1)}
+    past, truth, prediction = draw_named(folder, task, dataset, named, title)
+    write_atomic(folder / "predict.gif", figures.animation(past[0], truth[0], prediction[0], title))
+
+
+def draw_ranked(folder, task, dataset, ranking, title):
+    """predict_best.png, predict_median.png, predict_worst.png, so that nobody has to trust a lucky sample.
+
+    And predict_last_frame.png: the last frame, the hardest, of ten forecasts from the best to the worst.
+    """
+    n = len(ranking)
+    named = {
+        name: (int(ranking[rank]), f"the {name} of {n:,} sequences")
+        for name, rank in {"best": 0, "median": n // 2, "worst": n - 1}.items()
+    }
+    draw_named(folder, task, dataset, named, title)
+    index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
+    past, truth = split_frames(dataset[index], task.frames_in, task.frames_out)
+    # one at a time, so that large ones fit in memory
+    all_frames = [task.forecast(one[None].to(task.device), task.frames_out)[0][0].cpu() for one in past]
+    errors = [describe_error(f, t) for f, t in zip(all_frames, truth, strict=True)]
+    last = torch.stack([frames[-1] for frames in all_frames])
+    rows = {"truth": ([f"sequence {i + 1:,}" for i in index], truth[:, -1]), "forecast": (errors, last)}
+    title = (
+        f"{title}: frame {task.frames_in + task.frames_out} of {len(index)} sequences, best to worst forecast"
+    )
+    write_atomic(folder / "predict_last_frame.png", figures.grid(rows, title))
+
+
+def draw_named(folder, task, dataset, named, title):
+    """predict_<name>.png of each; named: name → (index in the dataset, words for the title)."""
+    index = np.array([i for i, _ in named.values()])
+    past, truth = split_frames(dataset[index], task.frames_in, task.frames_out)
+    prediction = task.forecast(past.to(task.device), task.frames_out)[0].cpu()
+    for (name, (_, words)), p, t, f in zip(named.items(), past, truth, prediction, strict=True):
+        picture = figures.prediction(p, t, f, f"{title}: {words}, {describe_error(f, t)}")
+        write_atomic(folder / f"predict_{name}.png", picture)
+    return past, truth, prediction
+
+
+def describe_error(forecast, truth):
+    """The MSE of one sequence, (T, C, H, W), in words."""
+    return f"MSE {(forecast - truth).square().sum() / len(truth):.0f}"
+
+
+def score_beyond_training(folder, name, task, patch_size):
+    """What training never showed: case → the model and each baseline → MSE a frame. Draws each case.
+
+    Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
+    """
+    try:
+        digits, results = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png"), {}
+    except UserError as error:  # no reason to lose the scores of the test split
+        print0(f"beyond training: not possible: {error}")
+        return {}
+    large = max(96, 64 + patch_size)  # it can be cut into patches where 64 can
+    double, triple = f"{2 * task.frames_out} frames", f"{3 * task.frames_out} frames"
+    cases = {
+        triple: {"n_frames": task.frames_in + 3 * task.frames_out},
+        "three digits": {"n_digits": 3},
+        # on the larger canvas, a digit moves as many pixels a frame as on 64×64
+        f"{large}×{large} pixels": {"size": large, "step": 0.1 * (64 - 28) / (large - 28)},
+    }
+    for case, changes in cases.items():
+        options = {"n_frames": task.frames_in + task.frames_out, **changes}
+        frames = moving_mnist.generate(digits, N_BEYOND, seed=0, **options).swapaxes(0, 1)
+        dataset, n = moving_mnist.Sequences(frames), options["n_frames"] - task.frames_in
+        longer = task._replace(frames_out=n)
+        try:
+            forecasts = {name: task.forecast, **BASELINES}
+            curves = {who: mse_curve(longer._replace(forecast=f), dataset) for who, f in forecasts.items()}
+        except (
+            RuntimeError,
+            ValueError,
+            ArithmeticError,
+        ) as error:  # an edited network, or too little memory
+            if WORLD_SIZE > 1:
+                raise  # the other processes wait for this one
+            print0(f"beyond training: {case}: not possible ({str(error).partition(chr(10))[0]})")
+            continue
+        lengths = {"as in training": task.frames_out, double: 2 * task.frames_out} if case == triple else {}
+        for part, length in {**lengths, case: n}.items():  # a long forecast begins with the short ones
+            results[part] = {who: values[:length] for who, values in curves.items()}
+        if RANK == 0:
+            draw_beyond(folder, name, case, longer, dataset)
+    if RANK == 0 and results:
+        panels = {case: results[case] for case in cases if case in results}
+        write_atomic(folder / "beyond.png", figures.per_frame(panels))
+    return results
+
+
+def draw_beyond(folder, name, case, task, dataset):
+    """beyond_<case>.png of the first sequence, as good or bad as it happens to be."""
+    past, truth = split_frames(dataset[:1], task.frames_in, task.frames_out)
+    n = task.frames_in + 1
+    rows = {"input": (1, past[0]), "truth": (n, truth[0])}
+    for who, forecast in {"forecast": task.forecast, **BASELINES}.items():
+        if who != "black":
+            frames = forecast(past.to(task.device), task.frames_out)[0][0].cpu()
+            rows[figures.LABELS.get(who, who)] = n, frames
+    picture = figures.grid(rows, f"{name}: {case}, never trained on")
+    write_atomic(folder / f"beyond_{case.replace(' ', '_').replace('×', 'x')}.png", picture)
+
+
+SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
+
+
+def read_run(folder):
+    """metrics.json of a folder, its first forecast, its label, and what its training cost."""
+    run = json.loads((folder / "metrics.json").read_text("utf-8"))
+    run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    run["label"] = f"{folder.name} ({config['changes']})" if config["changes"] else folder.name
+    run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
+    run["history"] = []
+    if (folder / "log.csv").exists():  # weights that were only evaluated have none
+        logs = ((folder / name).read_text("utf-8").splitlines() for name in ("log.csv", "timing.csv"))
+        log, timing = (list(csv.DictReader(lines)) for lines in logs)
+        minutes = {row["step"]: float(row["minutes"]) for row in timing}
+        run["history"] = [
+            {
+                "sequences": int(r["sequences"]),
+                "minutes": minutes[r["step"]],
+                "val_loss": float(r["val_loss"]),
+            }
+            for r in log
+            if r["val_loss"]
+        ]
+    return run
+
+
+def compare_runs(out, latest, first_sequence):
+    """compare.png, compare_strip.png and compare.md in `out`, of all its runs tested on the same data.
+
+    latest: the metrics.json of one of them. first_sequence: of the test split, (T, C, H, W) uint8.
+    A single run is not compared.
+    """
+    with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
+        remove_strays(out)
+        runs, left_out = [], []
+        for path in sorted(out.glob("*/metrics.json")):
+            try:
+                run = read_run(path.parent)
+                fits = all(run[key] == latest[key] for key in SAME_TASK)
+                shape = latest["frames_out"], *first_sequence.shape[1:]
+                fits = fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]
+                comparison_table([run], {}, [])  # it can be written
+            except Exception:  # half there, of another version, or damaged: reading may raise anything
+                fits = False
+            if fits:
+                runs.append(run)
+            else:
+                left_out.append(path.parent.name)
+        if len(runs) < 2:
+            return
+        runs.sort(key=lambda run: run["curve"].mean())
+        baselines = {who: latest["scores"][who] for who in figures.LABELS}
+        write_atomic(out / "compare.md", comparison_table(runs, baselines, left_out).encode())
+        title = describe_split({**latest, "data": latest["data_tested"]})
+        histories = {run["label"]: run["history"] for run in runs}
+        curves = {run["label"]: run["curve"] for run in runs}
+        curves |= {who: scores["mse_per_frame"]["per_frame"] for who, scores in baselines.items()}
+        write_atomic(out / "compare.png", figures.compare(histories, curves, title))
+        n = latest["frames_in"]
+        rows = {"input": (1, first_sequence[:n] / 255)}
+        rows["truth"] = n + 1, first_sequence[n:][: latest["frames_out"]] / 255
+        rows |= {run["label"]: (n + 1, run["first_forecast"]) for run in runs}
+        write_atomic(out / "compare_strip.png", figures.grid(rows, f"{title}: the first sequence"))
+
+
+def comparison_table(runs, baselines, left_out):
+    """compare.md: one row a run, the lowest MSE first."""
+    columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
+    lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
+    lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's.", ""]
+    lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for run in runs:
+        seen, minutes = "–", "–"
+        if run["history"]:
+            seen, minutes = f"{run['history'][-1]['sequences']:,}", f"{run['history'][-1]['minutes']:.1f}"
+        cells = [f"{run['parameters']:,}", seen, minutes, *table_cells(run["scores"][run["model"]], "–")]
+        lines.append(f"| {run['label']} | {' | '.join(cells)} |")
+    for who, scores in baselines.items():
+        lines.append(f"| {figures.LABELS[who]} | – | – | – | {' | '.join(table_cells(scores, '–'))} |")
+    if left_out:
+        lines += ["", f"Left out, as they were tested on something else: {', '.join(left_out)}."]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,78 @@
+"""Build the C files at start-up, where the machine has a C compiler, and call what is in them."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+def build(source, *flags):
+    """The library of a C file in this folder; None where it cannot be built."""
+    for compiler in filter(None, map(shutil.which, ("gcc", "cc", "clang"))):  # clang, if torch has its OpenMP
+        with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
+            # link the OpenMP that torch has loaded: a second one would compete for the cores
+            lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
+            maps = [line.split(maxsplit=5)[-1] for line in lines]
+            openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
+            fast = [
+                "-O3",
+                "-march=native",
+                "-mprefer-vector-width=512",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+            ]
+            with tempfile.TemporaryDirectory() as folder:
+                run = functools.partial(
+                    subprocess.run, check=True, capture_output=True, cwd=folder, timeout=60
+                )
+                run(
+                    [
+                        compiler,
+                        *fast,
+                        *flags,
+                        "-fopenmp",
+                        "-fPIC",
+                        "-c",
+                        Path(__file__).with_name(source),
+                        "-o",
+                        "a.o",
+                    ]
+                )
+                run([compiler, "-shared", "a.o", openmp, "-o", "a.so"])
+                return ctypes.CDLL(f"{folder}/a.so")
+    return None
+
+
+@torch.no_grad()
+def by_torch(plain, results, dtype, dynamic=False):
+    """Functions by torch.compile, for a GPU; the plain ones where it fails, as without Triton, or disagrees.
+
+    results(functions, k): what they compute from the kth numbers, k = 0 and 1.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few kernels need no pool of processes
+    with contextlib.suppress(Exception):  # a compiler, or an edited function, may raise anything
+        torch._dynamo.config.recompile_limit = 64  # one for each batch, width and dtype
+        compiled = tuple(torch.compile(f, fullgraph=True, dynamic=dynamic) for f in plain)
+        if all(agree(results(compiled, k), results(plain, k), dtype) for k in (0, 1)):
+            return compiled
+    return plain
+
+
+def agree(found, expected, dtype):
+    """Whether tensors equal those of the plain function, up to the rounding of dtype."""
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-4  # of the largest value
+    return all((a - b).abs().max() <= limit * b.abs().max() for a, b in zip(found, expected, strict=True))
+
+
+def arguments(*values):
+    """Numbers as long, tensors as pointers, None as the null pointer."""
+    of = lambda v: (
+        ctypes.c_long(v) if isinstance(v, int) else ctypes.c_void_p(None if v is None else v.data_ptr())
+    )
+    return map(of, values)

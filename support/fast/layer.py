@@ -1,0 +1,267 @@
+"""`my_model.ConvLSTM` again, at nearly the cost of its convolutions. Read `my_model.py` first.
+
+One `autograd.Function` covers all frames of a call. What makes it fast:
+
+1. The gates are one pass over memory in each direction (`gates.c`), with a rational tanh. The library's exp
+   and tanh cost several times the convolution.
+2. The input-to-state convolution of all frames is one call.
+3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image. The gates write h and c straight
+   into the sequence, and backward turns the pre-activations into their gradient.
+4. Backward keeps only x, z, h and c, and computes the gates again. The state-to-state weight gradient of all
+   frames is one convolution.
+5. Convolutions use Winograd's method where that pays (`winograd.py`). Else their weight is laid out only
+   once a call.
+
+T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from support.fast import build, winograd
+
+
+def fast_layer(cell, x, state, n_frames):
+    """The loop of `my_model.ConvLSTM`: x (B, T, C, H, W) or None, state → hidden states, last state."""
+    device = state[0].device.type
+    if x is not None and x.shape[2] != cell.input_to_state.shape[1]:
+        raise ValueError(f"the input has {x.shape[2]} channels; expected {cell.input_to_state.shape[1]}")
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
+    c_dtype = torch.promote_types(dtype, torch.float32)
+    cast = lambda w: w if w.dtype == dtype else w.to(dtype, memory_format=torch.channels_last)
+    input_to_state = None if x is None else cast(cell.input_to_state)
+    weights = input_to_state, cast(cell.state_to_state), cell.bias.to(dtype)
+    peephole = state[0].new_zeros(3, cell.hidden_channels) if cell.peephole is None else cell.peephole
+    h, c = (s.permute(0, 2, 3, 1) for s in state)
+    x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
+    with torch.autocast(device, enabled=False):
+        options = n_frames, *weights, peephole.to(c_dtype), cell.dilation
+        hs, h, c = FastConvLSTM.apply(x, h.to(dtype), c.to(c_dtype), *options)
+    return hs.permute(1, 0, 4, 2, 3), (h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2))
+
+
+def gates_forward(z, peephole, c, c_before, h):
+    """One time step. z (N, 4C); c (N, C) is updated in place; c_before and h (N, C) are filled."""
+    c_before.copy_(c)  # the first line, or torch.compile would copy the new c: pytorch issue 198131
+    i, f, o, g = z.to(c.dtype).chunk(4, 1)
+    c.copy_(torch.sigmoid(f + peephole[1] * c) * c + torch.sigmoid(i + peephole[0] * c) * torch.tanh(g))
+    h.copy_(torch.sigmoid(o + peephole[2] * c) * torch.tanh(c))
+
+
+def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
+    """The gradient of gates_forward. dh comes from above, dh_next and dc from the next step.
+
+    Overwrites z with its gradient, and dc with that of the step before. sums (threads, 7, C) collects the
+    gradients of the four biases and the three peepholes.
+    """
+    i, f, o, g = z.to(dc.dtype).chunk(4, 1)
+    c = c.to(dc.dtype)
+    i, f, g = torch.sigmoid(i + peephole[0] * c), torch.sigmoid(f + peephole[1] * c), torch.tanh(g)
+    c_next = f * c + i * g
+    o, tanh_c = torch.sigmoid(o + peephole[2] * c_next), torch.tanh(c_next)
+    dh = dh.to(dc.dtype) + dh_next.to(dc.dtype)
+    do = dh * tanh_c * o * (1 - o)
+    dc_next = dc + dh * o * (1 - tanh_c * tanh_c) + peephole[2] * do
+    di, df, dg = dc_next * g * i * (1 - i), dc_next * c * f * (1 - f), dc_next * i * (1 - g * g)
+    z.copy_(torch.cat((di, df, do, dg), 1))
+    dc.copy_(dc_next * f + peephole[0] * di + peephole[1] * df)
+    sums[0] += torch.stack((di, df, do, dg, di * c, df * c, do * c_next)).sum(1)
+
+
+def one_step(forward, backward, dtype, scale, device="cpu"):
+    """What a pair of gate functions computes from fixed numbers; scale: that of the cell state."""
+    # on a GPU the sizes of main.py's defaults, for which torch.compile then need not compile again
+    (N, C), generator = (6, 20) if device == "cpu" else (2048, 96), torch.Generator().manual_seed(0)
+    draw = lambda n: 2 * torch.randn(N, n * C, generator=generator).to(device)
+    z, dh, dh_next = (draw(n).to(dtype) for n in (4, 1, 1))
+    c, dc, peephole = scale * draw(1), draw(1), draw(1)[:3]
+    c_before, h, sums = torch.empty_like(dh), torch.empty_like(dh), c.new_zeros(torch.get_num_threads(), 7, C)
+    forward(z, peephole, c, c_before, h)
+    backward(z, peephole, c_before, dh, dh_next, dc, sums)
+    return c, c_before, h, z, dc, sums.sum(0)
+
+
+@functools.cache
+def gate_functions(device_type, dtype):
+    """(gates_forward, gates_backward): compiled, where that works and agrees with those above."""
+    plain = gates_forward, gates_backward
+    if device_type == "cuda":
+        return build.by_torch(plain, lambda pair, k: one_step(*pair, dtype, (1, 20)[k], "cuda"), dtype)
+    supported = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    library = build.build("gates.c", *(["-DBF16"] if dtype == torch.bfloat16 else [])) if supported else None
+    if library is None:
+        return plain
+
+    def call(function, z, *tensors):
+        N, C = z.shape[0], z.shape[1] // 4
+        function(*build.arguments(N, C, torch.get_num_threads(), z, *tensors))
+
+    built = tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
+    steps = ([one_step(*functions, dtype, scale) for functions in (built, plain)] for scale in (1, 20))
+    return built if all(build.agree(*pair, dtype) for pair in steps) else plain
+
+
+class FastConvLSTM(torch.autograd.Function):
+    """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → all h (T, B, H, W, C), last h and c.
+
+    Backward runs only once, as it overwrites z.
+    """
+
+    @staticmethod
+    def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole, dilation):
+        B, H, W, C = c.shape
+        pixels = n_frames * B * H * W
+        c = c.clone(memory_format=torch.contiguous_format)
+        cells = h.new_empty(n_frames, B, H, W, C)  # before each step
+        hiddens = h.new_empty(n_frames + 1, B, H, W, C)
+        hiddens[0] = h
+        # Skip the convolution of the first hidden state where it is zeros, as an encoder's is. Not on a GPU,
+        # which the look would stall; nor of a lone frame, whose weight gradient needs something to convolve.
+        first = int(n_frames > 1 and h.device.type == "cpu" and not h.any())
+        if x is None:
+            z = h.new_empty(n_frames, B, H, W, 4 * C)
+        else:
+            z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
+        # evaluation on a GPU is too short to compile for
+        fast = z.device.type == "cpu" or any(ctx.needs_input_grad)
+        gates = gate_functions(z.device.type, z.dtype)[0] if fast else gates_forward
+        peephole = peephole.detach()  # torch.compile compiles anew for what needs a gradient
+        state_to_state = convolution(state_weight, pixels, dilation=dilation)
+        for t in range(n_frames):
+            if x is None:
+                z[t] = bias  # now, so that it is in the cache when it is added to
+            if t >= first:
+                state_to_state(hiddens[t], z[t])
+            gates(rows(z[t]), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
+        ctx.save_for_backward(x, input_weight, state_weight, peephole)
+        ctx.sequences, ctx.first, ctx.dilation = (z, cells, hiddens), first, dilation
+        return hiddens[1:], hiddens[-1], c
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh, dh_next, dc):
+        x, input_weight, state_weight, peephole = ctx.saved_tensors
+        z, cells, hiddens = ctx.sequences
+        pixels = z[..., 0].numel()
+        del ctx.sequences  # z is about to be overwritten
+        _, gates = gate_functions(z.device.type, z.dtype)
+        dc = dc.clone(memory_format=torch.contiguous_format)
+        dh, dh_next = dh.contiguous(), dh_next.contiguous()
+        sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
+        to_dh = convolution(flipped(state_weight), pixels, dilation=ctx.dilation)
+        for t in reversed(range(len(z))):
+            gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
+            if t or ctx.needs_input_grad[1]:
+                dh_next = to_dh(z[t])
+        del cells, dh, to_dh  # what follows needs room of its own
+        dz = z.flatten(0, 1)
+        convolved = z[ctx.first :].flatten(0, 1), hiddens[ctx.first : -1].flatten(0, 1)
+        d_state = weight_gradient(*convolved, state_weight, ctx.dilation)
+        dx = d_input = None
+        if x is not None:
+            d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)
+            dx = (
+                convolution(flipped(input_weight), pixels)(dz).view(x.shape)
+                if ctx.needs_input_grad[0]
+                else None
+            )
+        sums = sums.sum(0)
+        return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
+
+
+def rows(x):
+    """(B, H, W, C) as (N, C), without a copy."""
+    return x.view(-1, x.shape[-1])
+
+
+def convolution(weight, pixels, bias=None, dilation=1):
+    """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last.
+
+    With a second argument, it adds to that instead, without the bias. pixels: N·H·W of all its calls.
+    """
+    k = weight.shape[-1]
+    if winograd.is_supported(weight, pixels, dilation):
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        return functools.partial(winograd.convolve, winograd.to_points(weight), k, bias)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    packed = torch.backends.mkldnn.enabled and can_prepack(weight.device.type, weight.dtype)
+    return (prepacked_convolution if packed else plain_convolution)(
+        weight, bias, dilation * (k // 2), dilation
+    )
+
+
+def plain_convolution(weight, bias, padding, dilation):
+    def convolve(x, y=None):
+        found = F.conv2d(
+            as_images(x), weight, bias if y is None else None, padding=padding, dilation=dilation
+        )
+        found = found.permute(0, 2, 3, 1).contiguous()
+        return found if y is None else y.add_(found)
+
+    return convolve
+
+
+def prepacked_convolution(weight, bias, padding, dilation):
+    """The same with oneDNN's own calls, as torch.compile makes them: the weight is laid out once."""
+    onednn, options, packed = torch.ops.mkldnn, ([padding] * 2, [1, 1], [dilation] * 2, 1), []
+
+    def convolve(x, y=None):
+        x = as_images(x)
+        if not packed:
+            packed.append(onednn._reorder_convolution_weight(weight, *options, x.shape))
+        if y is None:
+            found = onednn._convolution_pointwise(x, *packed, bias, *options, "none", [], "")
+            return found.permute(0, 2, 3, 1).contiguous()
+        onednn._convolution_pointwise_(as_images(y), x, *packed, None, *options, "add", 1.0, None, [], None)
+        return y
+
+    return convolve
+
+
+@functools.cache
+def can_prepack(device_type, dtype):
+    """Whether prepacked_convolution, whose calls are not documented, works and agrees with the plain one."""
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    x, y, weight, bias = draw(2, 5, 4, 16), draw(2, 5, 4, 32), draw(32, 16, 3, 3) / 12, draw(32)
+    results = []
+    try:
+        for kind in (prepacked_convolution, plain_convolution):
+            convolve, added = (
+                kind(weight.contiguous(memory_format=torch.channels_last), bias, 2, 2),
+                y.clone(),
+            )
+            convolve(x, added)
+            results.append((convolve(x), added))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return build.agree(*results, dtype)
+
+
+def as_images(x):
+    """(N, H, W, C) → (N, C, H, W), without a copy."""
+    return x.permute(0, 3, 1, 2)
+
+
+def flipped(weight):
+    """The weight of the convolution from dy to dx: rotated by 180°, its input and output channels swapped."""
+    n_out, n_in, k, _ = weight.shape
+    # as a matrix first: torch transposes two axes several times as fast as four
+    swapped = weight.permute(0, 2, 3, 1).reshape(n_out, -1).t().contiguous()
+    swapped = swapped.view(k, k, n_in, n_out).flip(0, 1).permute(2, 3, 0, 1)
+    return swapped.contiguous(memory_format=torch.channels_last)
+
+
+def weight_gradient(dy, x, weight, dilation=1):
+    """From x (N, H, W, C_in) and the gradient dy (N, H, W, C_out) of its convolution with weight."""
+    k = weight.shape[-1]
+    if winograd.is_supported(weight, x[..., 0].numel(), dilation):
+        return winograd.weight_gradient(dy, x, k)
+    dy, x = as_images(dy), as_images(x)
+    options = None, [1, 1], [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], 1
+    return torch.ops.aten.convolution_backward(dy, x, weight, *options, (False, True, False))[1]

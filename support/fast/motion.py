@@ -1,0 +1,104 @@
+"""`advect` and `matching_costs` of motion.py, compiled, for the CPU in fp32; the latter for a GPU as well."""
+
+import functools
+
+import torch
+
+import motion as plain
+from support.fast import build
+
+LARGEST_PATCH = 32  # the compiled code keeps a whole patch on its stack
+
+
+def advect(frames, weights, patch_size):
+    """`motion.advect`, many times as fast on a CPU."""
+    if is_compiled_for(frames) and weights.dtype == torch.float32:
+        return Advect.apply(frames, weights, patch_size)
+    return plain.advect(frames, weights, patch_size)
+
+
+def is_compiled_for(frames):
+    return frames.device.type == "cpu" and frames.dtype == torch.float32
+
+
+def matching_costs(frames, before, patch_size, max_motion):
+    """`motion.matching_costs`."""
+    if frames.device.type == "cuda" and not torch.is_inference_mode_enabled():  # evaluation is too short
+        with torch.autocast("cuda", enabled=False):  # for which torch.compile would compile anew
+            images = frames.detach(), before.detach()
+            return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
+    if not is_compiled_for(frames):
+        return plain.matching_costs(frames, before, patch_size, max_motion)
+    N, _, H, W = frames.shape
+    costs = frames.new_empty(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2)
+    call("match", patch_size, before, costs, frames)
+    return costs
+
+
+@functools.cache
+def costs_on_gpu(patch_size, max_motion):
+    """`motion.matching_costs` by torch.compile, where that works."""
+
+    def results(functions, k):
+        shape, generator = (8 + k, 1, 16 * patch_size, 16 * patch_size), torch.Generator().manual_seed(k)
+        images = (torch.rand(shape, generator=generator).cuda() for _ in range(2))
+        return [functions[0](*images, patch_size, max_motion)]
+
+    return build.by_torch((plain.matching_costs,), results, torch.float32, dynamic=True)[0]
+
+
+class Advect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, frames, weights, patch_size):
+        frames, weights = frames.contiguous(), weights.contiguous()
+        ctx.save_for_backward(frames, weights)
+        ctx.patch_size = patch_size
+        moved = torch.empty_like(frames)
+        call("advect_forward", patch_size, frames, weights, moved)
+        return moved
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_moved):
+        frames, weights = ctx.saved_tensors
+        d_weights = torch.empty_like(weights)
+        d_frames = torch.empty_like(frames) if ctx.needs_input_grad[0] else None
+        call("advect_backward", ctx.patch_size, frames, weights, d_moved.contiguous(), d_weights, d_frames)
+        return d_frames, d_weights, None
+
+
+def call(name, patch_size, frames, of_moves, *others):
+    """Call a function of advect.c. of_moves: the weights or the costs, (N, H/P, W/P, K²)."""
+    H, W = frames.shape[-2:]
+    K, threads = round(of_moves.shape[-1] ** 0.5), torch.get_num_threads()
+    # more scratch memory than any of the functions needs
+    scratch = frames.new_empty(threads, (H + K) * (W + 2 * K + patch_size + 16) * max(2, patch_size))
+    function = getattr(compiled(patch_size, K), name)
+    function(*build.arguments(*frames.shape, threads, frames, of_moves, *others, scratch))
+
+
+@functools.cache
+def compiled(patch_size, K):
+    return build.build("advect.c", f"-DP={patch_size}", f"-DK={K}") if patch_size <= LARGEST_PATCH else None
+
+
+@functools.cache
+def is_supported(patch_size, max_motion):
+    """Whether advect.c compiles here and agrees with motion.py, forward and backward."""
+    K = 2 * max_motion + 1
+    if compiled(patch_size, K) is None:
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        frames = torch.rand(1, 2, 2 * patch_size, 2 * patch_size, requires_grad=True)
+        weights = torch.rand(1, 2, 2, K * K, requires_grad=True)
+        before = torch.rand(1, 2, 2 * patch_size, 2 * patch_size)
+    found = []
+    try:
+        for functions in ((advect, matching_costs), (plain.advect, plain.matching_costs)):
+            moved = functions[0](frames, weights, patch_size)
+            gradients = torch.autograd.grad(moved.square().sum(), (frames, weights))
+            found.append((moved, functions[1](frames.detach(), before, patch_size, max_motion), *gradients))
+    except Exception:  # an edited function may raise anything
+        return False
+    return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*found, strict=True))

@@ -1,0 +1,393 @@
+"""One run: its folder, how it starts or resumes, what it counts and logs, and how it ends.
+
+`Run` never calls the model for training, `backward` or an optimizer: that is main.py's.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import figures
+from support import UserError, checkpoint, evaluation
+from support.checkpoint import write_atomic
+from support.distributed import RANK, broadcast, on_rank_0, print0
+from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
+
+FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
+EVALUATIONS = 10  # evenly spaced, after that
+LOSSES = 200  # points of the training loss's curve
+TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
+SAVE_EVERY = 120  # seconds between checkpoints
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """How far a run is: what a checkpoint keeps, beside weights and optimizers."""
+
+    steps_per_epoch: int = 0
+    steps: int = 0  # 0: max_minutes has not been turned into steps yet
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf  # validation MSE
+    history: list = dataclasses.field(default_factory=list)  # the rows of log.csv
+    timing: list = dataclasses.field(default_factory=list)  # the rows of timing.csv
+    baselines: dict = dataclasses.field(default_factory=dict)  # name → validation MSE of each frame
+    loss_sum: float = 0.0  # of the steps since the last row
+    loss_count: int = 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run(Progress):
+    """What a run was asked for, where it computes, and how far it is."""
+
+    knobs: Any
+    folder: Path
+    asked: dict  # what makes this run the same run: knobs, data, sources
+    environment: dict  # what makes it bit-exact: device, precision, kernels, threads, processes, torch
+    data: Any  # moving_mnist.Data
+    model: Any
+    device: Any
+    dtype: Any  # of the convolutions
+    horizon: Callable  # knobs, part of training → (input frames, forecast frames) of a training step
+    scored_step: int = 0  # of the weights in the model, when they are scored
+    epoch: int = -1  # of `order`, the order of the training sequences
+    order: Any = None
+
+    def __post_init__(self):
+        knobs = self.knobs
+        self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
+        self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
+        forecast = evaluation.make_forecast(self.model, self.autocast)
+        self.task = Task(forecast, knobs.frames_in, knobs.frames_out, self.device)
+
+    def autocast(self):
+        """The context in which the model computes in its dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def frames_at(self, progress):
+        """All frames of a training step, by which its time grows."""
+        return sum(self.horizon(self.knobs, progress))
+
+    @property
+    def has_ended(self):
+        return self.step >= self.steps > 0
+
+    @property
+    def progress(self):
+        """How much of the training the middle of the next step is at, in [0, 1)."""
+        return (self.step + 0.5) / self.steps if self.steps else 0.005  # until the pace is known
+
+    def resume(self, optimizers):
+        """Continue from last.pt, if it is there. Raises UserError if it cannot be used."""
+        path = self.folder / "last.pt"
+        state = on_rank_0(lambda: checkpoint.load(path, "delete it to start over") if path.exists() else None)
+        if state:
+            load_weights(self.model, state["model"], path)
+            try:
+                for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                    load_optimizer(optimizer, saved)
+                self.restore(state)
+            except Exception as error:  # untrusted file: anything may be in it
+                reason = f"it does not fit this code ({error})"
+                raise UserError(f"cannot resume from {path}: {reason}; delete it to start over") from error
+            then, now = state["environment"], self.environment
+            changed = [f"{k} {now[k]} (was {then.get(k)})" for k in now if then.get(k) != now[k]]
+            if changed and not self.has_ended:
+                print0(f"resuming with {', '.join(changed)}: no longer bit-exact")
+        self.add_baselines("black", "copy_last")
+        files = [self.folder / name for name in ("log.csv", "timing.csv", "loss.png")]
+        if self.timing and RANK == 0 and not (self.has_ended and all(file.exists() for file in files)):
+            self.write_log()  # the files may be lost
+
+    def restore(self, state):
+        for field in dataclasses.fields(Progress):
+            setattr(self, field.name, state[field.name])
+
+    def add_baselines(self, *names):
+        for name in names:
+            if name not in self.baselines:
+                task = self.task._replace(forecast=BASELINES[name])
+                self.baselines[name] = evaluation.mse_curve(task, self.data.validation)
+
+    def show_results(self):
+        """Whether the run has ended and its results can be read: then print them."""
+        if not self.has_ended:
+            print0(f"output    {self.folder}" + (f", resuming at step {self.step:,}" if self.step else ""))
+            return False
+        if words := on_rank_0(self.read_report):
+            print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
+        return bool(words)
+
+    def read_report(self):
+        try:
+            return evaluation.report(json.loads((self.folder / "metrics.json").read_bytes()))
+        except Exception:  # lost or damaged: it is made again
+            return None
+
+    def start_clock(self):
+        self.started_at, self.saved_at = self.step, time.perf_counter()
+        self.timed = self.step, self.seconds
+        self.tick, self.step_seconds = time.perf_counter(), 0.0
+        hidden = bool(RANK) or None  # None: shown in a terminal, but not in a file
+        self.bar = tqdm(total=self.steps or None, initial=self.step, unit="step", disable=hidden, leave=False)
+
+    def count_step(self, loss, rate):
+        """Count a training step and its cross-entropy. After a few steps, print how long the rest takes."""
+        seconds = time.perf_counter() - self.tick
+        self.seconds += seconds
+        since_start = self.step - self.started_at
+        self.step += 1
+        self.loss_sum += loss
+        self.loss_count += 1
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        if since_start in TIMED:
+            self.step_seconds += seconds / len(TIMED)
+        if since_start == TIMED[-1]:
+            self.estimate_time()
+        if self.loss_count >= max(1, self.steps // LOSSES):
+            self.add_row(rate)
+        self.tick = time.perf_counter()
+
+    def estimate_time(self):
+        """Settle how many steps max_minutes buys, and print how long the rest takes."""
+        per_frame = self.step_seconds / self.frames_at(self.progress)
+
+        def seconds_a_step(start):
+            return per_frame * np.mean([self.frames_at(p) for p in np.linspace(start, 1, 1000)])
+
+        if not self.steps:
+            steps = max(self.step, int(self.knobs.max_minutes * 60 / seconds_a_step(0)))
+            self.steps = self.bar.total = broadcast(steps)
+        left = self.steps - self.step
+        minutes, speed = left * seconds_a_step(self.progress) / 60, self.knobs.batch_size / self.step_seconds
+        if RANK == 0:
+            self.bar.write(
+                f"pace      {speed:.0f} sequences/s: {left:,} more steps take about {minutes:.0f} min"
+            )
+
+    def evaluation_due(self):
+        if not self.steps:
+            return False
+        points = [step * EVALUATIONS // self.steps for step in (self.step - 1, self.step)]
+        return self.step == FIRST_LOOK or points[0] < points[1]
+
+    def diverged(self, what, rate):
+        """The error that stops a run whose numbers are not finite, before they reach a checkpoint."""
+        last = f"{self.history[-1]['train_loss']:.4g}" if self.history else "none yet"
+        return FloatingPointError(
+            f"{what} in epoch {self.step // self.steps_per_epoch + 1}, step {self.step + 1}, learning rate "
+            f"{rate:.4g} (last logged loss: {last}). The step was not saved; try a lower --learning_rate, "
+            f"from the start or from --weights {self.folder / 'last.pt'}"
+        )
+
+    def save_due(self):
+        return time.perf_counter() - self.saved_at > SAVE_EVERY
+
+    def add_row(self, rate):
+        """A row of log.csv. Its loss is the mean of the steps since the row before."""
+        self.history.append(
+            {
+                "epoch": round(self.step / self.steps_per_epoch, 4),
+                "step": self.step,
+                "sequences": self.step * self.knobs.batch_size,
+                "learning_rate": rate,
+                "train_loss": self.loss_sum / self.loss_count,
+                "val_loss": None,
+                "val_mse_per_frame": None,
+                "val_sequences": None,
+            }
+        )
+        self.loss_sum, self.loss_count = 0.0, 0
+
+    def evaluate(self, rate):
+        """Validate, log, keep the weights if they are the best so far, and redraw the pictures.
+
+        All but the last evaluation use some of the validation sequences, as they may take 5 % of the time.
+        """
+        self.add_baselines(*BASELINES)
+        n_all = len(self.data.validation)
+        n_some = min(n_all, max(100, self.steps * self.knobs.batch_size * 3 // 200))
+        some = np.linspace(0, n_all - 1, n_some).astype(int)
+        index = np.arange(n_all) if self.has_ended else some
+        names = "mse_per_frame", CROSS_ENTROPY, EACH
+        try:
+            scores = evaluation.evaluate(self.task, self.data.validation, names, index)
+        except FloatingPointError as error:  # the loss was finite, but not the weights after it
+            raise self.diverged(f"forecasts that are not finite ({error})", rate) from error
+        if self.loss_count:
+            self.add_row(rate)
+        pixels = self.task.frames_out * math.prod(self.data.validation.shape[1:])
+        row = self.history[-1]
+        row["val_loss"] = float(scores[CROSS_ENTROPY]) / pixels
+        row["val_mse_per_frame"] = float(scores["mse_per_frame"].mean())
+        row["val_sequences"] = len(index)
+        steps, seconds = self.step - self.timed[0], self.seconds - self.timed[1]
+        speed = round(steps * self.knobs.batch_size / seconds, 1) if seconds else 0.0
+        minutes = round(self.seconds / 60, 3)
+        self.timing.append({"step": self.step, "minutes": minutes, "sequences_per_second": speed})
+        if RANK == 0:
+            self.bar.write(
+                f"epoch {row['epoch']:<6g} train loss {row['train_loss']:.4f}, validation loss "
+                f"{row['val_loss']:.4f}, MSE {row['val_mse_per_frame']:.1f}  ({speed:.0f} sequences/s)"
+            )
+        mse_of_some = float(scores[EACH][some if self.has_ended else slice(None)].mean())
+        if mse_of_some < self.best:
+            self.best = mse_of_some
+            self.save_best()
+        if RANK == 0:
+            self.write_log()
+            curves = {self.knobs.model: scores["mse_per_frame"].tolist(), **self.baselines}
+            write_atomic(self.folder / "per_frame.png", figures.per_frame({self.validated: curves}))
+            self.draw_validation(f"after {row['sequences']:,} training sequences")
+        self.timed = self.step, self.seconds
+        self.saved_at = -math.inf  # a checkpoint is due
+        self.tick = time.perf_counter()
+
+    @property
+    def validated(self):
+        """What the validation split is, for pictures."""
+        if self.knobs.data == "fresh":
+            return "fresh sequences of held-out digits"
+        return f"validation split of the {self.data.name}"
+
+    def draw_validation(self, when):
+        evaluation.draw_samples(self.folder, self.task, self.data.validation, f"{self.validated}, {when}")
+
+    def save_best(self):
+        if RANK == 0:
+            checkpoint.save(self.folder / "best.pt", {**self.network(), "step": self.step})
+
+    def network(self):
+        """What a checkpoint needs for `main.load`."""
+        state = {name: self.asked[name] for name in ("knobs", "sources")}
+        return state | {"channels": self.data.training.shape[1], "model": self.model.state_dict()}
+
+    def save(self, optimizers):
+        """Write last.pt."""
+        if RANK == 0:
+            kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
+            state = {**self.network(), **kept}
+            state |= {"environment": self.environment, "optimizers": [o.state_dict() for o in optimizers]}
+            checkpoint.save(self.folder / "last.pt", state)
+        self.saved_at = self.tick = time.perf_counter()
+
+    def write_log(self):
+        """log.csv, timing.csv (apart, as it differs each time) and loss.png."""
+        write_csv(self.folder / "log.csv", self.history)
+        write_csv(self.folder / "timing.csv", self.timing)
+        self.draw_loss()
+
+    def draw_loss(self):
+        if not (self.steps and any(row["val_loss"] for row in self.history)):
+            return
+        knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, []
+        if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
+            words = "forecasts 1 frame", "more and more frames", f"all {knobs.frames_out} frames"
+            phases += zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True)
+        if knobs.ssim_from < 1:
+            phases.append((knobs.ssim_from * epochs, "SSIM joins the loss"))
+        means = {who: float(np.mean(curve)) for who, curve in self.baselines.items()}
+        title = f"{self.folder.name}: {knobs.model}, {self.data.name}"
+        write_atomic(self.folder / "loss.png", figures.loss(self.history, means, phases, title))
+
+    def choose_best(self):
+        """Load the best weights. Earlier ones have to beat the last ones on all validation sequences."""
+        path, last = self.folder / "best.pt", self.folder / "last.pt"
+        best = on_rank_0(checkpoint.load, path, f"delete it and {last} to start over")
+        last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        load_weights(self.model, best["model"], path)
+        self.scored_step = best["step"]
+        if best["step"] != self.step:
+            mse = np.mean(evaluation.mse_curve(self.task, self.data.validation))
+            if mse >= self.history[-1]["val_mse_per_frame"]:
+                self.model.load_state_dict(last_weights)
+                self.scored_step = self.step
+                self.save_best()
+
+    def finish(self):
+        """Score the weights on the test split, draw their forecasts, compare with other runs."""
+        if self.knobs.eval_only and RANK == 0 and (self.folder / "last.pt").exists():
+            with suppress(UserError):  # a damaged one: only the losses are not drawn again
+                self.restore(checkpoint.load(self.folder / "last.pt"))
+                self.write_log()
+        knobs, folder, test, name = self.knobs, self.folder, self.data.test, self.data.name
+        scores, ranking = evaluation.score(knobs.model, self.task, test)
+        first = test[np.arange(1)]
+        results = {
+            "data": name,
+            "data_tested": name.partition(", trained on")[0],
+            "split": test.split,
+            "sequences": len(test),
+            "first_sequence": hashlib.sha256(first.numpy()).hexdigest()[:16],
+            "frames_in": knobs.frames_in,
+            "frames_out": knobs.frames_out,
+            "model": knobs.model,
+            "step": self.scored_step,
+            "weights": checkpoint.weights_hash(self.model),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "scores": scores,
+        }
+        if self.data.is_moving_mnist:
+            beyond = evaluation.score_beyond_training(folder, knobs.model, self.task, knobs.patch_size)
+            results["beyond"] = beyond
+        if RANK == 0:
+            self.draw_validation("best weights")
+            title = results["data_tested"] + ("" if test.split == "all" else f", {test.split} split")
+            evaluation.draw_ranked(folder, self.task, test, ranking, title)
+            past, _ = evaluation.split_frames(first, *self.task[1:])
+            forecast = self.task.forecast(past, knobs.frames_out)[0][0].cpu()
+            write_npy(folder / "forecast.npy", (forecast * 255).round().byte().numpy())
+            curves = {who: values["mse_per_frame"]["per_frame"] for who, values in scores.items()}
+            picture = figures.per_frame({evaluation.describe_split(results): curves})
+            write_atomic(folder / "per_frame.png", picture)
+            write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
+            evaluation.compare_runs(folder.parent, results, first[0].numpy())
+        print0(f"\n{evaluation.report(results)}\noutput    {folder}")
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[-1].keys(), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_npy(path, array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_weights(model, weights, path):
+    try:
+        model.load_state_dict(weights)
+    except Exception as error:  # untrusted file: anything may be in it
+        raise UserError(
+            f"{path} has other weights than this model: the network's code or the channels of the data have "
+            "changed; undo that, or give another --weights"
+        ) from error
+
+
+def load_optimizer(optimizer, saved):
+    """Raises ValueError for other options, which would silently replace those in the code."""
+    options = lambda: [
+        {k: repr(v) for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups
+    ]
+    before = options()
+    optimizer.load_state_dict(saved)
+    if options() != before:
+        raise ValueError("its optimizer has other options")

@@ -1,0 +1,80 @@
+"""Your own videos: a folder of files, or one file → sequences (T, N, C, H, W), as of an array.
+
+Each file is cropped to a square, resized, thinned to every `stride`-th frame, and cut into sequences that do
+not overlap. Files are taken in the order of their names.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: a bad file is named below
+
+import cv2
+import numpy as np
+
+from support import UserError
+
+VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
+LARGEST = 2**31  # bytes of frames; memory holds them up to three times
+
+
+def read_videos(path, n_frames, size, stride=1, channels=1):
+    """uint8 (n_frames, N, channels, size, size) of all videos at the path; channels: 1 (grey) or 3 (RGB)."""
+    path, sequences, n_bytes = Path(path), [], 0
+    for file in find_videos(path):
+        frames = []
+        for frame in decode(file, stride):
+            frames.append(to_square(frame, size, channels))
+            n_bytes += frames[-1].nbytes
+            if n_bytes > LARGEST:
+                words = "use fewer files, or in --video a smaller size or a larger stride"
+                raise UserError(f"{path} needs more than {LARGEST / 2**30:.0f} GiB; {words}")
+        n = len(frames) // n_frames
+        if n == 0:
+            words = f"gives {len(frames)} frames at a stride of {stride}, and a sequence needs {n_frames}"
+            raise UserError(f"{file} {words}: remove it, or lower the stride, frames_in or frames_out")
+        sequences.append(np.stack(frames[: n * n_frames]).reshape(n, n_frames, *frames[0].shape))
+    return np.concatenate(sequences).swapaxes(0, 1)
+
+
+def find_videos(path):
+    """The video files of a folder, or the one file, in the order of their names. Hidden files are skipped."""
+    try:  # files only: a pipe would be waited for
+        folder = [path] if os.path.isfile(path) else sorted(path.iterdir())
+        files = [p for p in folder if p.suffix.lower() in VIDEOS and p.name[0] != "." and p.is_file()]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not files:
+        raise UserError(f"{path} is no .npy and holds no video: {', '.join(sorted(VIDEOS))}")
+    for file in files:
+        if os.fsencode(file) != str(file).encode(errors="ignore"):  # OpenCV dies of a name that is not UTF-8
+            raise UserError(f"{str(file)!a} is a name that OpenCV cannot open; rename the file")
+    return files
+
+
+def decode(path, stride=1):
+    """Every stride-th frame, (H, W, 3) in OpenCV's order blue, green, red, until the file ends or breaks."""
+    getattr(cv2.utils, "logging", cv2).setLogLevel(2)  # errors only; up to OpenCV 4.12, the function is cv2's
+    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        ok, frame = video.read()
+        while ok:
+            yield frame
+            for _ in range(stride - 1):
+                video.grab()
+            ok, frame = video.read()
+    except cv2.error as error:
+        raise UserError(f"{path} cannot be read as a video ({error.err})") from error
+    finally:
+        video.release()
+
+
+def to_square(frame, size, channels):
+    """(H, W, 3) → (channels, size, size): the center of the frame, resized, grey or red, green, blue."""
+    H, W = frame.shape[:2]
+    side = min(H, W)
+    top, left = (H - side) // 2, (W - side) // 2
+    frame = frame[top : top + side, left : left + side]
+    frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+    frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGR2GRAY)
+    return frame.reshape(size, size, -1).transpose(2, 0, 1)

@@ -1,0 +1,136 @@
+"""The user's loop, in a copy of the repository: run, edit a file on the disk, run again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ENVIRONMENT, FRAMES_IN, FRAMES_OUT, clone, edit, finish, flags, start, wait_until
+
+KNOB = {"main": [("learning_rate: float = 0.06", "learning_rate: float = 0.05")]}
+LOSS = {"main": [("loss = cross_entropy\n", "loss = cross_entropy + logits.square().mean()\n")]}
+CELL = {"my_model": [("* torch.tanh(g)", "* torch.sin(g)")]}
+HEAD = {"my_model": [("nn.GELU()", "nn.ReLU()")]}
+PRINT = {"my_model": [("h, c = state\n", "h, c = state; print('the cell sees a frame')\n")]}
+
+
+def run(code, **changes):
+    changes = {"epochs": 1, "train_sequences": 10, "fast": False, **changes}
+    return start(*flags("squares.npy", "results", **changes), script=code / "main.py", cwd=code)
+
+
+@pytest.fixture
+def code(ended, tmp_path):
+    return shutil.copytree(ended, tmp_path / "code", symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def ended(array, tmp_path_factory):
+    """A clone in which a run has ended. Read only."""
+    code = clone(tmp_path_factory.mktemp("clone"))
+    shutil.copy(array, code / "squares.npy")
+    finish(run(code))
+    return code
+
+
+def state(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def weights(code, name="my_model"):
+    return json.loads((code / "results" / name / "metrics.json").read_text("utf-8"))["weights"]
+
+
+def run_edited(code, edits, name, words):
+    """Edit, run, undo: a new folder, a line that says why, other weights, and nothing else has changed."""
+    others = {path: state(path) for path in (code / "results").iterdir() if path.is_dir()}
+    edit(code, **edits)
+    printed, _ = finish(run(code))
+    (line,) = (line for line in printed.splitlines() if line.startswith("new run"))
+    assert words in line and os.path.join("results", name) in printed
+    assert weights(code, name) not in [weights(code, f.name) for f in others if (f / "metrics.json").exists()]
+    assert {path: state(path) for path in others} == others
+    edit(code, **{module: [pair[::-1] for pair in pairs] for module, pairs in edits.items()})
+
+
+def test_edited_after_it_has_ended(code):
+    what = "learning_rate 0.05 (was 0.06), main.py edited"
+    first = os.path.join("results", "my_model")
+    run_edited(code, KNOB, "my_model-2", f"differs from {first}, which is kept: {what}")
+    assert f"| my_model-2 ({what}) |" in (code / "results" / "compare.md").read_text("utf-8")
+    before = state(code / "results")
+    assert "this run has ended; nothing was changed" in finish(run(code))[0]
+    assert state(code / "results") == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="holds a process")
+@pytest.mark.parametrize("goes_on", [False, True], ids=["interrupted", "goes_on"])
+def test_edited_before_it_has_ended(goes_on, code, ended):
+    first = code / "results" / "my_model"
+    shutil.rmtree(first)
+    process = run(code)
+    wait_until((first / "last.pt").exists, process)  # half of the training
+    process.send_signal(signal.SIGSTOP)
+    if goes_on:
+        run_edited(code, HEAD, "my_model-2", "my_model.py edited")
+        assert "my_model is in use by another run" in finish(run(code), 1)[1]
+        process.send_signal(signal.SIGCONT)
+        finish(process)
+    else:
+        process.terminate()
+        process.send_signal(signal.SIGCONT)
+        assert "stopped; this continues: " in finish(process, 128 + signal.SIGTERM)[1]
+        run_edited(code, CELL, "my_model-2", "my_model.py edited")
+        run_edited(code, LOSS, "my_model-3", "main.py edited")
+        printed, _ = finish(run(code))
+        assert "resuming at step 1" in printed and "new run" not in printed
+    assert weights(code) == weights(ended)
+
+
+def test_weights_whose_code_has_changed(code):
+    """They are scored by the code of now, in a folder of their own. A print in the cell works."""
+    before = state(code / "results")
+    edit(code, **PRINT)
+    printed, _ = finish(run(code, eval_only=True))
+    assert "changed   since these weights were trained: my_model.py" in printed
+    assert state(code / "results").items() >= before.items()
+    assert weights(code, "my_model-eval") == weights(code)
+    # a look at the input frames first, then whole forecasts
+    frames, each = printed.count("the cell sees a frame\n"), FRAMES_IN + FRAMES_OUT - 1
+    assert frames > FRAMES_IN + each and (frames - FRAMES_IN) % each == 0
+
+
+def test_without_the_fast_kernels(code, ended):
+    """Deleted, the same numbers as with --no_fast."""
+    shutil.rmtree(code / "support" / "fast")
+    shutil.rmtree(code / "results")
+    assert "plain PyTorch, as support/fast was deleted" in finish(run(code, fast=True))[0]
+    assert weights(code) == weights(ended)
+
+
+IMPORT = """
+import ctypes, os, signal, sys, cv2, filelock, matplotlib.figure, numpy, PIL.Image, torch, tqdm, tyro
+settings = lambda: (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook,
+                    dict(matplotlib.rcParams), torch.initial_seed(), torch.backends.cudnn.conv.fp32_precision)
+events, before = [], settings()
+def note(event, given):
+    writes = event == "open" and isinstance(given[1], str) and set(given[1]) & set("wax+")
+    if writes or event in ("subprocess.Popen", "ctypes.dlopen", "ctypes.dlsym", "os.system", "os.mkdir"):
+        events.append((event, given))
+sys.addaudithook(note)
+sys.path.insert(0, sys.argv[1])
+import main
+assert not events and settings() == before, events
+assert main.parse(["--epochs", "7"]).epochs == 7
+"""
+
+
+def test_an_import_touches_nothing(code, tmp_path):
+    """From another folder: nothing is compiled or written, no handler or setting changes."""
+    (empty := tmp_path / "elsewhere").mkdir()
+    subprocess.run([sys.executable, "-B", "-c", IMPORT, code], check=True, cwd=empty, env=ENVIRONMENT)
+    assert not list(empty.iterdir())

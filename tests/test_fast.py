@@ -1,0 +1,365 @@
+"""The fast kernels of support/fast against plain PyTorch."""
+
+import ctypes
+import functools
+import math
+import shutil
+import types
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import skip_without_compiler
+from test_my_model import DEVICE, MOTION, randomized, relative_error, seeded, small  # noqa: F401
+
+import motion
+from my_model import ConvLSTM, ConvLSTMCell
+
+fast = pytest.importorskip("support.fast")
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]  # those that have compiled gates
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def assert_close(found, expected, limit):
+    """Tensors by name, up to so much of the largest value."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].shape == expected[name].shape, name
+        assert relative_error(found[name], expected[name]) < limit, name
+
+
+LAYERS = {  # in_channels, hidden, two kernel sizes, (B, T, H, W); dilation, scale of the first h
+    "3x3": (3, 4, 3, 3, (2, 4, 5, 7)),
+    "5x5": (16, 8, 5, 5, (2, 3, 6, 4)),
+    "5x5_3x3_batch_of_1": (2, 5, 5, 3, (1, 4, 4, 9)),
+    "1x1_5x5": (3, 20, 1, 5, (3, 2, 5, 3)),
+    "no_input": (0, 4, 3, 5, (2, 4, 3, 6)),
+    "no_input_one_pixel": (0, 3, 3, 3, (1, 1, 1, 1)),
+    "one_pixel": (2, 3, 3, 3, (2, 3, 1, 1)),
+    "one_of_everything": (1, 1, 3, 3, (1, 1, 1, 1)),
+    "one_channel": (1, 1, 5, 3, (2, 3, 4, 5)),
+    "one_channel_1x1_batch_of_1": (1, 4, 1, 3, (1, 3, 4, 5)),
+    "one_channel_1x1": (1, 4, 1, 1, (2, 3, 4, 5)),
+    "one_row": (2, 3, 3, 3, (4, 3, 1, 6)),
+    "enough_for_winograd": (32, 32, 3, 5, (2, 9, 15, 16)),
+    "dilation": (4, 8, 5, 3, (2, 3, 6, 5), 3),
+    "dilation_beside_winograd": (32, 32, 3, 3, (2, 9, 15, 16), 2),
+    "hidden_state_of_zeros": (4, 8, 3, 3, (2, 3, 6, 5), 1, 0),
+    "hidden_state_of_zeros_no_input": (0, 8, 3, 3, (2, 3, 6, 5), 1, 0),
+}
+
+
+def run_layer(layer, x, state, n_frames, dtype):
+    """Outputs and all gradients by name, a weighted sum of the outputs, leaves. bfloat16 means autocast."""
+    leaves = {"x": x, "h0": state[0], "c0": state[1], **dict(layer.cell.named_parameters())}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden_states, (h, c) = layer(x, state, n_frames)
+        outputs = {"hidden states": hidden_states, "h": h, "c": c}
+        generator = torch.Generator().manual_seed(1)  # the same weights at every call
+        total = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs.values())
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf, before[name]), f"{name} was overwritten"
+    return outputs | dict(zip(leaves, gradients, strict=True)), total, leaves
+
+
+def make_layer(exact, peephole, n_in, hidden, k, state_k, shape, dilation=1, h=1):
+    (B, T, H, W), leaf = shape, lambda *size: torch.randn(size, dtype=exact)
+    layer = randomized(ConvLSTM(n_in, hidden, k, state_k, peephole, dilation)).to(exact)
+    # time before batch in memory, as the layer below leaves it
+    x = torch.rand(T, B, n_in, H, W, dtype=exact).transpose(0, 1).requires_grad_() if n_in else None
+    state = [(scale * leaf(B, hidden, H, W)).requires_grad_() for scale in (h, 1)]
+    return layer, x, state, T
+
+
+def assert_layer_is_plain(dtype, *arguments):
+    layer, *given = make_layer(torch.float32, *arguments)
+    plain, *_ = run_layer(layer, *given, dtype)
+    layer.fast = fast.layer.fast_layer
+    found, *_ = run_layer(layer, *given, dtype)
+    assert_close(found, plain, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)  # float64: test_fast_network_is_plain
+@pytest.mark.parametrize("name", LAYERS)
+def test_fast_layer_is_plain(name, dtype):
+    peephole = (list(LAYERS).index(name) + DTYPES.index(dtype)) % 2 == 0
+    assert_layer_is_plain(dtype, peephole, *LAYERS[name])
+
+
+@pytest.mark.parametrize("compiler", [None, "false"], ids=["no_compiler", "broken_compiler"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fast_layer_without_compiled_gates(monkeypatch, compiler, dtype):
+    """And with a torch that lacks the undocumented calls of oneDNN."""
+    assert fast.layer.can_prepack("cpu", torch.float32) or not torch.backends.mkldnn.is_available()
+    layer, found = fast.layer, compiler and shutil.which(compiler)  # `false` is there, and always fails
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    for name in ("gate_functions", "can_prepack"):
+        monkeypatch.setattr(layer, name, functools.cache(getattr(layer, name).__wrapped__))
+    assert layer.gate_functions("cpu", dtype) == (layer.gates_forward, layer.gates_backward)
+    assert not layer.can_prepack("cpu", dtype)
+    for n_in in (3, 0):
+        assert_layer_is_plain(dtype, True, n_in, 4, 5, 3, (2, 3, 5, 7))
+
+
+def test_fast_layer_refuses_other_channels():
+    layer = ConvLSTM(3, 4, 3, 3)
+    layer.fast = fast.layer.fast_layer
+    with pytest.raises(ValueError, match="the input has 4 channels; expected 3"):
+        layer(torch.rand(1, 2, 4, 5, 5), None, 2)
+
+
+@pytest.mark.parametrize("n_in", [2, 0], ids=["input", "no_input"])
+def test_fast_gradients_are_finite_differences(n_in):
+    """Of each leaf, in three random directions."""
+    layer, *given = make_layer(torch.float64, True, n_in, 2, 3, 3, (1, 3, 3, 3), 2)
+    layer.fast = fast.layer.fast_layer
+    gradients, _, leaves = run_layer(layer, *given, torch.float64)
+    for (name, leaf), _ in product(leaves.items(), range(3)):
+        direction, totals, value = 1e-5 * torch.randn_like(leaf), [], leaf.detach().clone()
+        for sign in (1, -1):
+            leaf.data = value + sign * direction
+            totals.append(run_layer(layer, *given, torch.float64)[1].item())
+        leaf.data = value
+        expected = (gradients[name] * direction).sum().item()
+        assert (totals[0] - totals[1]) / 2 == pytest.approx(expected, rel=1e-5, abs=1e-12), name
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def compiled(request):
+    """dtype and its compiled (gates_forward, gates_backward)."""
+    skip_without_compiler()
+    forward, backward = fast.layer.gate_functions("cpu", request.param)
+    assert forward is not fast.layer.gates_forward, "there is a compiler, but the gates were not built"
+    return request.param, forward, backward
+
+
+def gate_arguments(dtype, N, C, scale=1.0):
+    """Random z, peephole, c of gates_forward, and dh, dh_next, dc of gates_backward."""
+    z, (dh, dh_next) = scale * torch.randn(N, 4 * C), torch.randn(2, N, C).to(dtype)
+    return [z.to(dtype), torch.randn(3, C), torch.randn(N, C), dh, dh_next, torch.randn(N, C)]
+
+
+def by_both(gates, z, peephole, c, dh, dh_next, dc):
+    """All results of the compiled gates, and of the plain ones, by name."""
+    results = []
+    for forward, backward in (gates, (fast.layer.gates_forward, fast.layer.gates_backward)):
+        c_before, h = torch.empty(2, *c.shape, dtype=z.dtype)
+        sums = torch.zeros(torch.get_num_threads(), 7, c.shape[1])
+        new_z, new_c, new_dc = z.clone(), c.clone(), dc.clone()
+        forward(new_z, peephole, new_c, c_before, h)
+        assert torch.equal(new_z.nan_to_num(), z.nan_to_num())  # is left for backward
+        backward(new_z, peephole, c_before, dh, dh_next, new_dc, sums)
+        names = ("c", "c_before", "h", "dz", "dc", "sums")
+        results.append(dict(zip(names, (new_c, c_before, h, new_z, new_dc, sums.sum(0)), strict=True)))
+    return results
+
+
+def test_compiled_gates_are_the_python_ones(compiled, threads):
+    dtype, *gates = compiled
+    for N, C, scale in ((1, 1, 1), (2, 5, 1), (35, 16, 1), (50, 37, 1), (9000, 3, 9)):
+        arguments = gate_arguments(dtype, N, C, scale)
+        if scale > 1:  # saturated gates, and all that lies between
+            arguments[0][0], arguments[0][1] = math.inf, -math.inf
+        found, expected = by_both(gates, *arguments)
+        assert torch.equal(found["c_before"], expected["c_before"])  # rounded to nearest even
+        rounded = 2**-7 if dtype == torch.bfloat16 else 2e-6
+        limits = {"c": 1e-6, "h": rounded, "dz": max(rounded, 2e-5), "dc": 2e-5, "sums": 2e-5}
+        for name, limit in limits.items():
+            assert relative_error(found[name], expected[name]) < limit, (N, C, name)
+
+
+def test_nan_passes_through_compiled_gates(compiled):
+    dtype, *gates = compiled
+    for bits, place in product((0x7FC00000, 0x7FFFFFFF, -1), range(6)):  # the usual NaN, and all ones
+        arguments = gate_arguments(dtype, 6, 20)
+        nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        for row, column in ((0, 1), (1, 17), (2, 19)):
+            arguments[place][row, column] = nan
+        found, expected = by_both(gates, *arguments)
+        assert any(y.isnan().any() for y in expected.values())
+        for name in expected:
+            assert torch.equal(found[name].isnan(), expected[name].isnan()), (bits, place, name)
+
+
+SHAPES = [((3, 1, 64, 64), 4, 4), ((5, 3, 16, 24), 4, 2), ((2, 2, 12, 18), 6, 1), ((1, 1, 5, 7), 1, 3)]
+
+
+@pytest.mark.parametrize(("shape", "patch_size", "max_motion"), SHAPES)
+def test_compiled_motion_is_plain(shape, patch_size, max_motion, threads):
+    skip_without_compiler()
+    assert fast.motion.is_supported(patch_size, max_motion) and not fast.motion.is_supported(
+        64, 1
+    )  # too large
+    (frames, d_moved), (N, _, H, W) = torch.rand(2, *shape), shape
+    weights = torch.randn(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2).softmax(-1)
+    for leaves in ((weights.requires_grad_(),), (weights, frames.requires_grad_())):  # frames: data, drawn
+        results = []
+        for module in (motion, fast.motion):
+            moved = module.advect(frames, weights, patch_size)
+            costs = module.matching_costs(frames.detach(), d_moved, patch_size, max_motion)
+            results.append((moved, costs, *torch.autograd.grad(moved, leaves, d_moved)))
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+KINDS = [(3, torch.float32), (5, torch.float32), (5, torch.bfloat16)]  # those that it serves
+
+
+@pytest.fixture
+def winograd(monkeypatch):
+    skip_without_compiler()
+    monkeypatch.setattr(fast.winograd, "has_amx", lambda: False)
+    monkeypatch.setattr(fast.winograd, "PAYS_FROM", dict.fromkeys(fast.winograd.PAYS_FROM, 1))
+    return fast.winograd
+
+
+@pytest.mark.parametrize(("k", "dtype"), KINDS)
+@pytest.mark.parametrize(
+    ("N", "H", "W", "n_in", "n_out", "threads"),
+    [
+        pytest.param(2, 16, 16, 64, 256, 3, id="a_layer"),
+        pytest.param(3, 5, 7, 16, 96, 1, id="no_whole_tiles_few_channels"),
+        pytest.param(2, 1, 2, 96, 32, 3, id="smaller_than_a_kernel"),
+        pytest.param(45, 6, 9, 32, 64, 3, id="many_blocks"),  # 270 tiles: 4 blocks of 64, and some
+    ],
+    indirect=["threads"],
+)
+def test_it_is_the_convolution_and_its_gradients(winograd, threads, N, H, W, n_in, n_out, k, dtype):
+    x, dy = torch.randn(N, H, W, n_in).to(dtype), torch.randn(N, H, W, n_out).to(dtype)
+    weight = (torch.randn(n_out, n_in, k, k) / k / n_in**0.5).to(dtype)
+    bias, (convolution, flipped) = torch.randn(n_out).to(dtype), (fast.layer.convolution, fast.layer.flipped)
+    assert winograd.is_supported(weight, 1)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, bias.double(), padding=k // 2)
+    exact = exact.permute(0, 2, 3, 1)
+    exact.backward(dy.double())
+    found = {
+        "y": convolution(weight, 1, bias)(x),
+        "added": convolution(weight, 1)(x, dy.clone()),
+        "dx": convolution(flipped(weight), 1)(dy),
+        "d_weight": fast.layer.weight_gradient(dy, x, weight),
+    }
+    expected = exact, exact - bias.double() + dy.double(), exact_x.grad, exact_weight.grad
+    assert {y.dtype for y in found.values()} == {dtype}
+    assert_close(found, dict(zip(found, expected, strict=True)), 8e-3 if dtype == torch.bfloat16 else 2e-5)
+    for bad in (torch.nan, torch.inf):  # reaches its neighbors
+        x[-1, H // 2, W // 2, 7] = bad
+        rows, columns = (slice(max(0, size // 2 - 1), size // 2 + 2) for size in (H, W))
+        assert not convolution(weight, 1)(x)[-1, rows, columns].isfinite().any()
+
+
+@pytest.mark.parametrize(("k", "dtype"), KINDS)
+def test_a_wrong_one_is_noticed(winograd, k, dtype, monkeypatch):
+    library, weight = winograd.library(dtype, k), torch.zeros(32, 32, k, k, dtype=dtype)
+    functions = {name: getattr(library, name) for name in ("convolve", "kernel_gradient")}
+    monkeypatch.setattr(winograd, "self_test", winograd.self_test.__wrapped__)
+    assert winograd.is_supported(weight, 1)
+    for name, right in functions.items():
+        # the last argument but one is the result: some of it is erased
+        wrong = lambda *arguments, right=right: (right(*arguments), ctypes.memset(arguments[-2], 0, 64))
+        broken = types.SimpleNamespace(**functions | {name: wrong})
+        monkeypatch.setattr(winograd, "library", lambda *_, broken=broken: broken)
+        assert not winograd.is_supported(weight, 1), name
+    monkeypatch.setattr(winograd, "library", lambda *_: None)
+    assert not winograd.is_supported(weight, 1)
+
+
+def test_the_others_are_left_to_torch(winograd, monkeypatch):
+    fp32, bf16, double = torch.float32, torch.bfloat16, torch.float64
+    supported = lambda *shape: winograd.is_supported(torch.zeros(shape[:-1], dtype=shape[-1]), 10**9)
+    assert supported(32, 16, 3, 3, fp32) and supported(32, 16, 5, 5, bf16)
+    others = (32, 15, 3, 3, fp32), (36, 16, 3, 3, fp32), (32, 16, 1, 1, fp32), (32, 16, 7, 7, fp32)
+    for shape in (*others, (32, 16, 3, 3, double), (32, 16, 3, 3, bf16)):
+        assert not supported(*shape), shape
+    monkeypatch.setattr(winograd, "has_amx", lambda: True)  # torch is faster there
+    assert supported(32, 16, 5, 5, fp32) and not supported(32, 16, 5, 5, bf16)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("options", [{}, {"feedback": True, "max_motion": 4}, MOTION | {"max_motion": 4}])
+def test_fast_network_is_plain(dtype, options):
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    model = small(hidden_channels=(16, 8), head_channels=(8,), patch_size=4, **options).to(exact)
+    past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
+    device = torch.device(DEVICE if dtype == torch.float64 else "cpu")  # in fp32 a GPU rounds to TF32
+
+    def results(device):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model.to(device)(past.to(device), 4, 2)
+            gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
+        return dict(zip(("logits", *dict(model.named_parameters())), (logits, *gradients), strict=True))
+
+    plain = results("cpu")
+    before = torch.get_rng_state()
+    used = fast.attach(model, device, dtype)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "fast layer" in used
+    assert ("compiled motion" in used) == (model.advect is not motion.advect)
+    found = results(device)
+    assert_close(found, plain, TOLERANCE[dtype])
+
+
+def test_an_edited_cell_is_what_runs(monkeypatch):
+    assert fast.agrees()
+    forward = ConvLSTMCell.forward
+    doubled = lambda self, x, state: [2 * s for s in forward(self, x, state)]
+    only_without = lambda self, *given: (doubled if self.peephole is None else forward)(self, *given)
+    clamped = lambda self, *given: [s.clamp(-9, 9) for s in forward(self, *given)]  # more than c soon reaches
+    detached = lambda self, x, state: forward(self, x, (state[0], state[1].detach()))  # same hidden states
+    cut_off = lambda self, x, state: forward(self, None if x is None else x.detach(), state)
+    broken = lambda self, x, state: self.no_such_part
+    for edited in (doubled, only_without, clamped, detached, cut_off, broken):
+        monkeypatch.setattr(ConvLSTMCell, "forward", edited)
+        model = small()
+        assert "the edited ConvLSTMCell as it stands" in fast.attach(model, CPU, torch.float32)
+        assert {layer.fast for layer in (*model.encoder, *model.forecaster)} == {None}
+
+
+def test_edited_gates_are_noticed(monkeypatch):
+    """By the cell, and by gates.c in fp32 and in bf16. An edit doubles one of the results."""
+    skip_without_compiler()
+    layer = fast.layer
+    monkeypatch.setattr(layer.build, "build", functools.cache(layer.build.build))
+    monkeypatch.setattr(layer, "gate_functions", functools.cache(layer.gate_functions.__wrapped__))
+
+    def agreeing():
+        layer.gate_functions.cache_clear()
+        compiled = [layer.gate_functions("cpu", dtype)[0] is not layer.gates_forward for dtype in DTYPES]
+        return [fast.agrees(), *compiled]
+
+    assert agreeing() == [True] * 3
+    double, clamp = lambda t: t.mul_(2), lambda t: t.clamp_(-9, 9)  # beyond what c soon reaches
+    edits = [("gates_forward", place, double) for place in (0, 2, 3, 4)]  # z, c, c_before, h
+    edits += [("gates_backward", place, double) for place in (0, 5, 6)]  # z, dc, sums
+    for name, place, change in [*edits, ("gates_forward", 2, clamp)]:
+        right = getattr(layer, name)
+        edited = lambda *tensors, right=right, at=place, change=change: (right(*tensors), change(tensors[at]))
+        monkeypatch.setattr(layer, name, edited)
+        assert agreeing() == [False] * 3, (name, place)
+        monkeypatch.setattr(layer, name, right)
+
+
+def test_edited_motion_is_noticed(monkeypatch):
+    skip_without_compiler()
+    monkeypatch.setattr(fast.motion, "is_supported", fast.motion.is_supported.__wrapped__)
+    advect, costs = motion.advect, motion.matching_costs
+    no_gradient = lambda frames, *given: advect(frames.detach() + 0 * frames, *given)
+    edits = [("advect", lambda *given: 0.99 * advect(*given)), ("advect", no_gradient)]
+    for name, edited in [*edits, ("matching_costs", lambda *given: 0.99 * costs(*given))]:
+        right = getattr(motion, name)
+        monkeypatch.setattr(motion, name, edited)
+        model = small(**MOTION)
+        assert fast.attach(model, CPU, torch.float32) == "fast layer with compiled gates"
+        assert {model.advect, model.matching_costs}.isdisjoint(
+            {fast.motion.advect, fast.motion.matching_costs}
+        )
+        monkeypatch.setattr(motion, name, right)
+    used = fast.attach(small(**MOTION), CPU, torch.bfloat16)
+    assert used == "compiled motion, fast layer with compiled gates"
+    assert fast.attach(torch.nn.Linear(2, 2), CPU, torch.float32) == "plain PyTorch"
