@@ -1,0 +1,89 @@
+"""The tables of records/README.md are those of the logs beside it."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import main
+from support.checkpoint import weights_hash
+
+RECORDS = ROOT / "records"
+SCORES = {"mse_per_frame": "MSE", "mae_per_frame": "MAE", "ssim": "SSIM"}
+TRAINING = ["data", "max_minutes", "batch_size", "learning_rate", "weight_decay", "ssim_from", "precision"]
+TABLES = {}  # the first two headings of a table → its rows, each a dict from heading to text
+ROW = r"(?:.+ \| .+\n)"
+for text in re.findall(rf"^{ROW}\|?-+:?\|[-:|]+\n{ROW}+", (RECORDS / "README.md").read_text("utf-8"), re.M):
+    heads, _, *rows = (re.sub(r"^\| | \|$", "", line).split(" | ") for line in text.splitlines())
+    TABLES[heads[0], heads[1]] = [dict(zip(heads, row, strict=True)) for row in rows]
+means = lambda scores, n=1: [f"{scores[m]['mean']:.{k}f}" for m, k in zip(SCORES, (n, 1, 3), strict=True)]
+
+
+def read(name):
+    text = (RECORDS / name).read_text("utf-8")
+    return json.loads(text) if name.endswith("json") else list(csv.DictReader(text.splitlines()))[-1]
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RECORDS.glob("*/log.csv")))
+def test_a_row_is_its_run(folder):
+    (row,) = [row for row in TABLES["Run", "Folder"] if f"({folder}/)" in row["Folder"]]
+    metrics, config, log = (read(f"{folder}/{name}") for name in ("metrics.json", "config.json", "log.csv"))
+    assert [row[name] for name in SCORES.values()] == means(metrics["scores"][metrics["model"]], n=2)
+    assert row["Sequences"] == f"{int(log['step']) * config['batch_size']:,}" == f"{int(log['sequences']):,}"
+    scored = str([r for r in TABLES["Run", "Caveat"] if r["Run"] == row["Run"]])
+    assert metrics["step"] == int(log["step"]) or f"(step {metrics['step']:,})" in scored
+    assert row["Minutes"] == f"{float(read(f'{folder}/timing.csv')['minutes']):.1f}"
+    assert row["Parameters"] == f"{metrics['parameters']:,}" and config["commit"].startswith(row["Commit"])
+    knobs = main.parse(row["Command"].strip("`").split()[2:])
+    for name in TRAINING + ([] if knobs.max_minutes else ["epochs"]):
+        assert getattr(knobs, name) == config["sharpen_from" if name == "ssim_from" else name], name
+    assert sum(p.numel() for p in main.build(knobs, 1).parameters()) == metrics["parameters"]
+    if knobs.model in ("my_model", "paper"):
+        assert knobs.equivariant == config.get("symmetric", False)  # before it was a knob: False
+    assert row["Seed"] == str(knobs.seed) == str(config["seed"])
+
+
+def test_reference_values():
+    *baselines, spread = [[row[m] for m in SCORES.values()] for row in TABLES["Reference value", "MSE"]]
+    runs = [read(f"{run}/metrics.json")["scores"] for run in ("default", "seed_1", "seed_2")]
+    assert baselines == [means(runs[0][who]) for who in ("black", "copy_last", "optical_flow")]
+    for text, name, n in zip(spread, SCORES, (1, 1, 3), strict=True):
+        values = [run["my_model"][name]["mean"] for run in runs]
+        assert text == f"{np.mean(values):.{n}f} ± {np.std(values, ddof=1):.{n}f}"
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in RECORDS.glob("bench*.json")))
+def test_ratios_of_step_times(file):
+    (row,) = [row for row in TABLES["File", "Machine"] if f"({file})" in row["File"]]
+    seconds = {timed["name"]: timed["seconds"] for timed in read(file)["rows"] if timed["batch"] == 16}
+    best = "bf16" if "my_model, bf16" in seconds else "fp32"  # which precision main.py would choose
+    for key, n in (("reference, fp32", 1), ("reference, bf16", 1), ("bare convolutions", 2)):
+        timed = seconds.get(key) or seconds.get(f"{key}, {best}")
+        assert row[key] == (f"{timed / seconds[f'my_model, {best}']:.{n}f}" if timed else "–")
+
+
+def test_sequences_a_second():
+    rows = {row["Contender"]: row for row in TABLES["Contender", "Training step, batch 16"]}
+    for timed in read("bench.json")["rows"]:
+        row, work = rows[timed["name"]], f"{timed['work'].capitalize()}, batch {timed['batch']}"
+        assert row[work] == f"{timed['batch'] / timed['seconds']:.1f}"
+        assert not timed["bytes"] or row["Its peak memory (MiB)"] == f"{timed['bytes'] / 2**20:.0f}"
+
+
+def test_growth_of_a_step():
+    for row, grows in zip(TABLES["Grows", "From"], ("batch", "frames", "size", "hidden"), strict=True):
+        first, *_, last = [timed for timed in read("scaling.json")["rows"] if timed["grows"] == grows]
+        sizes = [str(np.ravel(timed[grows])[0]) for timed in (first, last)]
+        assert [*row.values()][1:] == sizes + [f"{last[k] / first[k]:.1f}" for k in ("seconds", "bytes")]
+
+
+def test_long_pt_is_the_fresh_run():
+    (row,), saved = TABLES["File", "Step"], torch.load(RECORDS / "long.pt", weights_only=True)
+    assert row["Hash of the rounded weights"] == weights_hash(main.load(RECORDS / "long.pt"))
+    assert row["Step"] == f"{saved['step']:,}" and saved["step"] == read("long/metrics.json")["step"]
+    assert saved["val_mse_per_frame"] == float(read("long/log.csv")["val_mse_per_frame"])
+    assert row["Validation MSE"] == f"{saved['val_mse_per_frame']:.2f}"
