@@ -22,9 +22,14 @@ def canvas(width, height):
     return axes
 
 
-def box(axes, x, y, text, colour, width=1.1, height=0.5, size=11, **style):
+def box(axes, x, y, text, color, width=1.1, height=0.5, size=11, **style):
     """A box around (x, y)."""
-    style = {"boxstyle": "round,pad=0,rounding_size=0.08", "facecolor": colour, "edgecolor": INK, "lw": 1} | style
+    style = {
+        "boxstyle": "round,pad=0,rounding_size=0.08",
+        "facecolor": color,
+        "edgecolor": INK,
+        "lw": 1,
+    } | style
     axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, **style))
     axes.text(x, y, text, ha="center", va="center", fontsize=size)
 
@@ -34,17 +39,34 @@ def dot(axes, x, y, text):
     axes.text(x, y - 0.01, text, ha="center", va="center", fontsize=12, zorder=4)
 
 
-def arrow(axes, *points, label="", colour=INK, at=0.5, above=0.13, style="-|>", dashed=False, size=9):
+def arrow(axes, *points, label="", color=INK, at=0.5, above=0.13, style="-|>", dashed=False, size=9):
     """A line through the points with a head at the last; the label stands beside its middle."""
     for (x0, y0), (x1, y1) in pairwise(points[:-1]):
-        axes.plot((x0, x1), (y0, y1), color=colour, lw=1.2, ls="--" if dashed else "-", solid_capstyle="round")
-    axes.annotate("", points[-1], points[-2], arrowprops={
-        "arrowstyle": style, "color": colour, "lw": 1.2, "ls": "--" if dashed else "-", "shrinkA": 0, "shrinkB": 0,
-    })  # fmt: skip
+        axes.plot((x0, x1), (y0, y1), color=color, lw=1.2, ls="--" if dashed else "-", solid_capstyle="round")
+    axes.annotate(
+        "",
+        points[-1],
+        points[-2],
+        arrowprops={
+            "arrowstyle": style,
+            "color": color,
+            "lw": 1.2,
+            "ls": "--" if dashed else "-",
+            "shrinkA": 0,
+            "shrinkB": 0,
+        },
+    )
     if label:
         (x0, y0), (x1, y1) = points[-2:]
-        axes.text(x0 + at * (x1 - x0), y0 + at * (y1 - y0) + above, label, ha="center", va="center", fontsize=size,
-                  color=colour)  # fmt: skip
+        axes.text(
+            x0 + at * (x1 - x0),
+            y0 + at * (y1 - y0) + above,
+            label,
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=color,
+        )
 
 
 def cell(path):
@@ -67,10 +89,10 @@ def cell(path):
     box(axes, 10.3, sums, "$h_t$", STATE, 0.9)
     # the sum of the two convolutions, a quarter of its channels to each gate
     dot(axes, 2.2, sums, "+")
-    arrow(axes, (1.3, sums), (2.03, sums), label="$W_h *$", colour=CONV, above=0.17, size=11)
-    arrow(axes, (1.3, 0.45), (2.2, 0.45), (2.2, sums - 0.17), colour=CONV)
+    arrow(axes, (1.3, sums), (2.03, sums), label="$W_h *$", color=CONV, above=0.17, size=11)
+    arrow(axes, (1.3, 0.45), (2.2, 0.45), (2.2, sums - 0.17), color=CONV)
     axes.text(1.7, 0.62, "$W_x *$", ha="center", va="center", fontsize=11, color=CONV)
-    cut = "z, with the bias: (B, 4 Ch, H, W), cut into four (in the order i, f, o, g)"
+    cut = "z, with the bias: (B, 4 Ch, H, W), split into four in the order i, f, o, g"
     axes.text(2.45, sums - 0.2, cut, fontsize=9, color=EDGE, va="center")
     axes.plot((2.37, 8.1), (sums, sums), color=INK, lw=1.2)
     for name, (x, function, words) in gates.items():
@@ -100,11 +122,11 @@ def cell(path):
     arrow(axes, (9.2, gate - 0.52), (9.2, sums), (9.85, sums))
     # peepholes
     peep = "#c8553d"
-    arrow(axes, (1.9, rail), (1.9, gate), (2.725, gate), colour=peep, dashed=True)
+    arrow(axes, (1.9, rail), (1.9, gate), (2.725, gate), color=peep, dashed=True)
     axes.text(2.3, gate + 0.17, "$W_{cf}$ ∘", ha="center", va="center", fontsize=10, color=peep)
-    arrow(axes, (1.9, gate), (1.9, 2.25), (4.0, 2.25), (4.0, gate), (4.325, gate), colour=peep, dashed=True)
+    arrow(axes, (1.9, gate), (1.9, 2.25), (4.0, 2.25), (4.0, gate), (4.325, gate), color=peep, dashed=True)
     axes.text(3.62, 2.1, "$W_{ci}$ ∘", ha="center", va="center", fontsize=10, color=peep)
-    arrow(axes, (7.3, rail), (7.3, gate), (7.725, gate), colour=peep, dashed=True)
+    arrow(axes, (7.3, rail), (7.3, gate), (7.725, gate), color=peep, dashed=True)
     axes.text(7.62, gate + 0.5, "$W_{co}$ ∘", ha="center", va="center", fontsize=10, color=peep)
     key = "blue: convolution     red, dashed: peephole, one number per channel"
     axes.text(10.75, 5.3, key, ha="right", va="center", fontsize=10, color=EDGE)
@@ -113,10 +135,10 @@ def cell(path):
     plt.close()
 
 
-def stack(axes, x, y, colour, layers):
-    """So many layers, the first at the bottom."""
+def stack(axes, x, y, color, layers):
+    """A stack of ConvLSTM layers, the first at the bottom."""
     for k in range(layers):
-        box(axes, x, y + 0.8 * k, f"ConvLSTM {k + 1}", colour, 1.5, 0.48)
+        box(axes, x, y + 0.8 * k, f"ConvLSTM {k + 1}", color, 1.5, 0.48)
         if k:
             arrow(axes, (x, y + 0.8 * k - 0.56), (x, y + 0.8 * k - 0.24))
 
@@ -132,10 +154,10 @@ def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.5)
     axes.set_ylim(-0.4, 9.1)
-    ours = "What main.py trains: hidden=(96, 96), feedback=True, head=(128, 128), search=4, reach=4, sheets=2, …"
+    ours = "The default of main.py: feedback, a motion head, and more"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.35, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
-    key = "in each half: same name and colour, same weights"
+    key = "in each half: same name and color, same weights"
     axes.text(12.7, 8.8, key, fontsize=11, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
@@ -157,8 +179,8 @@ def encoder_forecaster(path):
             stack(axes, x, y, "#f0dede" if forecaster else STATE, layers)
             for layer in range(layers):
                 level = y + 0.8 * layer
-                arrow(axes, ((6.65 if k == 0 else 8.95), level), (x - 0.75, level),
-                      label="copied" if forecaster and (k, layer) == (0, layers - 1) else "", size=10)  # fmt: skip
+                label = "copied" if forecaster and (k, layer) == (0, layers - 1) else ""
+                arrow(axes, ((6.65 if k == 0 else 8.95), level), (x - 0.75, level), label=label, size=10)
                 if k == 1:
                     arrow(axes, (x + 0.75, level), (x + 1.5, level), dashed=True)
             draw_head(axes, x, head, name)
@@ -176,28 +198,54 @@ def encoder_forecaster(path):
                     (middle, y - 0.85),
                     (x1, y - 0.85),
                     (x1, y - 0.24),
-                    colour=red,
+                    color=red,
                 )
-            axes.text(8.2, y - 1.08, "the frame that it drew last", ha="center", fontsize=11, color=red)
+            axes.text(
+                8.2, y - 1.08, "feedback: the frame that it drew last", ha="center", fontsize=11, color=red
+            )
             green = "#3d7a3d"
             for x in (5.9, 8.2, 10.3):
                 start = x - 0.45 if x == 5.9 else x - 0.9
-                arrow(axes, (start, y - 0.85), (x - 0.9, y - 0.85), (x - 0.9, head), (x - 0.75, head), colour=green)
-            axes.text(4.9, head, "moved", ha="right", va="center", fontsize=11, color=green)
+                arrow(
+                    axes,
+                    (start, y - 0.85),
+                    (x - 0.9, y - 0.85),
+                    (x - 0.9, head),
+                    (x - 0.75, head),
+                    color=green,
+                )
+            axes.text(4.9, head, "advection", ha="right", va="center", fontsize=11, color=green)
             for x0, x1 in ((6.1, 8.0), (8.4, 10.1)):
-                arrow(axes, (x0, head + 0.21), (x0, head + 0.4), (x1, head + 0.4), (x1, head + 0.21), colour=green)
-            arrow(axes, (4.3, head + 0.4), (5.7, head + 0.4), (5.7, head + 0.21), colour=green, dashed=True)
-            axes.text(7.05, head + 0.4, "sheets", ha="center", va="bottom", fontsize=11, color=green)
-            axes.text(4.25, head + 0.4, "sheets, from $x_5$ on", ha="right", va="center", fontsize=11, color=green)
+                arrow(
+                    axes,
+                    (x0, head + 0.21),
+                    (x0, head + 0.4),
+                    (x1, head + 0.4),
+                    (x1, head + 0.21),
+                    color=green,
+                )
+            arrow(axes, (4.3, head + 0.4), (5.7, head + 0.4), (5.7, head + 0.21), color=green, dashed=True)
+            axes.text(7.05, head + 0.4, "motion layers", ha="center", va="bottom", fontsize=11, color=green)
+            axes.text(
+                4.25,
+                head + 0.4,
+                "motion layers, from $x_5$ on",
+                ha="right",
+                va="center",
+                fontsize=11,
+                color=green,
+            )
             violet = "#6a4c93"
-            arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), colour=violet)
-            axes.text(0.95, y - 1.2, "at each step: motion since the frame before", fontsize=11, color=violet)
+            arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), color=violet)
+            axes.text(
+                0.95, y - 1.2, "block matching: motion since the frame before", fontsize=11, color=violet
+            )
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
-        "The lower network's first layer also sees 16 channels of motion, and its head has 16 + 2·81 more outputs:\n"
-        "how much the moved frame counts in a pixel, and the weights of the 9×9 moves of each of the two sheets"
+        "The default's first layer also reads 16 channels of motion. Its head has 16 + 2·81 more outputs:\n"
+        "the gain of the moved frame, and the weights of 9×9 moves for each of two motion layers"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
