@@ -29,6 +29,7 @@ FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
 EVALUATIONS = 10  # evenly spaced, after that
 LOSSES = 200  # points of the training loss's curve
 TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
+FIRST_BASELINES = "black", "copy_last"  # optical flow takes seconds, and waits for the first evaluation
 SAVE_EVERY = 120  # seconds between checkpoints
 
 
@@ -106,7 +107,7 @@ class Run(Progress):
             changed = [f"{k} {now[k]} (was {then.get(k)})" for k in now if then.get(k) != now[k]]
             if changed and not self.has_ended:
                 print0(f"resuming with {', '.join(changed)}: no longer bit-exact")
-        self.add_baselines("black", "copy_last")
+        self.add_baselines(*FIRST_BASELINES)
         files = [self.folder / name for name in ("log.csv", "timing.csv", "loss.png")]
         if self.timing and RANK == 0 and not (self.has_ended and all(file.exists() for file in files)):
             self.write_log()  # the files may be lost
@@ -124,6 +125,8 @@ class Run(Progress):
     def show_results(self):
         """Whether the run has ended and its results can be read: then print them."""
         if not self.has_ended:
+            levels = (f"{figures.LABELS[who]} {np.mean(self.baselines[who]):.1f}" for who in FIRST_BASELINES)
+            print0(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
             print0(f"output    {self.folder}" + (f", resuming at step {self.step:,}" if self.step else ""))
             return False
         if words := on_rank_0(self.read_report):

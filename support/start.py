@@ -138,7 +138,7 @@ def describe(knobs, data, model, weights, environment):
     parameters = sum(p.numel() for p in model.parameters())
     words = f", weights of {weights.path}" if weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{words}")
-    words = "{device}, {processes} process(es), {threads} threads, {precision}, torch {torch}"
+    words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
     on_gpu = " on the GPU" if isinstance(getattr(data.training, "frames", None), torch.Tensor) else ""
     splits = (f"training{on_gpu}", data.training), ("validation", data.validation), ("test", data.test)

@@ -9,10 +9,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-if "--gpu" not in sys.argv:
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        "-1"  # on a GPU, whose sums have no fixed order, little would be equal
-    )
+if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # on a GPU, whose sums have no fixed order, little is equal
 
 import numpy as np
 import pytest
@@ -39,6 +37,7 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # with --gpu; as main.py sets it in fp32
 
 
 @pytest.fixture(params=[1, 3], ids=["1_thread", "3_threads"])

@@ -57,11 +57,12 @@ def run_layer(layer, x, state, n_frames, dtype):
     leaves = {"x": x, "h0": state[0], "c0": state[1], **dict(layer.cell.named_parameters())}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden_states, (h, c) = layer(x, state, n_frames)
         outputs = {"hidden states": hidden_states, "h": h, "c": c}
         generator = torch.Generator().manual_seed(1)  # the same weights at every call
-        total = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs.values())
+        weights = [torch.randn(y.shape, generator=generator).to(DEVICE) for y in outputs.values()]
+        total = sum((y * w).sum() for y, w in zip(outputs.values(), weights, strict=True))
         gradients = torch.autograd.grad(total, list(leaves.values()))
     for name, leaf in leaves.items():
         assert torch.equal(leaf, before[name]), f"{name} was overwritten"
@@ -69,10 +70,14 @@ def run_layer(layer, x, state, n_frames, dtype):
 
 
 def make_layer(exact, peephole, n_in, hidden, k, state_k, shape, dilation=1, h=1):
-    (B, T, H, W), leaf = shape, lambda *size: torch.randn(size, dtype=exact)
-    layer = randomized(ConvLSTM(n_in, hidden, k, state_k, peephole, dilation)).to(exact)
+    (B, T, H, W), leaf = shape, lambda *size: torch.randn(size, dtype=exact).to(DEVICE)
+    layer = randomized(ConvLSTM(n_in, hidden, k, state_k, peephole, dilation)).to(DEVICE, exact)
     # time before batch in memory, as the layer below leaves it
-    x = torch.rand(T, B, n_in, H, W, dtype=exact).transpose(0, 1).requires_grad_() if n_in else None
+    x = (
+        torch.rand(T, B, n_in, H, W, dtype=exact).to(DEVICE).transpose(0, 1).requires_grad_()
+        if n_in
+        else None
+    )
     state = [(scale * leaf(B, hidden, H, W)).requires_grad_() for scale in (h, 1)]
     return layer, x, state, T
 
@@ -135,7 +140,7 @@ def test_fast_gradients_are_finite_differences(n_in):
 def compiled(request):
     """dtype and its compiled (gates_forward, gates_backward)."""
     skip_without_compiler()
-    forward, backward = fast.layer.gate_functions("cpu", request.param)
+    forward, backward = fast.layer.gate_functions(DEVICE, request.param)
     assert forward is not fast.layer.gates_forward, "there is a compiler, but the gates were not built"
     return request.param, forward, backward
 
@@ -143,15 +148,16 @@ def compiled(request):
 def gate_arguments(dtype, N, C, scale=1.0):
     """Random z, peephole, c of gates_forward, and dh, dh_next, dc of gates_backward."""
     z, (dh, dh_next) = scale * torch.randn(N, 4 * C), torch.randn(2, N, C).to(dtype)
-    return [z.to(dtype), torch.randn(3, C), torch.randn(N, C), dh, dh_next, torch.randn(N, C)]
+    given = z.to(dtype), torch.randn(3, C), torch.randn(N, C), dh, dh_next, torch.randn(N, C)
+    return [t.to(DEVICE) for t in given]
 
 
 def by_both(gates, z, peephole, c, dh, dh_next, dc):
     """All results of the compiled gates, and of the plain ones, by name."""
     results = []
     for forward, backward in (gates, (fast.layer.gates_forward, fast.layer.gates_backward)):
-        c_before, h = torch.empty(2, *c.shape, dtype=z.dtype)
-        sums = torch.zeros(torch.get_num_threads(), 7, c.shape[1])
+        c_before, h = torch.empty(2, *c.shape, dtype=z.dtype, device=DEVICE)
+        sums = c.new_zeros(torch.get_num_threads(), 7, c.shape[1])
         new_z, new_c, new_dc = z.clone(), c.clone(), dc.clone()
         forward(new_z, peephole, new_c, c_before, h)
         assert torch.equal(new_z.nan_to_num(), z.nan_to_num())  # is left for backward
@@ -197,8 +203,10 @@ def test_compiled_motion_is_plain(shape, patch_size, max_motion, threads):
     assert fast.motion.is_supported(patch_size, max_motion) and not fast.motion.is_supported(
         64, 1
     )  # too large
-    (frames, d_moved), (N, _, H, W) = torch.rand(2, *shape), shape
-    weights = torch.randn(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2).softmax(-1)
+    (frames, d_moved), (N, _, H, W) = torch.rand(2, *shape).to(DEVICE), shape
+    weights = (
+        torch.randn(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2).to(DEVICE).softmax(-1)
+    )
     for leaves in ((weights.requires_grad_(),), (weights, frames.requires_grad_())):  # frames: data, drawn
         results = []
         for module in (motion, fast.motion):
@@ -287,10 +295,10 @@ def test_fast_network_is_plain(dtype, options):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     model = small(hidden_channels=(16, 8), head_channels=(8,), patch_size=4, **options).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
-    device = torch.device(DEVICE if dtype == torch.float64 else "cpu")  # in fp32 a GPU rounds to TF32
+    device = torch.device(DEVICE)
 
     def results(device):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(str(device), torch.bfloat16, enabled=dtype == torch.bfloat16):
             logits = model.to(device)(past.to(device), 4, 2)
             gradients = torch.autograd.grad(logits.square().mean(), list(model.parameters()))
         return dict(zip(("logits", *dict(model.named_parameters())), (logits, *gradients), strict=True))

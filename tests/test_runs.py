@@ -142,8 +142,8 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
 def test_first_lines_say_what_runs(reference):
     first, parameters = reference[1].split("epoch")[0], results(reference[0])["parameters"]
     data = "squares.npy: 46 training, 5 validation, 6 test"
-    device = "1 threads, fp32", f"torch {torch.__version__}"
-    for fact in f"my_model, {parameters:,} parameters", *device, data, "1×16×16":
+    device = "fp32", "threads: 1, processes: 1", f"torch {torch.__version__}"
+    for fact in f"my_model, {parameters:,} parameters", *device, data, "1×16×16", "last frame copied":
         assert fact in first
 
 
