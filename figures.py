@@ -134,11 +134,11 @@ def to_uint8(frames):
 
 
 def prediction(past, truth, forecast, title):
-    """Rows: input, truth, forecast, error. Without a truth (None), only input and forecast."""
+    """Rows: input, truth, forecast, error. The truth may be shorter, or None."""
     n = len(past) + 1
     if truth is None:
         return grid({"input": (1, past), "forecast": (n, forecast)}, title)
-    error = np.abs(np.asarray(forecast, np.float32) - np.asarray(truth, np.float32))
+    error = np.abs(np.asarray(forecast, np.float32)[: len(truth)] - np.asarray(truth, np.float32))
     rows = {"input": (1, past), "truth": (n, truth), "forecast": (n, forecast), "|error|": (n, error)}
     return grid(rows, title)
 

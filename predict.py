@@ -114,9 +114,11 @@ def predict(
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
     array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
     write_npy(out / "forecast.npy", array[..., 0] if model.channels == 1 else array)
-    known = truth[0] if truth.shape[1] == frames else None
-    write_atomic(out / "forecast.png", figures.prediction(past[0], known, forecast[0], words))
-    write_atomic(out / "forecast.gif", figures.animation(past[0], known, forecast[0], source.name))
+    shrink = -(-past.shape[-1] // 256)  # large frames, in the pictures only
+    past, truth, shown = (some[0, ..., ::shrink, ::shrink] for some in (past, truth, forecast))
+    write_atomic(out / "forecast.png", figures.prediction(past, truth if len(truth) else None, shown, words))
+    known = truth if len(truth) == frames else None
+    write_atomic(out / "forecast.gif", figures.animation(past, known, shown, source.name))
     print(f"output    {out}")
 
 
