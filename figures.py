@@ -63,8 +63,14 @@ def loss(history, baselines, phases, title):
     phases = [(epoch, words) for epoch, words in phases if epoch <= epochs[-1]]
     label = "training (its task changes at the dotted lines)" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
-    more = f", {numbers[-1]:,} at the end" if numbers[-1] != numbers[0] else ""
-    left.plot(evaluated, validation, **MODEL_STYLES[0], label=f"validation ({numbers[0]:,} sequences{more})")
+    some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
+    lines = [[row[name] for row in some] for name in names]
+    left.plot(lines[0], lines[1], **MODEL_STYLES[0], label=f"validation, {numbers[0]:,} sequences")
+    right.plot(lines[0], lines[2], **MODEL_STYLES[0])
+    if len(some) < len(points):
+        last = {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
+        left.plot(evaluated[-1:], validation[-1:], **last, label=f"validation, all {numbers[-1]:,} sequences")
+        right.plot(evaluated[-1:], errors[-1:], **last)
     for k, (epoch, words) in enumerate(phases):  # each has its own height, above the curves
         text, side = (f"{words} → ", "right") if epoch > 0.6 * epochs[-1] else (f" → {words}", "left")
         left.axvline(epoch, lw=1, ls=":", color="black")
@@ -73,7 +79,6 @@ def loss(history, baselines, phases, title):
     top = 1.05 * max(*training, *validation) / (0.97 - 0.055 * len(phases))
     left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, top))
     left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
-    right.plot(evaluated, errors, **MODEL_STYLES[0])
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))

@@ -8,11 +8,9 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-import signal
+from support import sources  # noqa: F401 (first: it notes the code that runs, before it can be edited)
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports load: no traceback
-
+# isort: split
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -42,7 +40,7 @@ class Knobs:
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int] = (64, 1, 1)  # of videos: pixels a side, every Nth frame, 1 or 3 channels
-    overlay: int = -1  # other sequences merged into each; -1 = 2 for Moving MNIST, else 0. Tried: 0 to 3
+    overlay: int = -1  # sequences merged into each; -1 = automatic: 2 for Moving MNIST, 0 for other data
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network, see RECIPES
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -57,8 +55,8 @@ class Knobs:
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # where forecasts grow from 1 frame to all; 0 0 = off
-    ssim_from: float = 0.9  # 1 - SSIM joins the loss from here on, for sharper forecasts; 1 = never
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # fractions of training: 1 forecast frame becomes all
+    ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
     name: str = ""  # folder of this run in it; empty = the model's name
@@ -83,8 +81,8 @@ RECIPES = {
         "learning_rate": 0.04,
         "epochs": 3,
     },
-    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "max_minutes": 15.0},
-    "seq2seq": {"learning_rate": 0.04, "max_minutes": 15.0},
+    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},
+    "seq2seq": {"learning_rate": 0.04, "epochs": 1},
 }
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
@@ -99,7 +97,7 @@ def build(knobs, channels):
         )
     if knobs.model == "seq2seq":
         return convlstm.Seq2SeqForecaster(channels)
-    ours = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True, "motion_layers": 2}
+    additions = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True, "motion_layers": 2}
     return EncoderForecaster(
         channels,
         knobs.hidden_channels,
@@ -108,7 +106,7 @@ def build(knobs, channels):
         head_channels=knobs.head_channels,
         max_motion=knobs.max_motion,
         equivariant=knobs.equivariant,
-        **ours,
+        **additions,
     )
 
 
@@ -117,7 +115,7 @@ def make_optimizers(model, knobs, dtype):
 
     `train` sets the learning rate of each group at each step, times the group's "rate" if it has one.
     """
-    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # what draws comes last, as registered
+    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # the last one draws the pixels
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "rate": ADAMW_RATE}
     adamw = torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(kernels, dtype, knobs.weight_decay), adamw]
@@ -133,7 +131,7 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    Near frames teach motion, and cost less. my_model reads the frames that it does not forecast yet as well.
+    Near frames teach motion, and cost less. Frames not forecast yet are input to my_model.
     """
     start, end = knobs.grow_horizon
     n_future = knobs.frames_out
@@ -156,12 +154,12 @@ def load_batch(run, n_past, n_future):
         run.order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(training))
         training.start_epoch(epoch)
     index = run.order[k * knobs.batch_size :][: knobs.batch_size]
-    mine, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
-    frames = training[index[mine]]
-    not_yet = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
+    my_share, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
+    frames = training[index[my_share]]
+    fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
     # drawn for the whole batch, so that it does not depend on how many processes share it
-    for others in rng.integers(len(training), size=(math.ceil(knobs.overlay * not_yet), len(index))):
-        frames = torch.maximum(frames, training[others[mine]])
+    for others in rng.integers(len(training), size=(math.ceil(knobs.overlay * fraction_left), len(index))):
+        frames = torch.maximum(frames, training[others[my_share]])
     frames = to_device(frames[:, : n_past + n_future], run.device).float() / 255
     return frames[:, :n_past], frames[:, n_past:]
 
@@ -185,7 +183,7 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: the frames after the later input frames are drawn as well
+        # dense targets: also forecast the frame after each later input frame
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         torch.manual_seed(knobs.seed + run.step * WORLD_SIZE + RANK)  # a network with dropout resumes exactly

@@ -50,21 +50,19 @@ def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for an exponent
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
-    found = costs(frames, before, patch_size, max_motion)
-    found = F.avg_pool2d(found.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
-    return (-9 * found).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
+    moves = costs(frames, before, patch_size, max_motion)
+    means = F.avg_pool2d(moves.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
+    return (-9 * means).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
 
 
 def move_layers(frame, expected, weights, patch_size, advect=advect):
     """Split a frame into motion layers, and move each by its own weights → what each should show next.
 
     frame (N, C, H, W); expected, what each layer should show of it, (N, L, C, H, W); weights
-    (N, L, H/P, W/P, K²) → (N, L, C, H, W). The layer that most expects a pixel gets all of it, the others
-    proportionally less. If none expects it, all get it. After the layers of Wang & Adelson (1994).
+    (N, L, H/P, W/P, K²) → (N, L, C, H, W). Each pixel goes fully to the layer that expects it most, and in
+    part to the others. If no layer expects it, each gets it. After the layers of Wang & Adelson (1994).
     """
-    claims = (
-        expected.detach() + OWNERSHIP_FLOOR
-    )  # ownership follows from what was expected, and is not learned
+    claims = expected.detach() + OWNERSHIP_FLOOR  # not learned: it follows from what was expected
     layers = frame[:, None] * (claims / claims.amax(1, keepdim=True))
     moved = advect(layers.flatten(0, 1), weights.flatten(0, 1), patch_size)
     return moved.unflatten(0, layers.shape[:2])

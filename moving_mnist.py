@@ -143,30 +143,15 @@ def trajectories(rng, n, n_frames=20, n_digits=2, step=0.1):
 
 
 def render(digits, positions, size=64):
-    """digits (n, n_digits, d, d), uint8, and positions (n, T, n_digits, 2) → (n, T, 1, size, size).
-
-    Where digits overlap, the maximum counts. Padded to the canvas's row length, a digit is one run of memory.
-    Moving it by rows and columns moves the run by row·size + column bytes. So each digit of each frame is one
-    wide element, read and written as a whole.
-    """
-    (n, n_frames, n_digits, _), d = positions.shape, digits.shape[-1]
-    pixels = (positions * (size - d)).astype(np.int64)  # the floor, as none is negative
-    strips = np.pad(digits, ((0, 0), (0, 0), (0, 0), (0, size - d)))
-    run = np.dtype(("V", (d - 1) * size + d))
-    strips = np.ndarray((n, n_digits), run, strips, strides=(n_digits * d * size, d * size))
-    frames = np.empty((n, n_frames, 1, size, size), np.uint8)
-    starts = np.ndarray(frames.size - run.itemsize + 1, run, frames, strides=(1,))
-    place = np.arange(n * n_frames).reshape(n, n_frames, 1) * size * size + pixels @ (size, 1)
-    as_bytes = lambda runs: runs.view(np.uint8).reshape(*runs.shape, run.itemsize)
-    for b in (slice(a, a + 16) for a in range(0, n, 16)):  # few enough to stay in the cache
-        frames[b] = 0
-        for k in range(n_digits):
-            here, strip = place[b, :, k], strips[b, k, None]
-            if k > 0:
-                there = starts[here]
-                np.maximum(as_bytes(there), as_bytes(np.ascontiguousarray(strip)), out=as_bytes(there))
-                strip = there
-            starts[here] = strip
+    """digits (n, n_digits, d, d), uint8, at positions (n, T, n_digits, 2) → (n, T, 1, size, size)."""
+    n, n_frames, n_digits, _ = positions.shape
+    d = digits.shape[-1]
+    corners = (positions * (size - d)).astype(np.int64)  # the floor, as none is negative
+    frames = np.zeros((n, n_frames, 1, size, size), np.uint8)
+    for b, t, k in np.ndindex(n, n_frames, n_digits):
+        y, x = corners[b, t, k]
+        patch = frames[b, t, 0, y : y + d, x : x + d]
+        np.maximum(patch, digits[b, k], out=patch)
     return frames
 
 
@@ -220,12 +205,13 @@ def find_oddities(array):
     """Sentences on what is probably wrong with an array (T, N, C, H, W) of your own."""
     T, N = array.shape[:2]
     some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
-    if T > 4 * N and T > 100:
-        yield f"{T:,} frames of only {N:,} sequences: is N first? Expected time first, (T, N, H, W)"
+    along_time, along_sequences = (np.abs(np.diff(some, axis=axis)).mean() for axis in (0, 1))
+    if along_time > along_sequences:  # neighboring frames are more alike than two sequences
+        yield f"read as {T:,} frames of {N:,} sequences: is N first? Expected time first, (T, N, H, W)"
     if some.max() <= 1:
         yield f"no value is above {some.max()}: expected grey levels from 0 to 255"
-    elif T > 1 and (motion := np.abs(np.diff(some, axis=0)).mean()) < 0.05:
-        yield f"hardly anything moves: from frame to frame, a pixel changes by {motion:.3f} grey levels"
+    elif along_time < 0.05:
+        yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3f} grey levels"
 
 
 def moving_mnist_array():

@@ -12,7 +12,7 @@ Changes from the paper, and why (records/README.md has the measurements):
 - `dilation`: the upper layers see farther. A digit's far end has to turn with it at a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `motion_layers`: the head moves several layers of the frame independently, so that digits can part.
-- `equivariant`: flip or transpose the input, and the forecast follows. Each sequence teaches eight.
+- `equivariant`: flip or transpose the input, and the forecast follows. One sequence teaches as much as eight.
 
 B batch, T frames, C channels, H height, W width, L motion layers; Ch hidden channels, P patch size.
 """
@@ -175,7 +175,7 @@ class EncoderForecaster(nn.Module):
             if max_motion:  # the first forecast is the last frame, blurred
                 draw.bias.zero_()
                 draw.bias[n_pixels : 2 * n_pixels] = 1.0
-                draw.bias[2 * n_pixels + n_moves // 2 :: n_moves] = 2.0  # each layer's move by nothing
+                draw.bias[2 * n_pixels + n_moves // 2 :: n_moves] = 2.0  # each layer's zero move
             else:
                 draw.bias.fill_(-3.0)  # frames start nearly black
         self.head = nn.Sequential(*head, draw)
@@ -245,8 +245,8 @@ class EncoderForecaster(nn.Module):
         if self.max_motion:
             before = torch.cat((before, frames[:, :-1]), 1).flatten(0, 1)
             options = self.patch_size, self.max_motion, self.matching_costs
-            likely = block_match(frames.flatten(0, 1), before, *options)
-            x = torch.cat((x, self.motion(likely).unflatten(0, frames.shape[:2])), 2)
+            move_probabilities = block_match(frames.flatten(0, 1), before, *options)
+            x = torch.cat((x, self.motion(move_probabilities).unflatten(0, frames.shape[:2])), 2)
         return unroll(self.encoder, x, states, frames.shape[1])
 
     def draw(self, hidden_states, frames=None, expected=None):
@@ -290,7 +290,7 @@ class EncoderForecaster(nn.Module):
 # from, a hidden channel one of eight directions. A flip of the frame flips these squares: channels move.
 # A kernel is equivariant if flipping it and permuting its channels leaves it as it is.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # 2·2·2 symmetries
-# Where the eight directions of hidden channels stand, -1 for nobody; every symmetry moves all eight
+# Places of the eight hidden channels of a group; -1 = empty. Every symmetry moves all eight
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 

@@ -46,7 +46,7 @@ def read_frames(path):
             if frames.dtype.kind not in "buif":
                 raise ValueError(f"it holds {frames.dtype}")
         except Exception as error:  # untrusted file: loading may raise anything
-            raise UserError(f"{path} is no .npy, no video and no folder of images ({error})") from error
+            raise UserError(f"{path} is no .npy of numbers, no video and no folder of images") from error
     shape = frames.shape
     if frames.ndim == 3:
         frames = frames[..., None]  # (T, H, W)
@@ -54,9 +54,8 @@ def read_frames(path):
         frames = frames[..., None]  # (N, T, H, W)
     frames = frames[None] if frames.ndim == 4 else frames
     if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
-        raise UserError(
-            f"frames have shape {shape}; expected (T, H, W), (T, H, W, C) or (N, T, H, W), T from 2, C 1 or 3"
-        )
+        expected = "(T, H, W), (T, H, W, C) or (N, T, H, W), with at least 2 frames and 1 or 3 channels"
+        raise UserError(f"frames have shape {shape}; expected {expected}")
     frames = frames.astype(np.float32) / (255 if np.issubdtype(frames.dtype, np.integer) else 1)
     if not (frames.min() >= 0 and frames.max() <= 1):
         raise UserError(
@@ -103,6 +102,8 @@ def predict(
     given = fit_to_model(read_frames(source), model)
     past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
     forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
+    n, n_frames, _, height, width = given.shape
+    print(f"read      sequences: {n}, of {n_frames} frames of {height}×{width}")
     words = f"{source.name}: {past.shape[1]} frames in, {frames} forecast"
     if truth.shape[1]:
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()

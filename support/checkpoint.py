@@ -47,7 +47,9 @@ def write_atomic(path, content):
         with open_atomic(Path(path)) as file:
             file.write(content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; the file before it is intact") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; the previous version of the file is intact"
+        ) from error
 
 
 def save(path, state):

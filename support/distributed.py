@@ -77,13 +77,6 @@ def check_cpu(device):
     return native, units[0] if native else "no bf16 unit found"
 
 
-def gpu_without_cuda(device):
-    """Whether an NVIDIA driver is installed, but this torch was built without CUDA."""
-    windows = os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "nvcuda.dll")
-    driver = any(map(os.path.exists, ("/proc/driver/nvidia/version", windows)))
-    return driver and device.type == "cpu" and torch.version.cuda is None
-
-
 def init_distributed(device):
     """Connect to the other processes, if there are any. Raises UserError."""
     if WORLD_SIZE == 1:
@@ -156,23 +149,12 @@ def stop(signum, frame):
     raise SystemExit(128 + signum)
 
 
-def exit_from_ignored(ignored):
-    """Python prints and ignores what is raised in a __del__ or a weakref callback: end there, too."""
-    if not isinstance(ignored.exc_value, SystemExit):
-        return sys.__unraisablehook__(ignored)
-    try:
-        sys.stdout.flush()
-    finally:
-        os._exit(ignored.exc_value.code)
-
-
 def run_script(function, out_of_memory_advice=""):
     """Call a function. A signal or a foreseeable fault ends it with one sentence, a bug with a traceback."""
     name = f"main.py, rank {RANK}" if WORLD_SIZE > 1 else os.path.basename(sys.argv[0])
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    sys.unraisablehook = exit_from_ignored
     try:
         function()
         if WORLD_SIZE > 1:

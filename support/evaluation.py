@@ -1,4 +1,4 @@
-"""Score a forecast over a split, beyond the training's task, and beside other runs. Processes share the work.
+"""Score a forecast on a split and on harder cases, and compare runs. Each process scores a part.
 
 A forecast is a function (past, n) → (prediction in [0, 1], logits or None). Frames are (B, T, C, H, W).
 """
@@ -17,6 +17,7 @@ import moving_mnist
 from support import UserError
 from support.checkpoint import lock_folder, remove_strays, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
+from support.folders import describe_changes
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
@@ -105,8 +106,8 @@ def score(name, task, dataset):
 
 
 def describe_split(results):
-    split = "all" if results["split"] == "all" else f"{results['split']} split"
-    return f"{split} of the {results['data']}, {results['sequences']:,} sequences"
+    split = "all" if results["split"] == "all" else f"{results['split']} split,"
+    return f"{results['data']}, {split} {results['sequences']:,} sequences"
 
 
 def table_cells(scores, missing):
@@ -253,7 +254,12 @@ def read_run(folder):
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    run["label"] = f"{folder.name} ({config['changes']})" if config["changes"] else folder.name
+    run["label"], run["folder"], run["asked"], run["started"] = (
+        folder.name,
+        folder,
+        config["asked"],
+        config["started"],
+    )
     run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
     run["history"] = []
     if (folder / "log.csv").exists():  # weights that were only evaluated have none
@@ -294,8 +300,11 @@ def compare_runs(out, latest, first_sequence):
                 runs.append(run)
             else:
                 left_out.append(path.parent.name)
+        trained = {run["weights"] for run in runs if "epochs" in run["asked"]["knobs"]}
+        runs = [run for run in runs if "epochs" in run["asked"]["knobs"] or run["weights"] not in trained]
         if len(runs) < 2:
             return
+        label_runs(runs)
         runs.sort(key=lambda run: run["curve"].mean())
         baselines = {who: latest["scores"][who] for who in figures.LABELS}
         write_atomic(out / "compare.md", comparison_table(runs, baselines, left_out).encode())
@@ -309,6 +318,17 @@ def compare_runs(out, latest, first_sequence):
         rows["truth"] = n + 1, first_sequence[n:][: latest["frames_out"]] / 255
         rows |= {run["label"]: (n + 1, run["first_forecast"]) for run in runs}
         write_atomic(out / "compare_strip.png", figures.grid(rows, f"{title}: the first sequence"))
+
+
+def label_runs(runs):
+    """Add to the label of each trained run, its folder, what differs from the first run of its model."""
+    first = {}
+    for run in sorted(runs, key=lambda run: run["started"]):
+        if "epochs" in run["asked"]["knobs"]:  # evaluation alone has none
+            reference = first.setdefault(run["model"], run)
+            others = reference["asked"], reference["folder"], run["folder"]
+            if changes := describe_changes(run["asked"], *others, with_old=False):
+                run["label"] += f" ({changes})"
 
 
 def comparison_table(runs, baselines, left_out):

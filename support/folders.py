@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
@@ -11,46 +12,59 @@ from pathlib import Path
 
 import numpy as np
 
-from support import checkpoint
+from support import checkpoint, sources
 from support.checkpoint import write_atomic
 from support.distributed import on_rank_0
 
-ROOT = Path(__file__).parent.parent
-MODEL_SOURCES = "my_model.py", "motion.py", "convlstm.py"
-# As imported: what is edited later on the disk is not what runs
-SOURCES = {
-    name: (ROOT / name).read_text("utf-8")
-    for name in ("main.py", *MODEL_SOURCES, "moving_mnist.py", "metrics.py")
-}
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that may change when a run resumes
 
 
-def source_hashes():
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in SOURCES.items()}
-
-
-def describe_identity(knobs, data, weights=None):
-    """What makes a run the same run: the knobs, the data, the sources and the file of weights."""
-    sha = hashlib.sha256(data.training[np.arange(1)].numpy())
+def describe_identity(knobs, data, weights, kept=None):
+    """What makes a run the same run: knobs (all, or those kept), data, sources, and the file of weights."""
+    sha = hashlib.sha256(data.training[np.arange(1)].cpu().numpy())
     for split in (data.validation, data.test):
         sha.update(split[np.array([0, len(split) - 1])].numpy())
-    kept = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
+    values = dataclasses.asdict(knobs)
+    values = {k: values[k] for k in kept or values if k not in NOT_THE_EXPERIMENT}
     if weights:
-        kept["weights"] = f"{weights}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
+        values["weights"] = f"{weights}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
     shape = "×".join(map(str, data.training.shape))
     words = f"{data.name}, sequences of {shape}, sha256 of five {sha.hexdigest()[:16]}"
-    asked = {"knobs": kept, "data": words, "sources": source_hashes()}
+    asked = {"knobs": values, "data": words, "sources": sources.HASHES}
     return json.loads(json.dumps(asked))  # as it comes back from config.json
 
 
-def describe_changes(asked, before, sources=tuple(SOURCES)):
-    """What differs from another run, in words: "hidden_channels 64 64 (was 96 96), my_model.py edited"."""
+def describe_changes(asked, before, old_folder, new_folder=None, with_old=True):
+    """What differs from the run in old_folder, in words: "epochs 3 (was 2), main.py: loss = 2 * loss"."""
     text = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else str(v) or "none"
-    old, new = before["knobs"], asked["knobs"]
-    changes = [f"{k} {text(v)} (was {text(old.get(k))})" for k, v in new.items() if old.get(k) != v]
+    old, new, changes = before["knobs"], asked["knobs"], []
+    for name in new:
+        if old.get(name) != new[name]:
+            was = f" (was {text(old.get(name))})" if with_old else ""
+            changes.append(f"{name} {text(new[name])}{was}")
     changes += [] if asked["data"] == before["data"] else ["other data"]
-    edited = [k for k in sources if before["sources"].get(k) != asked["sources"][k]]
-    return ", ".join(changes + [f"{name} edited" for name in edited])
+    for name, value in asked["sources"].items():
+        if before["sources"].get(name) != value:
+            changes.append(describe_edit(name, read_source(old_folder, name), read_source(new_folder, name)))
+    return ", ".join(filter(None, changes))
+
+
+def describe_edit(name, old, new):
+    """The first new line of a file, in words; nothing where only knobs differ, which are listed anyway."""
+    lines = set(old.splitlines())
+    added = [line.strip() for line in new.splitlines() if line.strip() and line not in lines]
+    code = [line for line in added if not re.match(r"\w+: .* = ", line)]  # no knob
+    if not old or not added:
+        return f"{name} edited"
+    return f"{name}: {code[0][:60]}" if code else ""
+
+
+def read_source(folder, name):
+    """A file as a run has kept it, or of this run (None)."""
+    if folder is None:
+        return sources.TEXTS[name]
+    path = folder / "source" / Path(name).name
+    return path.read_text("utf-8") if path.exists() else ""
 
 
 @contextmanager
@@ -60,37 +74,38 @@ def open_folder(out, base, asked):
         yield on_rank_0(choose_folder, Path(out), base, asked, stack)
 
 
-@contextmanager
-def hold(folder):
-    """Hold an earlier run's folder."""
-    with ExitStack() as stack:
-        on_rank_0(lambda: stack.enter_context(checkpoint.lock_folder(folder)))
-        yield folder
-
-
 def choose_folder(out, base, asked, stack):
     """The folder, locked until the stack unwinds. Nothing in `out` is overwritten."""
     with checkpoint.lock_folder(out, wait=True):  # of two runs that start at once, each gets its own
         configs = read_configs(out)
         for name, config in configs.items():
-            if config["asked"] == asked and base in (name.rpartition("-")[0], name, asked["knobs"]["model"]):
+            named = re.fullmatch(rf"{re.escape(base)}(-\d+)?", name) or base == asked["knobs"]["model"]
+            if config["asked"] == asked and named:
                 stack.enter_context(checkpoint.lock_folder(out / name))
                 checkpoint.remove_strays(out / name)
                 return out / name
         number, folder = 1, out / base
-        while folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        while is_taken(folder):
             number += 1
             folder = out / f"{base}-{number}"
         stack.enter_context(checkpoint.lock_folder(folder))
-        first = next(iter(configs.values()), None)
-        changes = describe_changes(asked, first["asked"]) if first else ""
+        trained = [(name, c["asked"]) for name, c in configs.items() if "epochs" in c["asked"]["knobs"]]
+        changes = ""
+        if trained:
+            changes = describe_changes(asked, trained[0][1], out / trained[0][0], with_old=False)
         config = {"asked": asked, "changes": changes, "started": time.time()}
         write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
-    if configs:
-        name, last = list(configs.items())[-1]
-        changes = describe_changes(asked, last["asked"]) or "only its name"
+    if trained and "epochs" in asked["knobs"]:
+        name, last = trained[-1]
+        changes = describe_changes(asked, last, out / name) or "only its name"
         print(f"new run   differs from {out / name}, which is kept: {changes}", flush=True)
     return folder
+
+
+def is_taken(folder):
+    if folder.is_dir():
+        return any(path.name != ".lock" for path in folder.iterdir())
+    return folder.exists()
 
 
 def read_configs(out):
@@ -111,7 +126,7 @@ def write_facts(folder, environment, model):
     """Add facts to config.json, and keep the sources that run. A run that has ended keeps its own."""
     if (folder / "metrics.json").exists():
         return
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(sources.ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -122,5 +137,5 @@ def write_facts(folder, environment, model):
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
     (folder / "source").mkdir(exist_ok=True)
-    for name, text in SOURCES.items():
-        write_atomic(folder / "source" / name, text.encode())
+    for name, text in sources.TEXTS.items():
+        write_atomic(folder / "source" / Path(name).name, text.encode())

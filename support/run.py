@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
 FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
 EVALUATIONS = 10  # evenly spaced, after that
 LOSSES = 200  # points of the training loss's curve
-TIMED = range(3, 13)  # steps from a start that tell the pace; those before are slower
+TIMED = range(3, 13)  # steps that measure the speed, counted from the start; earlier ones are slower
 FIRST_BASELINES = "black", "copy_last"  # optical flow takes seconds, and waits for the first evaluation
 SAVE_EVERY = 120  # seconds between checkpoints
 
@@ -62,7 +61,7 @@ class Run(Progress):
     device: Any
     dtype: Any  # of the convolutions
     horizon: Callable  # knobs, part of training → (input frames, forecast frames) of a training step
-    scored_step: int = 0  # of the weights in the model, when they are scored
+    scored_step: int = 0  # the training step at which the scored weights were saved
     epoch: int = -1  # of `order`, the order of the training sequences
     order: Any = None
 
@@ -87,7 +86,7 @@ class Run(Progress):
 
     @property
     def progress(self):
-        """How much of the training the middle of the next step is at, in [0, 1)."""
+        """The part of training that is done, at the middle of the next step, in [0, 1)."""
         return (self.step + 0.5) / self.steps if self.steps else 0.005  # until the pace is known
 
     def resume(self, optimizers):
@@ -165,7 +164,7 @@ class Run(Progress):
         self.tick = time.perf_counter()
 
     def estimate_time(self):
-        """Settle how many steps max_minutes buys, and print how long the rest takes."""
+        """Turn max_minutes into a number of steps, once, and print how long the rest takes."""
         per_frame = self.step_seconds / self.frames_at(self.progress)
 
         def seconds_a_step(start):
@@ -190,11 +189,10 @@ class Run(Progress):
     def diverged(self, what, rate):
         """The error that stops a run whose numbers are not finite, before they reach a checkpoint."""
         last = f"{self.history[-1]['train_loss']:.4g}" if self.history else "none yet"
-        return FloatingPointError(
-            f"{what} in epoch {self.step // self.steps_per_epoch + 1}, step {self.step + 1}, learning rate "
-            f"{rate:.4g} (last logged loss: {last}). The step was not saved; try a lower --learning_rate, "
-            f"from the start or from --weights {self.folder / 'last.pt'}"
-        )
+        where = f"epoch {self.step // self.steps_per_epoch + 1}, step {self.step + 1}"
+        advice = f"use a lower --learning_rate, perhaps with --weights {self.folder / 'best.pt'}"
+        words = f"{what} in {where}, learning rate {rate:.4g} (last logged loss: {last})"
+        return FloatingPointError(f"{words}. The step was not saved; {advice}")
 
     def save_due(self):
         return time.perf_counter() - self.saved_at > SAVE_EVERY
@@ -222,7 +220,7 @@ class Run(Progress):
         """
         self.add_baselines(*BASELINES)
         n_all = len(self.data.validation)
-        n_some = min(n_all, max(100, self.steps * self.knobs.batch_size * 3 // 200))
+        n_some = min(n_all, max(40, self.steps * self.knobs.batch_size * 3 // 200))
         some = np.linspace(0, n_all - 1, n_some).astype(int)
         index = np.arange(n_all) if self.has_ended else some
         names = "mse_per_frame", CROSS_ENTROPY, EACH
@@ -242,10 +240,9 @@ class Run(Progress):
         minutes = round(self.seconds / 60, 3)
         self.timing.append({"step": self.step, "minutes": minutes, "sequences_per_second": speed})
         if RANK == 0:
-            self.bar.write(
-                f"epoch {row['epoch']:<6g} train loss {row['train_loss']:.4f}, validation loss "
-                f"{row['val_loss']:.4f}, MSE {row['val_mse_per_frame']:.1f}  ({speed:.0f} sequences/s)"
-            )
+            losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
+            words = f"epoch {row['epoch']:<6g} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
+            self.bar.write(f"{words}  {speed:.0f} sequences/s")
         mse_of_some = float(scores[EACH][some if self.has_ended else slice(None)].mean())
         if mse_of_some < self.best:
             self.best = mse_of_some
@@ -322,10 +319,6 @@ class Run(Progress):
 
     def finish(self):
         """Score the weights on the test split, draw their forecasts, compare with other runs."""
-        if self.knobs.eval_only and RANK == 0 and (self.folder / "last.pt").exists():
-            with suppress(UserError):  # a damaged one: only the losses are not drawn again
-                self.restore(checkpoint.load(self.folder / "last.pt"))
-                self.write_log()
         knobs, folder, test, name = self.knobs, self.folder, self.data.test, self.data.name
         scores, ranking = evaluation.score(knobs.model, self.task, test)
         first = test[np.arange(1)]

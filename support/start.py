@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from moving_mnist import load_data
-from support import UserError, checkpoint, evaluation, folders
+from support import UserError, checkpoint, evaluation, folders, sources
 from support.distributed import (
     WORLD_SIZE,
     broadcast,
     choose_device,
-    gpu_without_cuda,
     init_distributed,
     on_rank_0,
     print0,
@@ -33,8 +32,8 @@ NETWORK = (
     "max_motion",
     "equivariant",
 )
-SPAN = "frames_in", "frames_out"
-DATA = "data", "video", "train_sequences", "seed", *SPAN  # and the run that is scored again brings these, too
+# and these, too, where the last run is scored again
+DATA = "data", "video", "train_sequences", "seed", "frames_in", "frames_out"
 LIMITS = {
     "train_sequences": (0, 10**9),
     "frames_in": (2, 10**6),
@@ -70,7 +69,7 @@ def check(knobs):
             f"video is {size} {stride} {channels}; expected 12 to 4096 pixels, every Nth frame, 1 or 3"
         )
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
-        raise UserError(f"name is {knobs.name}; expected that of a folder in {knobs.out}, without slashes")
+        raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
     if not knobs.hidden_channels or min(layers) < 1 or max(layers) > 10**6:
         raise UserError("hidden_channels and head_channels need 1 to 1,000,000 channels in each layer")
@@ -81,7 +80,6 @@ class Weights(NamedTuple):
 
     path: Path
     state: dict  # what the file holds
-    config: dict | None  # the config.json beside it, if it is of a run in knobs.out
 
 
 @contextlib.contextmanager
@@ -113,10 +111,9 @@ def start(knobs, build, horizon):
     if not knobs.eval_only:
         data.training.fit_on_gpu(device)
     describe(knobs, data, model, weights, environment)
-    if gpu_without_cuda(device):
-        print0("          an NVIDIA GPU is here, but this torch was built without CUDA: see pytorch.org")
     # in the first process, as other machines may not have the file of weights
-    asked = on_rank_0(folders.describe_identity, knobs, data, weights and weights.path)
+    kept = (*NETWORK, *DATA, "eval_only", "precision") if knobs.eval_only else None
+    asked = on_rank_0(folders.describe_identity, knobs, data, weights and weights.path, kept)
     with choose_folder(knobs, asked, weights) as folder:
         on_rank_0(folders.write_facts, folder, environment, model)
         yield Run(
@@ -147,22 +144,12 @@ def describe(knobs, data, model, weights, environment):
 
 
 def choose_folder(knobs, asked, weights):
-    """The folder of the run, held. Weights are scored in that of their run, if code and data are the same."""
+    """The folder of the run, held. Evaluation alone has one of its own, beside that of the weights' run."""
     if not knobs.eval_only:
         return folders.open_folder(knobs.out, knobs.name or knobs.model, asked)
-    path, now = weights.path, asked["sources"]
-    before = {name: now[name] for name in folders.MODEL_SOURCES} | weights.state.get("sources", {})
-    edited = [name for name in folders.MODEL_SOURCES if before[name] != now[name]]
-    if edited:
-        print0(f"changed   since these weights were trained: {', '.join(edited)}")
-    if weights.config and path.name == "best.pt" and not edited:  # the scores there are of best.pt
-        then = weights.config["asked"]
-        same_span = all(then["knobs"][name] == asked["knobs"][name] for name in SPAN)
-        if same_span and then["data"] == asked["data"]:
-            return folders.hold(path.parent)
+    path = weights.path.resolve()
     base = f"{path.parent.name if path.stem in ('best', 'last') else path.stem}-eval"
-    base = knobs.name if knobs.weights and knobs.name else base  # without weights, the name is of the run
-    return folders.open_folder(knobs.out, base, asked)
+    return folders.open_folder(knobs.out, knobs.name if knobs.weights and knobs.name else base, asked)
 
 
 def find_weights(knobs):
@@ -173,30 +160,41 @@ def find_weights(knobs):
     if not (knobs.weights or knobs.eval_only):
         return knobs, None
     out, path = Path(knobs.out), Path(knobs.weights)
-    configs = on_rank_0(folders.read_configs, out)
     if not knobs.weights:
+        configs = on_rank_0(folders.read_configs, out)
         usable = lambda name: (out / name / "best.pt").exists() and knobs.name in ("", name)
         names = on_rank_0(lambda: list(filter(usable, configs)))
         if not names:
-            raise UserError(f"no run in {out} has weights to evaluate; train one, or give --weights")
+            where = f"no run {knobs.name} in {out}" if knobs.name else f"no run in {out}"
+            raise UserError(f"{where} has weights to evaluate; train a run, or give --weights")
         path = out / names[-1] / "best.pt"
         print0(f"weights   {path}, with the data and the frames of its run")
     state = on_rank_0(checkpoint.load, path)
-    config = configs.get(path.parent.name) if path.parent.resolve().parent == out.resolve() else None
+    print_edited(state)
     brought = NETWORK if knobs.weights else NETWORK + DATA
-    return with_knobs_of(knobs, state, path, brought), Weights(path, state, config)
+    return with_knobs_of(knobs, state, path, brought), Weights(path, state)
 
 
-def with_knobs_of(knobs, given, path, names=NETWORK):
-    """The knobs, with these names taken from a checkpoint."""
-    if missing := [name for name in names if name not in given["knobs"]]:
-        raise UserError(f"{path} is of an earlier version of this script, without {', '.join(missing)}")
-    values = {name: given["knobs"][name] for name in names}
-    return replace(knobs, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def print_edited(state):
+    if edited := sources.edited_since(state.get("sources", {})):
+        print0(f"edited    since these weights were trained: {', '.join(edited)}")
+
+
+def with_knobs_of(knobs, state, path, names=NETWORK):
+    """The knobs, with these names taken from a checkpoint. Refuses flags that say something else."""
+    found = {}
+    for name in names:
+        if name not in state["knobs"]:
+            raise UserError(f"{path} is of an earlier version of this script, without {name}")
+        then, now, default = state["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
+        found[name] = then = tuple(then) if isinstance(then, list) else then
+        if now not in (then, default):
+            raise UserError(f"{path} has {name} {then}, not {now}; leave out --{name}")
+    return replace(knobs, **found)
 
 
 def fit_to_data(knobs, data):
-    """The knobs as the data wants them: overlay; and half of sequences too short for the default frames."""
+    """Choose overlay if it is -1. Of sequences shorter than 20 frames, the first half is the input."""
     n = data.training.shape[0]
     if knobs.overlay < 0:
         knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
@@ -232,7 +230,7 @@ def build_checked(knobs, build, data, device):
             model(past, 1)
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        if Path(where.filename).parent != folders.ROOT or not (where.line or "").startswith("raise"):
+        if Path(where.filename).parent != sources.ROOT or not (where.line or "").startswith("raise"):
             raise  # Python's or torch's own: a bug in an edited network
         raise UserError(str(error)) from error
     return model
@@ -256,8 +254,14 @@ def load_model(path, knobs, build):
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, given["channels"]).to(device).eval()
     load_weights(model, given["model"], path)
+    print_edited(given)
     attach(knobs, model, device, torch.float32)
     model.frames_in, model.channels = given["knobs"]["frames_in"], given["channels"]
-    forecast = evaluation.make_forecast(model, contextlib.nullcontext)  # the references have no method for it
-    model.forecast = lambda past, n: forecast(past.to(device), n)[0].to(past.device)
+    forecast = evaluation.make_forecast(model, contextlib.nullcontext)
+
+    def forecast_frames(past, n):
+        past = torch.as_tensor(past, dtype=torch.float32)
+        return forecast(past.to(device), n)[0].to(past.device)
+
+    model.forecast = forecast_frames
     return model

@@ -58,9 +58,9 @@ def run_edited(code, edits, name, words):
 
 
 def test_edited_after_it_has_ended(code):
-    what = "learning_rate 0.05 (was 0.06), main.py edited"
+    what = "learning_rate 0.05"
     first = os.path.join("results", "my_model")
-    run_edited(code, KNOB, "my_model-2", f"differs from {first}, which is kept: {what}")
+    run_edited(code, KNOB, "my_model-2", f"differs from {first}, which is kept: {what} (was 0.06)")
     assert f"| my_model-2 ({what}) |" in (code / "results" / "compare.md").read_text("utf-8")
     before = state(code / "results")
     assert "this run has ended; nothing was changed" in finish(run(code))[0]
@@ -76,7 +76,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "my_model.py edited")
+        run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: head += ")
         assert "my_model is in use by another run" in finish(run(code), 1)[1]
         process.send_signal(signal.SIGCONT)
         finish(process)
@@ -84,8 +84,8 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
         process.terminate()
         process.send_signal(signal.SIGCONT)
         assert "stopped; this continues: " in finish(process, 128 + signal.SIGTERM)[1]
-        run_edited(code, CELL, "my_model-2", "my_model.py edited")
-        run_edited(code, LOSS, "my_model-3", "main.py edited")
+        run_edited(code, CELL, "my_model-2", "which is kept: my_model.py: ")
+        run_edited(code, LOSS, "my_model-3", "main.py: loss = ")
         printed, _ = finish(run(code))
         assert "resuming at step 1" in printed and "new run" not in printed
     assert weights(code) == weights(ended)
@@ -96,7 +96,7 @@ def test_weights_whose_code_has_changed(code):
     before = state(code / "results")
     edit(code, **PRINT)
     printed, _ = finish(run(code, eval_only=True))
-    assert "changed   since these weights were trained: my_model.py" in printed
+    assert "edited    since these weights were trained: my_model.py" in printed
     assert state(code / "results").items() >= before.items()
     assert weights(code, "my_model-eval") == weights(code)
     # a look at the input frames first, then whole forecasts

@@ -73,7 +73,7 @@ def test_a_flag_that_means_nothing(words, sentence, capsys):
         ({"head_channels": 10**19}, "hidden_channels and head_channels"),  # beyond: torch's own traceback
         ({"grow_horizon": [0.9, 0.1]}, "grow_horizon is 0.9 0.1; expected"),
         ({"video": [64, 1, 2]}, "video is 64 1 2; expected"),
-        ({"name": "../elsewhere"}, r"name is \.\./elsewhere; expected"),
+        ({"name": "../elsewhere"}, r"name is \.\./elsewhere; it must be"),
         ({"device": "cuda" if sys.platform == "darwin" else "mps"}, "was not found; set device to auto or"),
         ({"data": "nowhere.npy"}, r"cannot read nowhere\.npy: No such file"),
         ({"weights": "nowhere.pt"}, r"cannot read nowhere\.pt: No such file"),
@@ -364,7 +364,9 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(how, begun, ended, tmp_
 
         monkeypatch.setattr(main, "train", full)
         file, cause = (r"\w+\.\w+", "No space left") if small else (r"last\.pt", "File too large")
-        with pytest.raises(UserError, match=rf"cannot write .*{file}: {cause}.* before it is intact"):
+        with pytest.raises(
+            UserError, match=rf"cannot write .*{file}: {cause}.* previous version of the file is intact"
+        ):
             here(**knobs)
         assert last.read_bytes() == before and not list(last.parent.glob("*.tmp"))
         monkeypatch.setattr(main, "train", train)
@@ -465,20 +467,6 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
     (command,) = re.findall("^stopped; this continues: (.*)$", err, re.M)
     assert shlex.split(command) == process.args
     goes_on(array, out, whole, capsys)
-
-
-def test_a_signal_where_python_ignores_exceptions(array, tmp_path):
-    """In the third step, as an object goes."""
-    code = """
-import os, signal, torch
-class Thing:
-    def __del__(_): os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(1000)]
-left, step = iter([0, 0, 1]), torch.optim.AdamW.step
-def steps(*a): next(left) and Thing(); return step(*a)
-torch.optim.AdamW.step = steps
-"""
-    _, err = finish(start(*flags(array, tmp_path, **MORE), launcher=(AFTER, code)), 143)
-    assert "stopped; this continues: " in err
 
 
 def test_ctrl_c_during_the_imports(tmp_path):

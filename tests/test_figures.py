@@ -85,11 +85,13 @@ def lines(axes):
 def test_losses_are_those_of_the_history(drawn):
     figure = drawn("loss 2")
     left, right = figure.axes
-    assert lines(left)[:2] == [[[1, 2], [0.5, 0.25]], [[1, 2], [0.4, 0.2]]]
-    assert [x[0] for x, _ in lines(left)[2:]] == [0, 0.8, 1.8, 1.8]  # the phases that have begun
-    assert lines(right)[0] == [[1, 2], [90, 45]]
-    assert [y[0] for _, y in lines(right)[1:]] == [*BASELINES.values()]
-    assert figure.legends[0].get_texts()[1].get_text() == "validation (200 sequences, 900 at the end)"
+    # the last point is of all validation sequences, and stands apart
+    assert lines(left)[:3] == [[[1, 2], [0.5, 0.25]], [[1], [0.4]], [[2], [0.2]]]
+    assert [x[0] for x, _ in lines(left)[3:]] == [0, 0.8, 1.8, 1.8]  # the phases that have begun
+    assert lines(right)[:2] == [[[1], [90]], [[2], [45]]]
+    assert [y[0] for _, y in lines(right)[2:]] == [*BASELINES.values()]
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words[1:3] == ["validation, 200 sequences", "validation, all 900 sequences"]
     for axes in (left, right):
         assert axes.get_xlim() == (0, 2.06) == axes.child_axes[0].get_xlim()  # epochs; thousands of sequences
     end = left.transData.transform((0, 0.5))[1]  # of the curves

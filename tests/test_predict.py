@@ -96,11 +96,11 @@ def test_a_video_and_a_folder_of_images(frames, trained, tmp_path):
 
 
 NO_FRAMES = [
-    (np.zeros((1, 16, 16)), r"shape \(1, 16, 16\); expected .* T from 2"),
-    (np.zeros((2, 8, 1, 16, 16)), "C 1 or 3"),
+    (np.zeros((1, 16, 16)), r"shape \(1, 16, 16\); expected .* at least 2 frames"),
+    (np.zeros((2, 8, 1, 16, 16)), "1 or 3 channels"),
     (np.full((T, 16, 16), 300.0), "values go from 300 to 300"),
     (np.full((T, 16, 16), np.nan), "values go from nan"),
-    (np.full((T, 16, 16), "a"), "is no .npy, no video"),
+    (np.full((T, 16, 16), "a"), "is no .npy of numbers, no video"),
     (Path("missing.mp4"), "is not there"),
 ]
 

@@ -133,7 +133,7 @@ def test_results_are_those_of_the_records():
         assert minutes == f"{float(last_row(name, 'timing.csv')['minutes']):.1f}", name
         found = [scores[metric]["mean"] for metric in ("mse_per_frame", "mae_per_frame", "ssim")]
         assert [mse, mae, ssim] == [f"{found[0]:.1f}", f"{found[1]:.1f}", f"{found[2]:.3f}"], name
-    assert f"{int(last_row('long', 'log.csv')['sequences']):,} new sequences" in README
+    assert f"{int(last_row('long', 'log.csv')['sequences']):,} fresh sequences" in README
     assert f"{record('default')['scores']['black']['mse_per_frame']['mean']:.1f}" in README
     ends = [
         record(name)["scores"]["my_model"]["mse_per_frame"]["mean"]

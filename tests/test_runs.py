@@ -306,7 +306,7 @@ def of_two_processes(array, tmp_path_factory):
 def test_processes_share_the_batch(array, tmp_path, of_two_processes):
     """Parts of 3 and 2, with the same sequences merged into them."""
     (folder, printed), alone = of_two_processes, here(array, tmp_path, pictures=True, **SHORT)
-    assert printed.count("2 process") == 1
+    assert printed.count("processes: 2") == 1
     assert {p.name for p in folder.iterdir()} == {p.name for p in alone.iterdir()}
     ours, theirs = (torch.load(f / "last.pt") for f in (folder, alone))
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=2e-6)  # the rounding of sums
@@ -355,7 +355,7 @@ def test_two_machines(array, tmp_path):
                   f"--rdzv_endpoint=127.0.0.1:{port}")  # fmt: skip
     launcher = lambda k: (*rendezvous, f"--local_addr=127.0.0.{k}")
     machines = [start(*flags(array, tmp_path / k, **FEW), launcher=launcher(k)) for k in "12"]
-    speaks = ["2 process" in finish(machine)[0] for machine in machines]
+    speaks = ["processes: 2" in finish(machine)[0] for machine in machines]
     assert sorted(speaks) == [False, True]
     assert [(tmp_path / k).exists() for k in "12"] == speaks  # the other writes nothing
     assert [(tmp_path / k / "my_model" / "metrics.json").exists() for k in "12"] == speaks
@@ -373,35 +373,42 @@ def test_two_machines(array, tmp_path):
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
     network = {"hidden_channels": [6, 4], "head_channels": [], "max_motion": 0, "equivariant": False}
     trained = here(array, tmp_path, epochs=1, **network)
+    brought = {"hidden_channels": main.Knobs.hidden_channels, "head_channels": main.Knobs.head_channels}
     halves = torch.load(trained / "best.pt")
     halves["model"] = {name: weight.half() for name, weight in halves["model"].items()}
     given = tmp_path / "small.pt"
     checkpoint.save(given, halves)
     before = state(trained)
-    folder = here(array, tmp_path, weights=given, eval_only=True, pictures=True)
+    folder = here(array, tmp_path, weights=given, eval_only=True, pictures=True, **brought)
     assert folder == tmp_path / "small-eval" and "weights of" in capsys.readouterr().out
     assert (folder / "predict_worst.png").exists() and not (folder / "last.pt").exists()
     assert mean(folder) == pytest.approx(mean(trained), rel=1e-3) and mean(folder) != mean(trained)
-    (line,) = (s for s in (tmp_path / "compare.md").read_text("utf-8").splitlines() if "small-eval (" in s)
-    assert f"weights {given}, sha256" in line and "eval_only True (was False)" in line
-    assert here(array, tmp_path, weights=given, eval_only=True) == folder
+    assert "| small-eval |" in (tmp_path / "compare.md").read_text("utf-8")
+    assert here(array, tmp_path, weights=given, eval_only=True, **brought) == folder
+    with pytest.raises(
+        UserError, match=r"has hidden_channels \(6, 4\), not \(8,\); leave out --hidden_channels"
+    ):
+        here(array, tmp_path, weights=given)
     scores = state(folder)
-    tuned = here(array, tmp_path, weights=given, learning_rate=1e-9, epochs=1)
+    tuned = here(array, tmp_path, weights=given, learning_rate=1e-9, epochs=1, **brought)
     assert tuned == tmp_path / "my_model-2" and state(folder) == scores and state(trained) == before
     found, expected = (evaluations(f)[-1]["val_mse_per_frame"] for f in (tuned, trained))
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_evaluation_alone_makes_all_of_it_again(reference, tmp_path):
-    """Of the last run, with its network, data and frames. It trains nothing."""
+def test_evaluation_alone_scores_the_last_run(reference, tmp_path):
+    """With its network, data and frames, in a folder of its own. It trains nothing."""
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
-    before = {name: content for name, (content, _) in state(folder).items()}
-    for name in (*PREDICTIONS, "predict.gif", "per_frame.png", "loss.png", "metrics.json"):
-        (folder / name).unlink()
-    main.main(main.parse(["--eval_only", "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32"]))
-    after = {name: content for name, (content, _) in state(folder).items()}
-    assert before.pop("config.json") and after.pop("config.json")
-    assert after == before
+    before = state(folder)
+    for _ in range(2):  # the second time into the same folder
+        main.main(
+            main.parse(["--eval_only", "--out", str(tmp_path), "--device", "cpu", "--precision", "fp32"])
+        )
+        again = tmp_path / "my_model-eval"
+        assert results(again) == results(folder) and state(folder) == before
+    made = {path.name for path in again.iterdir()}
+    assert {*PREDICTIONS, "predict.gif", "per_frame.png"} <= made and not {"last.pt", "loss.png"} & made
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["my_model", "my_model-eval"]
     with pytest.raises(UserError, match=r"no run in .* has weights"):
         main.main(main.parse(["--eval_only", "--out", str(tmp_path / "none"), "--device", "cpu"]))
 
@@ -418,4 +425,5 @@ def test_scores_of_a_training_are_not_replaced_by_others(reference, array, tmp_p
     assert state(folder) == before
     assert results(others[0])["frames_out"] == 3
     assert mean(others[1]) != mean(folder) and mean(others[2]) != mean(folder)
-    assert evaluate(name="best.pt") == folder and results(folder) == scores  # the very same, in place
+    again = evaluate(name="best.pt")
+    assert again.name == "my_model-eval-4" and results(again) == scores and state(folder) == before

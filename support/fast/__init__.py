@@ -1,4 +1,6 @@
-"""The door to the fast kernels: `attach` hands them to a model. Delete this folder, and all runs slower.
+"""The door to the fast kernels: `attach` hands them to a model.
+
+You can delete this folder: everything still runs, only slower.
 
 Every fast function has the arguments of a plain one, and the same results up to rounding. Each start tries
 whether the two agree, and uses the plain one if not.

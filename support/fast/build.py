@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import os
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+
+FLAGS = "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math"
 
 
 def build(source, *flags):
@@ -20,31 +21,12 @@ def build(source, *flags):
             lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
             maps = [line.split(maxsplit=5)[-1] for line in lines]
             openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
-            fast = [
-                "-O3",
-                "-march=native",
-                "-mprefer-vector-width=512",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-            ]
+            options = {"check": True, "capture_output": True, "timeout": 60}
+            path = Path(__file__).with_name(source)
             with tempfile.TemporaryDirectory() as folder:
-                run = functools.partial(
-                    subprocess.run, check=True, capture_output=True, cwd=folder, timeout=60
-                )
-                run(
-                    [
-                        compiler,
-                        *fast,
-                        *flags,
-                        "-fopenmp",
-                        "-fPIC",
-                        "-c",
-                        Path(__file__).with_name(source),
-                        "-o",
-                        "a.o",
-                    ]
-                )
-                run([compiler, "-shared", "a.o", openmp, "-o", "a.so"])
+                compile_it = [compiler, *FLAGS, *flags, "-fopenmp", "-fPIC", "-c", path, "-o", "a.o"]
+                for command in (compile_it, [compiler, "-shared", "a.o", openmp, "-o", "a.so"]):
+                    subprocess.run(command, cwd=folder, **options)
                 return ctypes.CDLL(f"{folder}/a.so")
     return None
 
@@ -58,7 +40,7 @@ def by_torch(plain, results, dtype, dynamic=False):
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few kernels need no pool of processes
     with contextlib.suppress(Exception):  # a compiler, or an edited function, may raise anything
         torch._dynamo.config.recompile_limit = 64  # one for each batch, width and dtype
-        compiled = tuple(torch.compile(f, fullgraph=True, dynamic=dynamic) for f in plain)
+        compiled = tuple(torch.compile(f, dynamic=dynamic) for f in plain)
         if all(agree(results(compiled, k), results(plain, k), dtype) for k in (0, 1)):
             return compiled
     return plain

@@ -9,8 +9,8 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
    into the sequence, and backward turns the pre-activations into their gradient.
 4. Backward keeps only x, z, h and c, and computes the gates again. The state-to-state weight gradient of all
    frames is one convolution.
-5. Convolutions use Winograd's method where that pays (`winograd.py`). Else their weight is laid out only
-   once a call.
+5. Convolutions use Winograd's method where that pays (`winograd.py`). Otherwise oneDNN rearranges the weight
+   once a call, not once a frame.
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
 """
@@ -118,8 +118,9 @@ class FastConvLSTM(torch.autograd.Function):
         cells = h.new_empty(n_frames, B, H, W, C)  # before each step
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
         hiddens[0] = h
-        # Skip the convolution of the first hidden state where it is zeros, as an encoder's is. Not on a GPU,
-        # which the look would stall; nor of a lone frame, whose weight gradient needs something to convolve.
+        # Skip the convolution of the first hidden state if it is zeros, as an encoder's is. Only on a CPU: on
+        # a GPU this check would wait for all queued work. Not for a single frame: its weight gradient would
+        # have no input.
         first = int(n_frames > 1 and h.device.type == "cpu" and not h.any())
         if x is None:
             z = h.new_empty(n_frames, B, H, W, 4 * C)

@@ -1,0 +1,130 @@
+"""What a GPU would do, without one: on tensors without numbers, and by torch.compile for the CPU."""
+
+import functools
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import skip_without_compiler
+from test_fast import assert_layer_is_plain
+from test_my_model import DEVICE, seeded  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import main
+import metrics
+import motion
+from moving_mnist import Data, Sequences
+from support.run import Run
+
+fast = pytest.importorskip("support.fast")
+PLAIN = fast.layer.gates_forward, fast.layer.gates_backward
+KNOBS = replace(main.Knobs(), overlay=2, batch_size=32, epochs=1, ssim_from=0)
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations that start a kernel, and copies between devices by their dtype."""
+
+    launches, copies = 0, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor) and t.ndim]
+        if len({t.device for t in tensors}) > 1:
+            self.copies[tensors[0].dtype] += 1
+        self.launches += not function.is_view
+        return result
+
+
+@pytest.mark.parametrize(("on_gpu", "horizon", "limit"), [(False, 1, 3845), (True, 10, 5435)])
+def test_a_training_step_reads_once_and_copies_its_batch(monkeypatch, tmp_path, on_gpu, horizon, limit):
+    """Or only which sequences it has, if they lie on the GPU. To launch a kernel takes the CPU some 5 µs.
+
+    All is on the meta device, where whatever reads a value raises, but for the read of main.train.
+    """
+    model, reads = main.build(KNOBS, 1), []
+    hooks = [hook for p in model.parameters() for hook in (p._backward_hooks or {}).values()]
+    assert "fast layer" in fast.attach(model, torch.device("cuda"), torch.float32)
+    model.to("meta")  # loses the hooks
+    for kernel, hook in zip([p for p in model.parameters() if p.ndim == 4], hooks, strict=True):
+        kernel.register_hook(hook)
+    frames = torch.zeros(20, 64, 1, 64, 64, dtype=torch.uint8)
+    sequences = Sequences(frames.to("meta") if on_gpu else frames.numpy())
+    options = {"knobs": KNOBS, "folder": tmp_path, "asked": {}, "environment": {}, "dtype": torch.float32}
+    options |= {"data": Data(sequences, None, None, ""), "device": torch.device("meta")}
+    run = Run(**options, model=model, horizon=main.horizon)
+    optimizers = main.make_optimizers(model, KNOBS, torch.float32)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or [0.5] * t.numel())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # they know no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(Run, "evaluation_due", lambda run: False)
+    monkeypatch.setattr(main, "horizon", lambda *_: (20 - horizon, horizon))
+    main.train(run, optimizers)  # the first time, it fills caches
+    run.step = reads.clear() or Watch.copies.clear() or 0
+    with Watch() as watch:
+        main.train(run, optimizers)
+    metrics.sliding.cache_clear()
+    assert len(reads) == run.steps == 2 and watch.launches <= limit * run.steps
+    assert watch.copies == ({torch.int64: 2} if on_gpu else {torch.uint8: 2})
+
+
+def test_launches_of_each_part():
+    new = functools.partial(torch.rand, requires_grad=True)
+    gates = lambda: fast.layer.one_step(*PLAIN, torch.float32, 1)
+    costs = lambda: motion.matching_costs(*torch.rand(2, 2, 1, 16, 16), 4, 4)
+    advect = lambda: motion.advect(new(2, 1, 16, 16), new(2, 4, 4, 81), 4).sum().backward()
+    ssim = lambda: main.ssim_loss(new(2, 3, 1, 16, 16), new(2, 3, 1, 16, 16)).backward()
+    for part, limit in ((gates, 105), (costs, 55), (advect, 20), (ssim, 80)):
+        part()  # the first time, it fills caches
+        with Watch() as watch:
+            part()
+        assert limit * 0.7 < watch.launches <= limit
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="this torch, built without CUDA, cannot pretend")
+def test_a_forecast_on_fake_cuda_tensors():
+    """Nothing reads a value or mixes devices. (Backward would need a real GPU.)"""
+    model = main.build(KNOBS, 1).eval()
+    assert fast.attach(model, torch.device("cuda"), torch.float32) == "fast layer"
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        new = functools.partial(torch.rand, device="cuda")
+        weights = {name: new(p.shape) for name, p in model.named_parameters()}
+        logits = torch.func.functional_call(model, weights, (new(2, 10, 1, 64, 64), 10, 4))
+        assert main.ssim_loss(logits, new(logits.shape)).device.type == "cuda"
+    metrics.sliding.cache_clear()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.float32)])
+def test_compiled_gates_and_costs_are_plain(backend, dtype, monkeypatch):
+    """Also in a layer, with its gradients; and with one compilation for all numbers of images."""
+    skip_without_compiler()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    steps = lambda pair, k: fast.layer.one_step(*pair, dtype, (1, 20)[k])
+    compiled = fast.build.by_torch(PLAIN, steps, dtype)
+    assert set(PLAIN).isdisjoint(compiled)
+    monkeypatch.setattr(fast.layer, "gate_functions", lambda *_: compiled)
+    assert_layer_is_plain(dtype, True, 3, 4, 3, 3, (2, 3, 5, 7))
+    given = [(torch.rand(n, 1, 16, 20), torch.rand(n, 1, 16, 20), 4, 2) for n in (3, 4, 63)]
+    costs, graphs = motion.matching_costs, torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    (compiled,) = fast.build.by_torch((costs,), lambda f, k: [f[0](*given[k])], torch.float32, dynamic=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*given[2]), costs(*given[2]))
+    assert compiled is not costs and graphs["unique_graphs"] == before + 1
+    wrong = lambda functions, k: [torch.ones(1) + (functions[0] is costs)]
+    assert fast.build.by_torch((costs,), wrong, torch.float32) == (costs,)
+
+
+def test_what_is_kept():
+    """Hooks by a move. Constants of SSIM, from inference to training. Sequences, on the GPU."""
+    model = main.build(KNOBS, 1).to(DEVICE).to("cpu", torch.float64)
+    assert {len(p._backward_hooks or ()) for p in model.parameters() if p.ndim == 4} == {1}
+    x, y = torch.rand(2, 1, 1, 1, 17, 17)  # a size that no other test has
+    with torch.inference_mode():
+        metrics.similarity(x, y)
+    metrics.similarity(x.requires_grad_(), y).sum().backward()
+    frames, index = torch.randint(256, (3, 7, 1, 4, 5), dtype=torch.uint8), torch.tensor([4, 0, 4]).numpy()
+    assert torch.equal(Sequences(frames)[index], Sequences(frames.numpy())[index])
