@@ -8,7 +8,7 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (first: it notes the code that runs, before it can be edited)
+from support import sources  # noqa: F401 (first: it copies the code before anyone can edit it)
 
 # isort: split
 import math
@@ -40,7 +40,7 @@ class Knobs:
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int] = (64, 1, 1)  # of videos: pixels a side, every Nth frame, 1 or 3 channels
-    overlay: int = -1  # sequences merged into each; -1 = automatic: 2 for Moving MNIST, 0 for other data
+    overlay: int = -1  # sequences merged into each; -1 becomes 2 for Moving MNIST, 0 for other data
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network, see RECIPES
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -50,12 +50,12 @@ class Knobs:
     max_motion: int = 4  # largest motion that the motion head handles, in pixels a frame; 0 = no motion head
     equivariant: bool = True  # flips of the input flip the forecast. Use channels in multiples of 8
     # Training
-    epochs: int = 2  # passes over the training sequences. Tried: 1 to 6
+    epochs: int = 2  # passes over the training sequences. Tried: 1 to 27
     max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # fractions of training: 1 forecast frame becomes all
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # where in training the forecast grows from 1 to all
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
@@ -90,11 +90,10 @@ ADAMW_RATE = 1 / 20  # of Muon's
 
 
 def build(knobs, channels):
-    """past frames (B, T, C, H, W) in [0, 1], n → logits of the next n frames."""
+    """A model: past (B, T, C, H, W) in [0, 1], n → logits of the next n frames."""
     if knobs.model == "convlstm":
-        return convlstm.ConvLSTMForecaster(
-            channels, knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
-        )
+        options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
+        return convlstm.ConvLSTMForecaster(channels, *options)
     if knobs.model == "seq2seq":
         return convlstm.Seq2SeqForecaster(channels)
     additions = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True, "motion_layers": 2}
@@ -143,7 +142,7 @@ def horizon(knobs, progress):
 
 
 def load_batch(run, n_past, n_future):
-    """This process's part of a batch → (past, future) in [0, 1]: training sequences, others merged into each.
+    """(past, future) in [0, 1], this process's share of a batch: training sequences, others merged into each.
 
     Fewer are merged as the horizon grows, and none when all frames are forecast.
     """
@@ -183,7 +182,7 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: also forecast the frame after each later input frame
+        # dense targets: from the middle of frames_in on, also forecast the next input frame
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         torch.manual_seed(knobs.seed + run.step * WORLD_SIZE + RANK)  # a network with dropout resumes exactly
@@ -192,7 +191,9 @@ def train(run, optimizers):
             logits = net(past, n_future, *draw_from).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        cross_entropy = cross_entropy / (truth[0].numel() * knobs.batch_size)  # the mean, over all processes
+        cross_entropy = cross_entropy / (
+            truth[0].numel() * knobs.batch_size
+        )  # its share of the mean over all processes
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
@@ -200,9 +201,8 @@ def train(run, optimizers):
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        loss_and_norm = torch.stack(
-            (all_reduce(cross_entropy.detach(), device), norm)
-        ).tolist()  # the one sync
+        # the only GPU synchronization in a step
+        loss_and_norm = torch.stack((all_reduce(cross_entropy.detach(), device), norm)).tolist()
         if not all(map(math.isfinite, loss_and_norm)):
             raise run.diverged("loss {} and gradient norm {}".format(*loss_and_norm), rate)
         for optimizer in optimizers:
@@ -223,7 +223,7 @@ def load(path):
 
 
 def main(knobs):
-    with start(knobs, build, horizon) as run:
+    with start(knobs, build, horizon, RECIPES[knobs.model]) as run:
         if not run.knobs.eval_only:
             optimizers = make_optimizers(run.model, run.knobs, run.dtype)
             run.resume(optimizers)
@@ -237,13 +237,11 @@ def main(knobs):
 def parse(arguments):
     """The knobs of a command line. A model's recipe replaces the defaults."""
     model = tyro.cli(Knobs, args=arguments, use_underscores=True).model
-    return tyro.cli(
-        Knobs, args=arguments, default=replace(Knobs(), model=model, **RECIPES[model]), use_underscores=True
-    )
+    default = replace(Knobs(), model=model, **RECIPES[model])
+    return tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
 
 
 if __name__ == "__main__":
     knobs = parse(sys.argv[1:])
-    run_script(
-        lambda: main(knobs), f"lower batch_size (now {knobs.batch_size}), hidden_channels or frames_out"
-    )
+    advice = f"lower batch_size (now {knobs.batch_size}), hidden_channels or frames_out"
+    run_script(lambda: main(knobs), advice)

@@ -12,7 +12,7 @@ OWNERSHIP_FLOOR = 0.05  # keeps every motion layer able to claim any pixel
 
 
 def advect(frames, weights, patch_size):
-    """Move each patch: a weighted mean of the K² patches of the frame around it, one pixel apart.
+    """Move each patch: a weighted mean of the K² shifted patches around it, in one-pixel steps.
 
     frames (N, C, H, W), weights (N, H/P, W/P, K²) → (N, C, H, W). Beyond the border all is black.
     After the dynamic neural advection of Finn et al. (2016), https://arxiv.org/abs/1605.07157.
@@ -29,7 +29,7 @@ def advect(frames, weights, patch_size):
 
 
 def matching_costs(frames, before, patch_size, max_motion):
-    """Squared difference of each patch to each move of the frame before it → (N, H/P, W/P, K²)."""
+    """Squared difference of each patch to the frame before, for each move → (N, H/P, W/P, K²)."""
     H, W = frames.shape[-2:]
     K = 2 * max_motion + 1
     before = F.pad(before, [max_motion] * 4)
@@ -50,8 +50,8 @@ def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for an exponent
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
-    moves = costs(frames, before, patch_size, max_motion)
-    means = F.avg_pool2d(moves.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
+    cost = costs(frames, before, patch_size, max_motion)
+    means = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
     return (-9 * means).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
 
 
@@ -59,10 +59,10 @@ def move_layers(frame, expected, weights, patch_size, advect=advect):
     """Split a frame into motion layers, and move each by its own weights → what each should show next.
 
     frame (N, C, H, W); expected, what each layer should show of it, (N, L, C, H, W); weights
-    (N, L, H/P, W/P, K²) → (N, L, C, H, W). Each pixel goes fully to the layer that expects it most, and in
-    part to the others. If no layer expects it, each gets it. After the layers of Wang & Adelson (1994).
+    (N, L, H/P, W/P, K²) → (N, L, C, H, W). The layer that expects a pixel most gets all of it, the
+    others a share. If none expects it, all get it fully. After the layers of Wang & Adelson (1994).
     """
-    claims = expected.detach() + OWNERSHIP_FLOOR  # not learned: it follows from what was expected
+    claims = expected.detach() + OWNERSHIP_FLOOR  # no gradient: ownership is not learned
     layers = frame[:, None] * (claims / claims.amax(1, keepdim=True))
     moved = advect(layers.flatten(0, 1), weights.flatten(0, 1), patch_size)
     return moved.unflatten(0, layers.shape[:2])

@@ -2,14 +2,14 @@
 
 Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. The paper copies its
 states to a second stack (the forecaster), which unrolls the future. One convolution turns states into frames.
-`EncoderForecaster()` is that network. `main.py` switches on what follows.
+`EncoderForecaster()` is that network.
 
-Changes from the paper, and why (records/README.md has the measurements):
+Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits, so that the cross-entropy stays exact where a pixel is certain.
-- Forget gates start open, and frames start nearly black. This saves the first steps.
+- Forget gates start open, and frames nearly black, or as the last frame. This saves the first steps.
 - `head_channels`: hidden layers in the head. A linear map of the states cannot shift pixels inside a patch.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. A digit's far end has to turn with it at a wall.
+- `dilation`: the upper layers see farther. At a wall, a digit's far end must turn, too.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `motion_layers`: the head moves several layers of the frame independently, so that digits can part.
 - `equivariant`: flip or transpose the input, and the forecast follows. One sequence teaches as much as eight.
@@ -25,7 +25,7 @@ from torch import nn
 
 from motion import advect, block_match, matching_costs, move_layers
 
-MOTION_CHANNELS = 16  # of what block matching finds
+MOTION_CHANNELS = 16  # encode the measured motion
 
 
 def new_kernel(n_in, n_out, size):
@@ -92,9 +92,8 @@ class ConvLSTM(nn.Module):
         self, in_channels, hidden_channels, kernel_size, state_kernel_size, peephole=True, dilation=1
     ):
         super().__init__()
-        self.cell = ConvLSTMCell(
-            in_channels, hidden_channels, kernel_size, state_kernel_size, peephole, dilation
-        )
+        sizes = in_channels, hidden_channels, kernel_size, state_kernel_size
+        self.cell = ConvLSTMCell(*sizes, peephole, dilation)
         self.fast = None
 
     def forward(self, x, state, n_frames):
@@ -206,7 +205,7 @@ class EncoderForecaster(nn.Module):
         make_equivariant(draw.weight, outputs, below)
 
     def forward(self, past, n_future, draw_from=None):
-        """With draw_from, also draw the frame after each input frame from that one on (counted from 0).
+        """With draw_from, also draw the frame that follows each input frame t ≥ draw_from (t from 0).
 
         Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
@@ -220,7 +219,7 @@ class EncoderForecaster(nn.Module):
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)[0]
-        # motion layers need some frames to part, so they start in the middle of the input
+        # motion layers need a few frames to separate, so drawing starts in the middle of the input
         start = draw_from if draw_from is not None else last // 2 if self.motion_layers > 1 else last
         expected = black.expand(-1, self.motion_layers, -1, -1, -1)  # what each layer should show
         drawn, expected = self.draw([h[:, start:] for h in encoded], past[:, start:], expected)
@@ -286,8 +285,8 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# Each channel has a place in a small square. A pixel has its place in the patch, a move the place it comes
-# from, a hidden channel one of eight directions. A flip of the frame flips these squares: channels move.
+# Each channel has a place in a small square. A pixel: its place in the patch. A move: its source. A hidden
+# channel: one of eight directions. A flip of the frame flips these squares, so channels change places.
 # A kernel is equivariant if flipping it and permuting its channels leaves it as it is.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # 2·2·2 symmetries
 # Places of the eight hidden channels of a group; -1 = empty. Every symmetry moves all eight
@@ -304,7 +303,7 @@ def directions(n):
 
 
 def permutation(flip, squares):
-    """Which channel comes in the place of each when all squares are flipped."""
+    """For each channel, the one that takes its place when all squares flip."""
     channels, first = [], 0
     for places in squares:
         channels.append(first + flip(places)[places >= 0])

@@ -5,7 +5,6 @@ python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out 
 """
 
 import re
-import sys
 from pathlib import Path
 
 import cv2
@@ -35,7 +34,7 @@ def read_frames(path):
         images = [cv2.imdecode(c, cv2.IMREAD_COLOR_RGB) if c.size else None for c in contents]
         if not images or any(image is None or image.shape != images[0].shape for image in images):
             raise UserError(
-                f"{path} needs images of one size; it has {len(images)} files that end as images do"
+                f"{path} needs images of one size; found {len(images)} files with an image suffix"
             )
         frames = np.stack(images)
     elif path.suffix.lower() in VIDEOS:
@@ -58,9 +57,8 @@ def read_frames(path):
         raise UserError(f"frames have shape {shape}; expected {expected}")
     frames = frames.astype(np.float32) / (255 if np.issubdtype(frames.dtype, np.integer) else 1)
     if not (frames.min() >= 0 and frames.max() <= 1):
-        raise UserError(
-            f"values go from {frames.min():g} to {frames.max():g}; expected integers 0 to 255, or 0 to 1"
-        )
+        found = f"values go from {frames.min():g} to {frames.max():g}"
+        raise UserError(f"{found}; expected uint8, or floats from 0 to 1 (divide by 255)")
     return frames
 
 
@@ -124,6 +122,4 @@ def predict(
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: tyro.cli(predict, use_underscores=True, args=sys.argv[1:]), "give fewer or smaller frames"
-    )
+    run_script(lambda: tyro.cli(predict, use_underscores=True), "give fewer or smaller frames")

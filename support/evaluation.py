@@ -21,9 +21,7 @@ from support.folders import describe_changes
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
-BASELINES = {
-    name: lambda past, n, name=name: (getattr(metrics, name)(past, n), None) for name in figures.LABELS
-}
+BASELINES = {who: lambda past, n, who=who: (getattr(metrics, who)(past, n), None) for who in figures.LABELS}
 N_BEYOND = 100  # sequences of each case beyond training
 
 
@@ -153,10 +151,8 @@ def draw_ranked(folder, task, dataset, ranking, title):
     And predict_last_frame.png: the last frame, the hardest, of ten forecasts from the best to the worst.
     """
     n = len(ranking)
-    named = {
-        name: (int(ranking[rank]), f"the {name} of {n:,} sequences")
-        for name, rank in {"best": 0, "median": n // 2, "worst": n - 1}.items()
-    }
+    ranks = {"best": 0, "median": n // 2, "worst": n - 1}
+    named = {name: (int(ranking[k]), f"the {name} of {n:,} sequences") for name, k in ranks.items()}
     draw_named(folder, task, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
     past, truth = split_frames(dataset[index], task.frames_in, task.frames_out)
@@ -165,9 +161,7 @@ def draw_ranked(folder, task, dataset, ranking, title):
     errors = [describe_error(f, t) for f, t in zip(all_frames, truth, strict=True)]
     last = torch.stack([frames[-1] for frames in all_frames])
     rows = {"truth": ([f"sequence {i + 1:,}" for i in index], truth[:, -1]), "forecast": (errors, last)}
-    title = (
-        f"{title}: frame {task.frames_in + task.frames_out} of {len(index)} sequences, best to worst forecast"
-    )
+    title = f"{title}: the last frame of {len(index)} sequences, from the best to the worst forecast"
     write_atomic(folder / "predict_last_frame.png", figures.grid(rows, title))
 
 
@@ -213,11 +207,7 @@ def score_beyond_training(folder, name, task, patch_size):
         try:
             forecasts = {name: task.forecast, **BASELINES}
             curves = {who: mse_curve(longer._replace(forecast=f), dataset) for who, f in forecasts.items()}
-        except (
-            RuntimeError,
-            ValueError,
-            ArithmeticError,
-        ) as error:  # an edited network, or too little memory
+        except (RuntimeError, ValueError, ArithmeticError) as error:  # an edited network, or no memory
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
             print0(f"beyond training: {case}: not possible ({str(error).partition(chr(10))[0]})")

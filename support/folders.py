@@ -34,14 +34,23 @@ def describe_identity(knobs, data, weights, kept=None):
     return json.loads(json.dumps(asked))  # as it comes back from config.json
 
 
+def describe_knobs(knobs, default):
+    """Which knobs differ from the default, in words."""
+    pairs = ((field.name, getattr(knobs, field.name)) for field in dataclasses.fields(knobs))
+    return ", ".join(f"{k} {to_text(v)}" for k, v in pairs if v != getattr(default, k))
+
+
+def to_text(value):
+    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value) or "none"
+
+
 def describe_changes(asked, before, old_folder, new_folder=None, with_old=True):
     """What differs from the run in old_folder, in words: "epochs 3 (was 2), main.py: loss = 2 * loss"."""
-    text = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, list) else str(v) or "none"
     old, new, changes = before["knobs"], asked["knobs"], []
     for name in new:
         if old.get(name) != new[name]:
-            was = f" (was {text(old.get(name))})" if with_old else ""
-            changes.append(f"{name} {text(new[name])}{was}")
+            was = f" (was {to_text(old.get(name))})" if with_old else ""
+            changes.append(f"{name} {to_text(new[name])}{was}")
     changes += [] if asked["data"] == before["data"] else ["other data"]
     for name, value in asked["sources"].items():
         if before["sources"].get(name) != value:

@@ -60,14 +60,11 @@ def check(knobs):
             raise UserError(f"{name} is {values[name]}; it must be from {low} to {high}")
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
-        raise UserError(
-            f"grow_horizon is {start:g} {end:g}; expected two parts of training, 0 to 1, in order"
-        )
+        raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
     size, stride, channels = knobs.video
     if not (12 <= size <= 4096 and stride >= 1 and channels in (1, 3)):
-        raise UserError(
-            f"video is {size} {stride} {channels}; expected 12 to 4096 pixels, every Nth frame, 1 or 3"
-        )
+        words = "expected 12 to 4096 pixels, every Nth frame, 1 or 3 channels"
+        raise UserError(f"video is {size} {stride} {channels}; {words}")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
         raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
@@ -83,9 +80,13 @@ class Weights(NamedTuple):
 
 
 @contextlib.contextmanager
-def start(knobs, build, horizon):
-    """`with start(…) as run`: everything a run needs, its folder held until the block ends."""
+def start(knobs, build, horizon, recipe):
+    """`with start(…) as run`: everything a run needs, its folder held until the block ends.
+
+    recipe: what the model changes in the default knobs.
+    """
     check(knobs)
+    differing = folders.describe_knobs(knobs, replace(type(knobs)(), model=knobs.model, **recipe))
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
     init_distributed(device)
     if (first := broadcast((dtype, precision)))[0] != dtype:
@@ -115,7 +116,7 @@ def start(knobs, build, horizon):
     kept = (*NETWORK, *DATA, "eval_only", "precision") if knobs.eval_only else None
     asked = on_rank_0(folders.describe_identity, knobs, data, weights and weights.path, kept)
     with choose_folder(knobs, asked, weights) as folder:
-        on_rank_0(folders.write_facts, folder, environment, model)
+        on_rank_0(folders.write_facts, folder, {"not_default": differing, **environment}, model)
         yield Run(
             knobs=knobs,
             folder=folder,
@@ -140,7 +141,10 @@ def describe(knobs, data, model, weights, environment):
     on_gpu = " on the GPU" if isinstance(getattr(data.training, "frames", None), torch.Tensor) else ""
     splits = (f"training{on_gpu}", data.training), ("validation", data.validation), ("test", data.test)
     print0(f"data      {data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits)}")
-    print0("          sequences of {} frames, {}×{}×{}".format(*data.training.shape))
+    T, C, H, W = data.training.shape
+    some = data.training[np.arange(min(len(data.training), 50))]
+    color = {1: "grey", 3: "color"}.get(C, f"{C} channels")
+    print0(f"          sequences of {T} frames of {H}×{W}, {color}, values {some.min()} to {some.max()}")
 
 
 def choose_folder(knobs, asked, weights):
@@ -209,17 +213,13 @@ def build_checked(knobs, build, data, device):
     """The model. Raises UserError where knobs, data and model do not fit together."""
     n_frames, channels, height, width = data.training.shape
     if n_frames < knobs.frames_in + knobs.frames_out:
-        raise UserError(
-            f"{data.name} has {n_frames} frames a sequence, too few for frames_in {knobs.frames_in} "
-            f"and frames_out {knobs.frames_out}"
-        )
+        wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
+        raise UserError(f"{data.name} has {n_frames} frames a sequence, too few for {wanted}")
     if min(height, width) < 12:
         raise UserError(f"frames are {height}×{width}; SSIM and optical flow need at least 12×12")
     if not (WORLD_SIZE <= knobs.batch_size <= len(data.training) or knobs.eval_only):
-        raise UserError(
-            f"batch_size is {knobs.batch_size}; it must be from {WORLD_SIZE} (processes) to "
-            f"{len(data.training)} (training sequences)"
-        )
+        limits = f"{WORLD_SIZE} (processes) to {len(data.training)} (training sequences)"
+        raise UserError(f"batch_size is {knobs.batch_size}; it must be from {limits}")
     if knobs.model != "seq2seq" and (height % knobs.patch_size or width % knobs.patch_size):
         raise UserError(f"frames of {height}×{width} cannot be cut into patches of {knobs.patch_size}")
     torch.manual_seed(knobs.seed)

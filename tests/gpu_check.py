@@ -85,7 +85,7 @@ def steps(folder):  # of training: milliseconds, kernels, waits of the CPU (one,
         main.horizon = lambda *_, n=horizon: (20 - n, n)
         flags = "--precision", precision, "--batch_size", batch, "--train_sequences", batch, "--epochs", 1
         flags = *SMALL, *small, *flags, "--out", folder / f"{precision}-{batch}-{horizon}"
-        with main.start(main.parse([*map(str, flags)]), main.build, main.horizon) as run:
+        with main.start(main.parse([*map(str, flags)]), main.build, main.horizon, {}) as run:
             optimizers = main.make_optimizers(run.model, run.knobs, run.dtype)
 
             def train(run=run, optimizers=optimizers):

@@ -143,7 +143,13 @@ def test_first_lines_say_what_runs(reference):
     first, parameters = reference[1].split("epoch")[0], results(reference[0])["parameters"]
     data = "squares.npy: 46 training, 5 validation, 6 test"
     device = "fp32", "threads: 1, processes: 1", f"torch {torch.__version__}"
-    for fact in f"my_model, {parameters:,} parameters", *device, data, "1×16×16", "last frame copied":
+    for fact in (
+        f"my_model, {parameters:,} parameters",
+        *device,
+        data,
+        "16×16, grey, values 0 to 255",
+        "last frame copied",
+    ):
         assert fact in first
 
 
