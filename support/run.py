@@ -295,12 +295,15 @@ class Run(Progress):
             return
         knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, []
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
-            words = "forecasts 1 frame", "more and more frames", f"all {knobs.frames_out} frames"
+            words = ["forecasts 1 frame", "more and more frames", f"all {knobs.frames_out} frames"]
+            if knobs.overlay:
+                merged = f"{knobs.overlay} merged", "fewer merged", "none merged"
+                words = [", ".join(pair) for pair in zip(words, merged, strict=True)]
             phases += zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True)
         if knobs.ssim_from < 1:
             phases.append((knobs.ssim_from * epochs, "SSIM joins the loss"))
         means = {who: float(np.mean(curve)) for who, curve in self.baselines.items()}
-        title = f"{self.folder.name}: {knobs.model}, {self.data.name}"
+        title = f"{self.folder.name}, {self.data.name}"
         write_atomic(self.folder / "loss.png", figures.loss(self.history, means, phases, title))
 
     def choose_best(self):
