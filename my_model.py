@@ -146,7 +146,7 @@ class EncoderForecaster(nn.Module):
         if 0 in (*hidden_channels, *head_channels):
             raise ValueError(f"a layer has no channels: hidden {hidden_channels}, head {head_channels}")
         if max_motion and not feedback:
-            raise ValueError(f"max_motion is {max_motion}; without feedback it has to be 0")
+            raise ValueError(f"max_motion is {max_motion}; without feedback, as in the paper, it has to be 0")
         if motion_layers < 1:
             raise ValueError(f"motion_layers is {motion_layers}; expected at least 1")
         self.channels, self.patch_size, self.max_motion = channels, patch_size, max_motion

@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import subprocess
+import textwrap
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def describe_edit(name, old, new):
     code = [line for line in added if not re.match(r"\w+: .* = ", line)]  # no knob
     if not old or not added:
         return f"{name} edited"
-    return f"{name}: {code[0][:60]}" if code else ""
+    return f"{name}: {textwrap.shorten(code[0], 90, placeholder=' …')}" if code else ""
 
 
 def read_source(folder, name):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-IS_RUNNING = SCRIPT.parent == ROOT.resolve() and SCRIPT.name not in ("predict.py", "download.py")
+IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and SCRIPT.name != "predict.py"
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
 MODEL = "my_model.py", "motion.py", "convlstm.py"
 OTHERS = "moving_mnist.py", "metrics.py", "support/muon.py"

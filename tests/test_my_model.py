@@ -356,7 +356,7 @@ GRAY = (1, 2, 1, 8, 8)
         ({"kernel_size": 4}, GRAY, 0, "kernel size 4 is even; use an odd one"),
         ({"kernel_size": 3, "state_kernel_size": 2}, GRAY, 0, "kernel size 2 is even; use an odd one"),
         ({"head_channels": (0,)}, GRAY, 0, "a layer has no channels"),
-        ({"max_motion": 4}, GRAY, 0, "max_motion is 4; without feedback it has to be 0"),
+        ({"max_motion": 4}, GRAY, 0, "max_motion is 4; without feedback, as in the paper, it has to be 0"),
         (MOTION | {"motion_layers": 0}, GRAY, 0, "motion_layers is 0; expected at least 1"),
         ({}, (1, 2, 1, 6, 8), 0, "frames of 6×8 cannot be cut into patches of 4"),
         ({}, (1, 2, 1, 8, 30), 0, "frames of 8×30 cannot be cut into patches of 4"),
