@@ -36,8 +36,9 @@ def describe_identity(knobs, data, weights, kept=None):
 
 
 def describe_knobs(knobs, default):
-    """Which knobs differ from the default, in words."""
-    pairs = ((field.name, getattr(knobs, field.name)) for field in dataclasses.fields(knobs))
+    """Which knobs of the experiment differ from the default, in words."""
+    names = (f.name for f in dataclasses.fields(knobs) if f.name not in NOT_THE_EXPERIMENT)
+    pairs = ((name, getattr(knobs, name)) for name in names)
     return ", ".join(f"{k} {to_text(v)}" for k, v in pairs if v != getattr(default, k))
 
 

@@ -220,7 +220,7 @@ class Run(Progress):
         """
         self.add_baselines(*BASELINES)
         n_all = len(self.data.validation)
-        n_some = min(n_all, max(40, self.steps * self.knobs.batch_size * 3 // 200))
+        n_some = min(n_all, max(40, self.steps * self.knobs.batch_size // 100))
         some = np.linspace(0, n_all - 1, n_some).astype(int)
         index = np.arange(n_all) if self.has_ended else some
         names = "mse_per_frame", CROSS_ENTROPY, EACH
