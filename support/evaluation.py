@@ -17,7 +17,7 @@ import moving_mnist
 from support import UserError
 from support.checkpoint import lock_folder, remove_strays, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
-from support.folders import describe_changes
+from support.folders import describe_changes, is_training
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
@@ -290,8 +290,8 @@ def compare_runs(out, latest, first_sequence):
                 runs.append(run)
             else:
                 left_out.append(path.parent.name)
-        trained = {run["weights"] for run in runs if "epochs" in run["asked"]["knobs"]}
-        runs = [run for run in runs if "epochs" in run["asked"]["knobs"] or run["weights"] not in trained]
+        trained = {run["weights"] for run in runs if is_training(run["asked"])}
+        runs = [run for run in runs if is_training(run["asked"]) or run["weights"] not in trained]
         if len(runs) < 2:
             return
         label_runs(runs)
@@ -314,7 +314,7 @@ def label_runs(runs):
     """Add to the label of each trained run, its folder, what differs from the first run of its model."""
     first = {}
     for run in sorted(runs, key=lambda run: run["started"]):
-        if "epochs" in run["asked"]["knobs"]:  # evaluation alone has none
+        if is_training(run["asked"]):
             reference = first.setdefault(run["model"], run)
             others = reference["asked"], reference["folder"], run["folder"]
             if changes := describe_changes(run["asked"], *others, with_old=False):

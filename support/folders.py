@@ -35,6 +35,11 @@ def describe_identity(knobs, data, weights, kept=None):
     return json.loads(json.dumps(asked))  # as it comes back from config.json
 
 
+def is_training(asked):
+    """Whether a run was asked to train; evaluation alone keeps no epochs."""
+    return "epochs" in asked["knobs"]
+
+
 def describe_knobs(knobs, default):
     """Which knobs of the experiment differ from the default, in words."""
     names = (f.name for f in dataclasses.fields(knobs) if f.name not in NOT_THE_EXPERIMENT)
@@ -100,13 +105,13 @@ def choose_folder(out, base, asked, stack):
             number += 1
             folder = out / f"{base}-{number}"
         stack.enter_context(checkpoint.lock_folder(folder))
-        trained = [(name, c["asked"]) for name, c in configs.items() if "epochs" in c["asked"]["knobs"]]
+        trained = [(name, c["asked"]) for name, c in configs.items() if is_training(c["asked"])]
         changes = ""
         if trained:
             changes = describe_changes(asked, trained[0][1], out / trained[0][0], with_old=False)
         config = {"asked": asked, "changes": changes, "started": time.time()}
         write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
-    if trained and "epochs" in asked["knobs"]:
+    if trained and is_training(asked):
         name, last = trained[-1]
         changes = describe_changes(asked, last, out / name) or "only its name"
         print(f"new run   differs from {out / name}, which is kept: {changes}", flush=True)
