@@ -1,6 +1,6 @@
 """Reads hostile files in a process of its own, which may crash or hang, with a GiB of memory to spare.
 
-python tests/reader.py    on stdin "videos FOLDER" or "checkpoint FILE"; on stdout a line each: how it ended
+python tests/reader.py    on stdin "videos FOLDER"; on stdout a line each: how it ended
 """
 
 import sys
@@ -8,12 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support import UserError, checkpoint, videos
+from support import UserError, videos
 
-READ = {
-    "videos": lambda path: videos.read_videos(path, 4, 32).shape,
-    "checkpoint": lambda path: [*checkpoint.load(path)],
-}
+READ = {"videos": lambda path: videos.read_videos(path, 4, 32).shape}
 
 
 def spare(n):
