@@ -1,7 +1,7 @@
 """Your own videos: a folder of files, or one file → sequences (T, N, C, H, W), as of an array.
 
-Each file is cropped to a square, resized, thinned to every `stride`-th frame, and cut into sequences that do
-not overlap. Files are taken in the order of their names.
+Each frame is cropped at its center to the shape of height:width, and resized. Each file is thinned to every
+`stride`-th frame, and cut into sequences that do not overlap. Files are taken in the order of their names.
 """
 
 import os
@@ -18,13 +18,13 @@ VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gi
 LARGEST = 2**31  # bytes of frames; memory holds them up to three times
 
 
-def read_videos(path, n_frames, size, stride=1, channels=1):
-    """uint8 (n_frames, N, channels, size, size) of all videos at the path; channels: 1 (grey) or 3 (RGB)."""
+def read_videos(path, n_frames, height, width, stride=1, channels=1):
+    """uint8 (n_frames, N, channels, height, width) of all videos at the path. Channels: 1 (grey), 3 (RGB)."""
     path, sequences, n_bytes = Path(path), [], 0
     for file in find_videos(path):
         frames = []
         for frame in decode(file, stride):
-            frames.append(to_square(frame, size, channels))
+            frames.append(crop_and_resize(frame, height, width, channels))
             n_bytes += frames[-1].nbytes
             if n_bytes > LARGEST:
                 words = "use fewer files, or in --video a smaller size or a larger stride"
@@ -69,12 +69,13 @@ def decode(path, stride=1):
         video.release()
 
 
-def to_square(frame, size, channels):
-    """(H, W, 3) → (channels, size, size): the center of the frame, resized, grey or red, green, blue."""
+def crop_and_resize(frame, height, width, channels):
+    """(H, W, 3) → (channels, height, width): the center of the frame, grey or red, green, blue."""
     H, W = frame.shape[:2]
-    side = min(H, W)
-    top, left = (H - side) // 2, (W - side) // 2
-    frame = frame[top : top + side, left : left + side]
-    frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA)
+    tall, wide = min(H, round(W * height / width)), min(W, round(H * width / height))
+    top, left = (H - tall) // 2, (W - wide) // 2
+    frame = cv2.resize(
+        frame[top : top + tall, left : left + wide], (width, height), interpolation=cv2.INTER_AREA
+    )
     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGR2GRAY)
-    return frame.reshape(size, size, -1).transpose(2, 0, 1)
+    return frame.reshape(height, width, -1).transpose(2, 0, 1)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from support import UserError, videos
 
-READ = {"videos": lambda path: videos.read_videos(path, 4, 32).shape}
+READ = {"videos": lambda path: videos.read_videos(path, 4, 32, 32).shape}
 
 
 def spare(n):

@@ -35,15 +35,21 @@ def test_frames_are_those_of_the_files(tmp_path):
     (tmp_path / "notes.txt").write_text("no video")
     (tmp_path / "._clip.mov").write_bytes(b"of macOS")
     (tmp_path / "folder.avi").mkdir()
-    frames = videos.read_videos(tmp_path, 10, SIZE, channels=3)
+    frames = videos.read_videos(tmp_path, 10, SIZE, SIZE, channels=3)
     assert frames.shape == (10, 1 + 2, 3, SIZE, SIZE) and frames.dtype == np.uint8
     middle = frames[:, :, :, 10:22]
     assert [middle[0, n].max((1, 2)).argmax() for n in range(3)] == [1, 0, 0]  # a.avi first; red, green, blue
+    (tmp_path / "a.avi").rename(tmp_path.parent / "a.avi")
+    (whole,) = videos.read_videos(tmp_path, 20, SIZE, 2 * SIZE)[
+        0
+    ]  # not cropped, as the shape is that of b.avi
+    np.testing.assert_array_equal(videos.read_videos(tmp_path, 20, SIZE, SIZE)[0, 0], whole[:, :, 16:48])
+    (tmp_path.parent / "a.avi").rename(tmp_path / "a.avi")
     for t in range(10):
         for n, channel in (0, 1), (1, 0):
             columns = np.flatnonzero(middle[t, n, channel].mean(0) > 128)
             assert abs(columns[0] - t) <= 1 and abs(columns[-1] - (t + 15)) <= 1
-    grey = videos.read_videos(tmp_path / "a.avi", 6, 16, stride=2)  # a single file
+    grey = videos.read_videos(tmp_path / "a.avi", 6, 16, 16, stride=2)  # a single file
     assert grey.shape == (6, 1, 1, 16, 16)
     assert [np.flatnonzero(grey[t, 0, 0, 8] > 75)[0] for t in range(1, 6)] == [
         1,
@@ -56,7 +62,7 @@ def test_frames_are_those_of_the_files(tmp_path):
 
 def test_a_color_video_trains(tmp_path):
     write(tmp_path / "clip.mp4", 61, fourcc="mp4v")
-    changes = {"video": (16, 1, 3), "frames_in": 3, "frames_out": 2, "epochs": 1}
+    changes = {"video": (16, 32, 1, 3), "frames_in": 3, "frames_out": 2, "epochs": 1}
     run = here(tmp_path / "clip.mp4", tmp_path, pictures=True, **changes)
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
@@ -64,7 +70,7 @@ def test_a_color_video_trains(tmp_path):
 def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
     def refused(sentence, path=tmp_path):
         with pytest.raises(UserError, match=sentence):
-            videos.read_videos(path, 10, SIZE)
+            videos.read_videos(path, 10, SIZE, SIZE)
 
     refused(r"holds no video: \.avi, ")
     refused(r"cannot read .*missing: No such file", tmp_path / "missing")
@@ -88,7 +94,7 @@ def test_a_pipe_and_a_name_that_is_no_text(reader, tmp_path):
     assert "holds no video" in reader("videos", tmp_path)
     (tmp_path / os.fsdecode(b"\xff.avi")).touch()
     with pytest.raises(UserError, match=r"udcff\.avi' is a name that OpenCV cannot open; rename"):
-        videos.read_videos(tmp_path, 10, SIZE)
+        videos.read_videos(tmp_path, 10, SIZE, SIZE)
 
 
 PLACES = st.one_of(
