@@ -154,7 +154,7 @@ class ConvLSTMForecaster(nn.Module):
 
     def __init__(self, channels: int = 1, hidden=(128, 64, 64), kernel_size=5, patch: int = 4):
         super().__init__()
-        self.patch = patch
+        self.patch_size = patch
         pixels = channels * patch * patch
         options = {"num_layers": len(hidden), "batch_first": True, "return_all_layers": True}
         self.encoder = ConvLSTM(pixels, hidden, kernel_size, **options)
@@ -162,21 +162,19 @@ class ConvLSTMForecaster(nn.Module):
         self.head = nn.Conv2d(sum(hidden), pixels, 1)
 
     def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
-        if past.shape[-2] % self.patch or past.shape[-1] % self.patch:
-            raise ValueError(
-                f"frames of {past.shape[-2]}×{past.shape[-1]} cannot be cut into patches of {self.patch}"
-            )
-        x = F.pixel_unshuffle(past, self.patch)  # (B, T, C·P², H/P, W/P)
+        x = F.pixel_unshuffle(past, self.patch_size)  # (B, T, C·P², H/P, W/P)
         _, states = self.encoder(x)
         zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
         layer_outputs, _ = self.forecaster(zeros, states)
         h = torch.cat(layer_outputs, 2)  # (B, n_future, sum of Ch, H/P, W/P)
         logits = self.head(h.flatten(0, 1)).unflatten(0, h.shape[:2])
-        return F.pixel_shuffle(logits, self.patch)
+        return F.pixel_shuffle(logits, self.patch_size)
 
 
 class Seq2SeqForecaster(nn.Module):
     """`EncoderDecoderConvLSTM` as a forecaster: past (B, T, C, H, W) → logits of n_future frames."""
+
+    patch_size = 1
 
     def __init__(self, channels: int = 1, nf: int = 64):
         super().__init__()

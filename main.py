@@ -39,7 +39,7 @@ class Knobs:
     train_sequences: int = 0  # training sequences (fresh: in each epoch); 0 = all. Tried: 8 to 10000
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
-    video: tuple[int, int, int] = (64, 1, 1)  # of videos: pixels a side, every Nth frame, 1 or 3 channels
+    video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
     overlay: int = -1  # sequences merged into each; -1 becomes 2 for Moving MNIST, 0 for other data
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network, see RECIPES
@@ -190,10 +190,8 @@ def train(run, optimizers):
         with run.autocast():
             logits = net(past, n_future, *draw_from).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
-        cross_entropy = cross_entropy / (
-            truth[0].numel() * knobs.batch_size
-        )  # its share of the mean over all processes
+        n_values = truth[0].numel() * knobs.batch_size  # of all processes
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size

@@ -55,11 +55,10 @@ class ConvLSTMCell(nn.Module):
         self.hidden_channels = hidden_channels
         self.dilation = dilation  # of the state-to-state kernel
         self.padding = kernel_size // 2, dilation * (state_kernel_size // 2)
-        self.input_to_state = (
-            new_kernel(in_channels, 4 * hidden_channels, kernel_size) if in_channels else None
-        )
-        self.state_to_state = new_kernel(hidden_channels, 4 * hidden_channels, state_kernel_size)
-        self.bias = nn.Parameter(torch.zeros(4 * hidden_channels))
+        n_gates = 4 * hidden_channels
+        self.input_to_state = new_kernel(in_channels, n_gates, kernel_size) if in_channels else None
+        self.state_to_state = new_kernel(hidden_channels, n_gates, state_kernel_size)
+        self.bias = nn.Parameter(torch.zeros(n_gates))
         self.peephole = nn.Parameter(torch.zeros(3, hidden_channels)) if peephole else None
         with torch.no_grad():
             self.bias[hidden_channels : 2 * hidden_channels] = 1.0  # forget gates start open
@@ -88,12 +87,10 @@ class ConvLSTM(nn.Module):
     `fast` is None until `support.fast.attach` sets it. With `--no_fast`, every frame goes through the cell.
     """
 
-    def __init__(
-        self, in_channels, hidden_channels, kernel_size, state_kernel_size, peephole=True, dilation=1
-    ):
+    def __init__(self, *arguments):
+        """The arguments are those of ConvLSTMCell."""
         super().__init__()
-        sizes = in_channels, hidden_channels, kernel_size, state_kernel_size
-        self.cell = ConvLSTMCell(*sizes, peephole, dilation)
+        self.cell = ConvLSTMCell(*arguments)
         self.fast = None
 
     def forward(self, x, state, n_frames):
@@ -231,12 +228,6 @@ class EncoderForecaster(nn.Module):
             logits.append(drawn)
         logits = torch.cat(logits, 1)
         return logits[:, -n_future:] if draw_from is None else logits
-
-    @torch.inference_mode()
-    def forecast(self, past, n_future):
-        """past (B, T, C, H, W) in [0, 1] → the next n_future frames (B, n_future, C, H, W) in [0, 1]."""
-        self.eval()
-        return torch.sigmoid(self(past, n_future).float())
 
     def encode(self, frames, before, states):
         """Run the encoder over frames (B, T, C, H, W); before: the frame that precedes them."""

@@ -4,6 +4,7 @@ python predict.py my_frames.npy
 python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -23,25 +24,24 @@ from support.videos import VIDEOS, decode
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
-def read_frames(path):
-    """Frames (N, T, H, W, C), float32 in [0, 1]; C is 1 or 3. Raises UserError."""
+def read_frames(path, most):
+    """The first frames, at most `most`, (N, T, H, W, C), float32 in [0, 1]; C is 1 or 3. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path} is not there")
     if path.is_dir():
         files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
         files.sort(key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])  # 2 < 10
-        contents = [np.fromfile(file, np.uint8) for file in files]
+        contents = [np.fromfile(file, np.uint8) for file in files[:most]]
         images = [cv2.imdecode(c, cv2.IMREAD_COLOR_RGB) if c.size else None for c in contents]
         if not images or any(image is None or image.shape != images[0].shape for image in images):
-            raise UserError(
-                f"{path} needs images of one size; found {len(images)} files with an image suffix"
-            )
+            raise UserError(f"{path} needs images of one size; {len(files)} files have an image suffix")
         frames = np.stack(images)
     elif path.suffix.lower() in VIDEOS:
-        frames = np.stack([frame[..., ::-1] for frame in decode(path)] or [np.zeros((0, 0, 3))])
+        some = itertools.islice(decode(path), most)
+        frames = np.stack([frame[..., ::-1] for frame in some] or [np.zeros((0, 0, 3))])
     else:
         try:
-            frames = np.load(path, allow_pickle=False)
+            frames = np.load(path, "r", allow_pickle=False)
             if frames.dtype.kind not in "buif":
                 raise ValueError(f"it holds {frames.dtype}")
         except Exception as error:  # untrusted file: loading may raise anything
@@ -55,7 +55,7 @@ def read_frames(path):
     if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
         expected = "(T, H, W), (T, H, W, C) or (N, T, H, W), with at least 2 frames and 1 or 3 channels"
         raise UserError(f"frames have shape {shape}; expected {expected}")
-    frames = frames.astype(np.float32) / (255 if np.issubdtype(frames.dtype, np.integer) else 1)
+    frames = frames[:, :most].astype(np.float32) / (255 if np.issubdtype(frames.dtype, np.integer) else 1)
     if not (frames.min() >= 0 and frames.max() <= 1):
         found = f"values go from {frames.min():g} to {frames.max():g}"
         raise UserError(f"{found}; expected uint8, or floats from 0 to 1 (divide by 255)")
@@ -64,18 +64,15 @@ def read_frames(path):
 
 def fit_to_model(frames, model):
     """Frames (N, T, H, W, C) as the model reads them: (N, T, C, H, W), its channels and patches."""
-    channels, patch = model.channels, getattr(model, "patch_size", None) or getattr(model, "patch", 1)
+    channels, patch = model.channels, model.patch_size
     if frames.shape[-1] != channels:  # grey as training has it of videos
         frames = frames @ np.float32([[0.299], [0.587], [0.114]]) if channels == 1 else frames.repeat(3, -1)
     N, T, H, W = frames.shape[:4]
     size = [max(patch, round(n / patch) * patch) for n in (W, H)]
     if size != [W, H]:
-        print(
-            f"resized   from {H}×{W} to {size[1]}×{size[0]}, as patches of {patch} have to divide the frames"
-        )
-        frames = np.stack(
-            [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in frames.reshape(N * T, H, W, -1)]
-        )
+        print(f"resized   from {H}×{W} to {size[1]}×{size[0]}, a multiple of the patch size {patch}")
+        frames = frames.reshape(N * T, H, W, -1)
+        frames = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
     frames = frames.clip(0, 1).reshape(N, T, size[1], size[0], channels)  # 1, where rounding went beyond
     return torch.from_numpy(frames).movedim(-1, 2)
 
@@ -97,7 +94,7 @@ def predict(
     if frames < 1:
         raise UserError(f"frames is {frames}; expected at least 1")
     model = main.load(weights)
-    given = fit_to_model(read_frames(source), model)
+    given = fit_to_model(read_frames(source, model.frames_in + frames), model)
     past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
     forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
     n, n_frames, _, height, width = given.shape

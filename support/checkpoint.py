@@ -1,11 +1,11 @@
 """Files that survive a crash: written whole or not at all, loaded only if intact. And locks of folders."""
 
+import copy
 import errno
 import hashlib
 import io
 import os
 import sys
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,18 +13,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from support import UserError
+from support.distributed import print0
 
-# Windows cannot replace a file that a virus scanner holds open: try again after these seconds
-PAUSES = (0.1, 0.4, 1.5, 3) if os.name == "nt" else ()
 CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
-
-
-def replace(source, target):
-    for pause in PAUSES:
-        with suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(pause)
-    os.replace(source, target)
 
 
 @contextmanager
@@ -36,7 +27,7 @@ def open_atomic(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,6 +70,29 @@ def load(path, advice="give another file to --weights"):
         return {**state, "knobs": dict(state["knobs"]), "model": dict(state["model"])}
     except Exception as error:  # untrusted file: loading may raise anything
         raise UserError(f"{path} is no checkpoint of this script, and was not loaded; {advice}") from error
+
+
+def load_weights(model, state, path):
+    """Give a model the weights of a checkpoint. Say so if they now forecast something else."""
+    try:
+        model.load_state_dict(state["model"])
+    except Exception as error:  # untrusted file: anything may be in it
+        raise UserError(
+            f"{path} has other weights than this model: the network's code or the channels of the data have "
+            "changed; undo that, or give another --weights"
+        ) from error
+    before, now = state.get("fixed_forecast"), fixed_forecast(model, state["channels"])
+    if before is not None and not (now is not None and torch.allclose(before, now, rtol=1e-4, atol=1e-4)):
+        print0(f"edited    the network has changed: {path} forecasts other frames than when it was saved")
+
+
+def fixed_forecast(model, channels):
+    """Logits of a fixed input, by which an edited network is noticed; None where it cannot read that."""
+    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    size = -(-64 // model.patch_size) * model.patch_size
+    frames = torch.rand(1, 4, channels, size, size, generator=torch.Generator().manual_seed(0))
+    with suppress(Exception), torch.no_grad():  # an edited network may raise anything
+        return model(frames, 2)[..., ::8, ::8].clone()
 
 
 @contextmanager

@@ -19,14 +19,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if WORLD_SIZE > 1 else 0
 
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "ALLOC_FAILED",
-    "ALLOCATION_FAILED",
-)
-OUT_OF_MEMORY += ("valid cuDNN algorithm",)  # cuDNN's way to say it
+OUT_OF_MEMORY = "out of memory", "can't allocate memory", "not enough memory"
+OUT_OF_MEMORY += "ALLOC_FAILED", "ALLOCATION_FAILED", "valid cuDNN algorithm"  # cuBLAS, cuDNN
 LOST_CONNECTION = "closed by peer", "reset by peer", "Broken pipe"  # gloo's words; nccl has its own error
 
 
@@ -70,11 +64,8 @@ def check_gpu(device):
 def check_cpu(device):
     """Whether the CPU multiplies bf16, and why."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
-    older = "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"
-    masked = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in older
     units = [name.upper().replace("_", "-") for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
-    native = bool(units) and not masked
-    return native, units[0] if native else "no bf16 unit found"
+    return bool(units), units[0] if units else "no bf16 unit found"
 
 
 def init_distributed(device):

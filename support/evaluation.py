@@ -17,7 +17,7 @@ import moving_mnist
 from support import UserError
 from support.checkpoint import lock_folder, remove_strays, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
-from support.folders import describe_changes, is_training
+from support.folders import describe_changes
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
@@ -62,9 +62,7 @@ def evaluate(task, dataset, names, index=None):
     sizes = {CROSS_ENTROPY: 1, EACH: len(index)}
     sums = {name: torch.zeros(sizes.get(name, task.frames_out)).double() for name in names}
     mine = np.arange(len(index))[RANK::WORLD_SIZE]
-    at_once = max(
-        1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:]))
-    )  # large frames need no more memory
+    at_once = max(1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:])))  # fewer of large frames
     for start in range(0, len(mine), at_once):
         some = mine[start : start + at_once]
         past, truth = split_frames(dataset[index[some]], *task[1:])
@@ -123,9 +121,8 @@ def report(results):
         cells = table_cells(scores, "-")
         lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells))
     mse = {who: scores["mse_per_frame"]["mean"] for who, scores in results["scores"].items()}
-    better = [
-        f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in BASELINES if mse[who] < mse[results["model"]]
-    ]
+    better = [who for who in BASELINES if mse[who] < mse[results["model"]]]
+    better = [f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in better]
     if better:
         lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
     if beyond := results.get("beyond"):
@@ -140,7 +137,7 @@ def report(results):
 def draw_samples(folder, task, dataset, title):
     """predict_1.png … predict_4.png and predict.gif, of the same four sequences every time."""
     index = np.linspace(0, len(dataset) - 1, 4).astype(int)
-    named = {str(k): (i, f"sequence {i + 1} of {len(dataset):,}") for k, i in enumerate(index, 1)}
+    named = {f"predict_{k}": (i, f"sequence {i + 1} of {len(dataset):,}") for k, i in enumerate(index, 1)}
     past, truth, prediction = draw_named(folder, task, dataset, named, title)
     write_atomic(folder / "predict.gif", figures.animation(past[0], truth[0], prediction[0], title))
 
@@ -152,7 +149,9 @@ def draw_ranked(folder, task, dataset, ranking, title):
     """
     n = len(ranking)
     ranks = {"best": 0, "median": n // 2, "worst": n - 1}
-    named = {name: (int(ranking[k]), f"the {name} of {n:,} sequences") for name, k in ranks.items()}
+    named = {
+        f"predict_{name}": (int(ranking[k]), f"the {name} of {n:,} sequences") for name, k in ranks.items()
+    }
     draw_named(folder, task, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
     past, truth = split_frames(dataset[index], task.frames_in, task.frames_out)
@@ -166,13 +165,13 @@ def draw_ranked(folder, task, dataset, ranking, title):
 
 
 def draw_named(folder, task, dataset, named, title):
-    """predict_<name>.png of each; named: name → (index in the dataset, words for the title)."""
+    """<name>.png of each; named: name → (index in the dataset, words for the title)."""
     index = np.array([i for i, _ in named.values()])
     past, truth = split_frames(dataset[index], task.frames_in, task.frames_out)
     prediction = task.forecast(past.to(task.device), task.frames_out)[0].cpu()
     for (name, (_, words)), p, t, f in zip(named.items(), past, truth, prediction, strict=True):
         picture = figures.prediction(p, t, f, f"{title}: {words}, {describe_error(f, t)}")
-        write_atomic(folder / f"predict_{name}.png", picture)
+        write_atomic(folder / f"{name}.png", picture)
     return past, truth, prediction
 
 
@@ -215,25 +214,13 @@ def score_beyond_training(folder, name, task, patch_size):
         lengths = {"as in training": task.frames_out, double: 2 * task.frames_out} if case == triple else {}
         for part, length in {**lengths, case: n}.items():  # a long forecast begins with the short ones
             results[part] = {who: values[:length] for who, values in curves.items()}
-        if RANK == 0:
-            draw_beyond(folder, name, case, longer, dataset)
+        if RANK == 0:  # the first sequence, as good or bad as it happens to be
+            named = {f"beyond_{case.replace(' ', '_').replace('×', 'x')}": (0, "never trained on")}
+            draw_named(folder, longer, dataset, named, f"{name}, {case}")
     if RANK == 0 and results:
         panels = {case: results[case] for case in cases if case in results}
         write_atomic(folder / "beyond.png", figures.per_frame(panels))
     return results
-
-
-def draw_beyond(folder, name, case, task, dataset):
-    """beyond_<case>.png of the first sequence, as good or bad as it happens to be."""
-    past, truth = split_frames(dataset[:1], task.frames_in, task.frames_out)
-    n = task.frames_in + 1
-    rows = {"input": (1, past[0]), "truth": (n, truth[0])}
-    for who, forecast in {"forecast": task.forecast, **BASELINES}.items():
-        if who != "black":
-            frames = forecast(past.to(task.device), task.frames_out)[0][0].cpu()
-            rows[figures.LABELS.get(who, who)] = n, frames
-    picture = figures.grid(rows, f"{name}: {case}, never trained on")
-    write_atomic(folder / f"beyond_{case.replace(' ', '_').replace('×', 'x')}.png", picture)
 
 
 SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
@@ -244,27 +231,12 @@ def read_run(folder):
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    run["label"], run["folder"], run["asked"], run["started"] = (
-        folder.name,
-        folder,
-        config["asked"],
-        config["started"],
-    )
+    run |= {"label": folder.name, "folder": folder, "asked": config["asked"], "started": config["started"]}
+    run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
     run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
-    run["history"] = []
-    if (folder / "log.csv").exists():  # weights that were only evaluated have none
-        logs = ((folder / name).read_text("utf-8").splitlines() for name in ("log.csv", "timing.csv"))
-        log, timing = (list(csv.DictReader(lines)) for lines in logs)
-        minutes = {row["step"]: float(row["minutes"]) for row in timing}
-        run["history"] = [
-            {
-                "sequences": int(r["sequences"]),
-                "minutes": minutes[r["step"]],
-                "val_loss": float(r["val_loss"]),
-            }
-            for r in log
-            if r["val_loss"]
-        ]
+    lines = (folder / "log.csv").read_text("utf-8").splitlines() if run["is_trained"] else []
+    rows = (row for row in csv.DictReader(lines) if row["val_loss"])
+    run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
     return run
 
 
@@ -290,8 +262,8 @@ def compare_runs(out, latest, first_sequence):
                 runs.append(run)
             else:
                 left_out.append(path.parent.name)
-        trained = {run["weights"] for run in runs if is_training(run["asked"])}
-        runs = [run for run in runs if is_training(run["asked"]) or run["weights"] not in trained]
+        trained = {run["weights"] for run in runs if run["is_trained"]}
+        runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return
         label_runs(runs)
@@ -314,7 +286,7 @@ def label_runs(runs):
     """Add to the label of each trained run, its folder, what differs from the first run of its model."""
     first = {}
     for run in sorted(runs, key=lambda run: run["started"]):
-        if is_training(run["asked"]):
+        if run["is_trained"]:
             reference = first.setdefault(run["model"], run)
             others = reference["asked"], reference["folder"], run["folder"]
             if changes := describe_changes(run["asked"], *others, with_old=False):
@@ -330,7 +302,7 @@ def comparison_table(runs, baselines, left_out):
     for run in runs:
         seen, minutes = "–", "–"
         if run["history"]:
-            seen, minutes = f"{run['history'][-1]['sequences']:,}", f"{run['history'][-1]['minutes']:.1f}"
+            seen, minutes = f"{run['history'][-1]['sequences']:,.0f}", f"{run['history'][-1]['minutes']:.1f}"
         cells = [f"{run['parameters']:,}", seen, minutes, *table_cells(run["scores"][run["model"]], "–")]
         lines.append(f"| {run['label']} | {' | '.join(cells)} |")
     for who, scores in baselines.items():

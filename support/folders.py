@@ -20,24 +20,18 @@ from support.distributed import on_rank_0
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that may change when a run resumes
 
 
-def describe_identity(knobs, data, weights, kept=None):
-    """What makes a run the same run: knobs (all, or those kept), data, sources, and the file of weights."""
+def describe_identity(knobs, data):
+    """What makes a run the same run: knobs, data, sources, and the content of the file of weights."""
     sha = hashlib.sha256(data.training[np.arange(1)].cpu().numpy())
     for split in (data.validation, data.test):
         sha.update(split[np.array([0, len(split) - 1])].numpy())
-    values = dataclasses.asdict(knobs)
-    values = {k: values[k] for k in kept or values if k not in NOT_THE_EXPERIMENT}
-    if weights:
-        values["weights"] = f"{weights}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()[:16]}"
+    values = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
+    if knobs.weights:
+        values["weights"] += f", sha256 {hashlib.sha256(Path(knobs.weights).read_bytes()).hexdigest()[:16]}"
     shape = "×".join(map(str, data.training.shape))
     words = f"{data.name}, sequences of {shape}, sha256 of five {sha.hexdigest()[:16]}"
     asked = {"knobs": values, "data": words, "sources": sources.HASHES}
     return json.loads(json.dumps(asked))  # as it comes back from config.json
-
-
-def is_training(asked):
-    """Whether a run was asked to train; evaluation alone keeps no epochs."""
-    return "epochs" in asked["knobs"]
 
 
 def describe_knobs(knobs, default):
@@ -72,7 +66,7 @@ def describe_edit(name, old, new):
     code = [line for line in added if not re.match(r"\w+: .* = ", line)]  # no knob
     if not old or not added:
         return f"{name} edited"
-    return f"{name}: {textwrap.shorten(code[0], 90, placeholder=' …')}" if code else ""
+    return f"{name}: {textwrap.shorten(code[0], 60, placeholder=' …')}" if code else ""
 
 
 def read_source(folder, name):
@@ -84,19 +78,25 @@ def read_source(folder, name):
 
 
 @contextmanager
-def open_folder(out, base, asked):
-    """Hold the folder of the run that was asked for: an earlier one, or a new one named base, base-2, …"""
+def open_folder(knobs, asked):
+    """Hold the folder of the run that was asked for: an earlier one, or a new one named base, base-2, …
+
+    If weights are only scored, base is their folder or file, and "-eval".
+    """
+    base, path = knobs.name or knobs.model, Path(knobs.weights).resolve()
+    if knobs.eval_only and not knobs.name:
+        base = f"{path.parent.name if path.stem in ('best', 'last') else path.stem}-eval"
     with ExitStack() as stack:
-        yield on_rank_0(choose_folder, Path(out), base, asked, stack)
+        yield on_rank_0(choose_folder, Path(knobs.out), base, bool(knobs.name), asked, stack)
 
 
-def choose_folder(out, base, asked, stack):
+def choose_folder(out, base, is_named, asked, stack):
     """The folder, locked until the stack unwinds. Nothing in `out` is overwritten."""
     with checkpoint.lock_folder(out, wait=True):  # of two runs that start at once, each gets its own
         configs = read_configs(out)
         for name, config in configs.items():
-            named = re.fullmatch(rf"{re.escape(base)}(-\d+)?", name) or base == asked["knobs"]["model"]
-            if config["asked"] == asked and named:
+            fits = not is_named or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
+            if config["asked"] == asked and fits:
                 stack.enter_context(checkpoint.lock_folder(out / name))
                 checkpoint.remove_strays(out / name)
                 return out / name
@@ -105,13 +105,10 @@ def choose_folder(out, base, asked, stack):
             number += 1
             folder = out / f"{base}-{number}"
         stack.enter_context(checkpoint.lock_folder(folder))
-        trained = [(name, c["asked"]) for name, c in configs.items() if is_training(c["asked"])]
-        changes = ""
-        if trained:
-            changes = describe_changes(asked, trained[0][1], out / trained[0][0], with_old=False)
-        config = {"asked": asked, "changes": changes, "started": time.time()}
+        config = {"asked": asked, "started": time.time()}
         write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
-    if trained and is_training(asked):
+    trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
+    if trained and not asked["knobs"]["eval_only"]:
         name, last = trained[-1]
         changes = describe_changes(asked, last, out / name) or "only its name"
         print(f"new run   differs from {out / name}, which is kept: {changes}", flush=True)
@@ -131,8 +128,8 @@ def read_configs(out):
         try:
             config = json.loads(path.read_text("utf-8"))
             configs[path.parent.name] = config
-            config["asked"]["knobs"], config["asked"]["sources"], config["asked"]["data"]
-            config["changes"], float(config["started"])
+            config["asked"]["sources"], config["asked"]["data"]
+            config["asked"]["knobs"]["eval_only"], float(config["started"])
         except Exception:  # damaged, or of another version: such a run is kept, but not continued
             configs.pop(path.parent.name, None)
     return dict(sorted(configs.items(), key=lambda item: item[1]["started"]))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import figures
 from support import UserError, checkpoint, evaluation
-from support.checkpoint import write_atomic
+from support.checkpoint import load_weights, write_atomic
 from support.distributed import RANK, broadcast, on_rank_0, print0
 from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
 
@@ -28,7 +28,6 @@ FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
 EVALUATIONS = 10  # evenly spaced, after that
 LOSSES = 200  # points of the training loss's curve
 TIMED = range(3, 13)  # steps that measure the speed, counted from the start; earlier ones are slower
-FIRST_BASELINES = "black", "copy_last"  # optical flow takes seconds, and waits for the first evaluation
 SAVE_EVERY = 120  # seconds between checkpoints
 
 
@@ -42,7 +41,6 @@ class Progress:
     seconds: float = 0.0
     best: float = math.inf  # validation MSE
     history: list = dataclasses.field(default_factory=list)  # the rows of log.csv
-    timing: list = dataclasses.field(default_factory=list)  # the rows of timing.csv
     baselines: dict = dataclasses.field(default_factory=dict)  # name → validation MSE of each frame
     loss_sum: float = 0.0  # of the steps since the last row
     loss_count: int = 0
@@ -94,7 +92,7 @@ class Run(Progress):
         path = self.folder / "last.pt"
         state = on_rank_0(lambda: checkpoint.load(path, "delete it to start over") if path.exists() else None)
         if state:
-            load_weights(self.model, state["model"], path)
+            load_weights(self.model, state, path)
             try:
                 for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                     load_optimizer(optimizer, saved)
@@ -106,41 +104,30 @@ class Run(Progress):
             changed = [f"{k} {now[k]} (was {then.get(k)})" for k in now if then.get(k) != now[k]]
             if changed and not self.has_ended:
                 print0(f"resuming with {', '.join(changed)}: no longer bit-exact")
-        self.add_baselines(*FIRST_BASELINES)
-        files = [self.folder / name for name in ("log.csv", "timing.csv", "loss.png")]
-        if self.timing and RANK == 0 and not (self.has_ended and all(file.exists() for file in files)):
-            self.write_log()  # the files may be lost
 
     def restore(self, state):
         for field in dataclasses.fields(Progress):
             setattr(self, field.name, state[field.name])
 
-    def add_baselines(self, *names):
-        for name in names:
-            if name not in self.baselines:
-                task = self.task._replace(forecast=BASELINES[name])
-                self.baselines[name] = evaluation.mse_curve(task, self.data.validation)
-
     def show_results(self):
         """Whether the run has ended and its results can be read: then print them."""
-        if not self.has_ended:
-            levels = (f"{figures.LABELS[who]} {np.mean(self.baselines[who]):.1f}" for who in FIRST_BASELINES)
-            print0(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
-            print0(f"output    {self.folder}" + (f", resuming at step {self.step:,}" if self.step else ""))
-            return False
-        if words := on_rank_0(self.read_report):
+        if words := on_rank_0(self.read_report) if self.has_ended else None:
             print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
-        return bool(words)
+            return True
+        if self.history and RANK == 0:
+            self.write_log()  # the files may be lost
+        print0(f"output    {self.folder}" + (f", resuming at step {self.step:,}" if self.step else ""))
+        return False
 
     def read_report(self):
         try:
-            return evaluation.report(json.loads((self.folder / "metrics.json").read_bytes()))
-        except Exception:  # lost or damaged: it is made again
+            files = [(self.folder / name).read_bytes() for name in ("log.csv", "loss.png", "metrics.json")]
+            return evaluation.report(json.loads(files[-1]))
+        except Exception:  # lost or damaged: all are made again
             return None
 
     def start_clock(self):
         self.started_at, self.saved_at = self.step, time.perf_counter()
-        self.timed = self.step, self.seconds
         self.tick, self.step_seconds = time.perf_counter(), 0.0
         hidden = bool(RANK) or None  # None: shown in a terminal, but not in a file
         self.bar = tqdm(total=self.steps or None, initial=self.step, unit="step", disable=hidden, leave=False)
@@ -204,6 +191,7 @@ class Run(Progress):
                 "epoch": round(self.step / self.steps_per_epoch, 4),
                 "step": self.step,
                 "sequences": self.step * self.knobs.batch_size,
+                "minutes": round(self.seconds / 60, 3),
                 "learning_rate": rate,
                 "train_loss": self.loss_sum / self.loss_count,
                 "val_loss": None,
@@ -213,12 +201,21 @@ class Run(Progress):
         )
         self.loss_sum, self.loss_count = 0.0, 0
 
+    def score_baselines(self):
+        for who, forecast in BASELINES.items():
+            task = self.task._replace(forecast=forecast)
+            self.baselines[who] = evaluation.mse_curve(task, self.data.validation)
+        if RANK == 0:
+            levels = (f"{figures.LABELS[who]} {np.mean(mse):.1f}" for who, mse in self.baselines.items())
+            self.bar.write(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
+
     def evaluate(self, rate):
         """Validate, log, keep the weights if they are the best so far, and redraw the pictures.
 
         All but the last evaluation use some of the validation sequences, as they may take 5 % of the time.
         """
-        self.add_baselines(*BASELINES)
+        if not self.baselines:
+            self.score_baselines()
         n_all = len(self.data.validation)
         n_some = min(n_all, max(40, self.steps * self.knobs.batch_size // 100))
         some = np.linspace(0, n_all - 1, n_some).astype(int)
@@ -235,14 +232,10 @@ class Run(Progress):
         row["val_loss"] = float(scores[CROSS_ENTROPY]) / pixels
         row["val_mse_per_frame"] = float(scores["mse_per_frame"].mean())
         row["val_sequences"] = len(index)
-        steps, seconds = self.step - self.timed[0], self.seconds - self.timed[1]
-        speed = round(steps * self.knobs.batch_size / seconds, 1) if seconds else 0.0
-        minutes = round(self.seconds / 60, 3)
-        self.timing.append({"step": self.step, "minutes": minutes, "sequences_per_second": speed})
         if RANK == 0:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
             words = f"epoch {row['epoch']:<6g} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
-            self.bar.write(f"{words}  {speed:.0f} sequences/s")
+            self.bar.write(f"{words}  {row['minutes']:.1f} min")
         mse_of_some = float(scores[EACH][some if self.has_ended else slice(None)].mean())
         if mse_of_some < self.best:
             self.best = mse_of_some
@@ -252,7 +245,6 @@ class Run(Progress):
             curves = {self.knobs.model: scores["mse_per_frame"].tolist(), **self.baselines}
             write_atomic(self.folder / "per_frame.png", figures.per_frame({self.validated: curves}))
             self.draw_validation(f"after {row['sequences']:,} training sequences")
-        self.timed = self.step, self.seconds
         self.saved_at = -math.inf  # a checkpoint is due
         self.tick = time.perf_counter()
 
@@ -272,8 +264,9 @@ class Run(Progress):
 
     def network(self):
         """What a checkpoint needs for `main.load`."""
-        state = {name: self.asked[name] for name in ("knobs", "sources")}
-        return state | {"channels": self.data.training.shape[1], "model": self.model.state_dict()}
+        channels = self.data.training.shape[1]
+        state = {"knobs": self.asked["knobs"], "channels": channels, "model": self.model.state_dict()}
+        return state | {"fixed_forecast": checkpoint.fixed_forecast(self.model, channels)}
 
     def save(self, optimizers):
         """Write last.pt."""
@@ -285,9 +278,12 @@ class Run(Progress):
         self.saved_at = self.tick = time.perf_counter()
 
     def write_log(self):
-        """log.csv, timing.csv (apart, as it differs each time) and loss.png."""
-        write_csv(self.folder / "log.csv", self.history)
-        write_csv(self.folder / "timing.csv", self.timing)
+        """log.csv and loss.png."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.history[-1].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomic(self.folder / "log.csv", text.getvalue().encode())
         self.draw_loss()
 
     def draw_loss(self):
@@ -311,7 +307,7 @@ class Run(Progress):
         path, last = self.folder / "best.pt", self.folder / "last.pt"
         best = on_rank_0(checkpoint.load, path, f"delete it and {last} to start over")
         last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        load_weights(self.model, best["model"], path)
+        load_weights(self.model, best, path)
         self.scored_step = best["step"]
         if best["step"] != self.step:
             mse = np.mean(evaluation.mse_curve(self.task, self.data.validation))
@@ -357,28 +353,10 @@ class Run(Progress):
         print0(f"\n{evaluation.report(results)}\noutput    {folder}")
 
 
-def write_csv(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[-1].keys(), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode())
-
-
 def write_npy(path, array):
     buffer = io.BytesIO()
     np.save(buffer, array)
     write_atomic(path, buffer.getvalue())
-
-
-def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except Exception as error:  # untrusted file: anything may be in it
-        raise UserError(
-            f"{path} has other weights than this model: the network's code or the channels of the data have "
-            "changed; undo that, or give another --weights"
-        ) from error
 
 
 def load_optimizer(optimizer, saved):

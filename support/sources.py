@@ -12,16 +12,10 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
 IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and SCRIPT.name != "predict.py"
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
-MODEL = "my_model.py", "motion.py", "convlstm.py"
-OTHERS = "moving_mnist.py", "metrics.py", "support/muon.py"
-TEXTS = {name: (ROOT / name).read_text("utf-8") for name in (MAIN, *MODEL, *OTHERS)}
+NAMES = MAIN, "my_model.py", "motion.py", "convlstm.py", "moving_mnist.py", "metrics.py", "support/muon.py"
+TEXTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}
 HASHES = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in TEXTS.items()}
 
 
 if IS_RUNNING:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports load: no traceback
-
-
-def edited_since(before):
-    """Which files of the network are not those of a checkpoint, whose hashes are `before`."""
-    return [name for name in (MAIN, *MODEL) if before.get(name, HASHES[name]) != HASHES[name]]

@@ -3,15 +3,15 @@
 import contextlib
 import os
 import traceback
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from moving_mnist import load_data
 from support import UserError, checkpoint, evaluation, folders, sources
+from support.checkpoint import load_weights
 from support.distributed import (
     WORLD_SIZE,
     broadcast,
@@ -20,63 +20,43 @@ from support.distributed import (
     on_rank_0,
     print0,
 )
-from support.run import Run, load_weights
+from support.run import Run
 
 # Knobs that a checkpoint brings along
-NETWORK = (
-    "model",
-    "hidden_channels",
-    "kernel_size",
-    "patch_size",
-    "head_channels",
-    "max_motion",
-    "equivariant",
-)
-# and these, too, where the last run is scored again
-DATA = "data", "video", "train_sequences", "seed", "frames_in", "frames_out"
+NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
+NETWORK += ("equivariant",)
+# the smallest and the largest value
 LIMITS = {
-    "train_sequences": (0, 10**9),
-    "frames_in": (2, 10**6),
-    "frames_out": (1, 10**6),
-    "overlay": (-1, 100),
-    "kernel_size": (1, 31),
-    "patch_size": (1, 4096),
-    "max_motion": (0, 64),
-    "epochs": (1, 10**9),
-    "max_minutes": (0, 10**9),
-    "batch_size": (1, 10**9),
-    "learning_rate": (1e-9, 1e9),
-    "weight_decay": (0, 1),
-    "ssim_from": (0, 1),
-    "seed": (0, 2**63 - 1),
+    (0, 1): ("weight_decay", "ssim_from"),
+    (1, 10**6): ("frames_out", "kernel_size", "patch_size", "batch_size", "epochs"),
+    (2, 10**6): ("frames_in",),
+    (-1, 100): ("overlay",),
+    (0, 64): ("max_motion",),
+    (0, 2**62): ("train_sequences", "max_minutes", "seed"),
+    (1e-9, 1e9): ("learning_rate",),
 }
 
 
 def check(knobs):
     """Refuse what is out of range. Raises UserError."""
-    values = {field.name: getattr(knobs, field.name) for field in fields(knobs)}
-    for name, (low, high) in LIMITS.items():
-        if not low <= values[name] <= high:
-            raise UserError(f"{name} is {values[name]}; it must be from {low} to {high}")
+    for (low, high), names in LIMITS.items():
+        for name in names:
+            if not low <= getattr(knobs, name) <= high:
+                raise UserError(f"{name} is {getattr(knobs, name)}; it must be from {low} to {high}")
+    if knobs.eval_only and not knobs.weights:
+        raise UserError("eval_only needs weights: add --weights results/my_model/best.pt, or others")
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
-    size, stride, channels = knobs.video
-    if not (12 <= size <= 4096 and stride >= 1 and channels in (1, 3)):
-        words = "expected 12 to 4096 pixels, every Nth frame, 1 or 3 channels"
-        raise UserError(f"video is {size} {stride} {channels}; {words}")
+    *size, stride, channels = knobs.video
+    if not (12 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
+        words = "expected height and width (12 to 4096), every Nth frame, 1 or 3 channels"
+        raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
         raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
     if not knobs.hidden_channels or min(layers) < 1 or max(layers) > 10**6:
         raise UserError("hidden_channels and head_channels need 1 to 1,000,000 channels in each layer")
-
-
-class Weights(NamedTuple):
-    """Weights to start from."""
-
-    path: Path
-    state: dict  # what the file holds
 
 
 @contextlib.contextmanager
@@ -92,7 +72,9 @@ def start(knobs, build, horizon, recipe):
     if (first := broadcast((dtype, precision)))[0] != dtype:
         words = f"this process computes in {precision}, the first in {first[1]}"
         raise UserError(f"{words}; set precision to fp32")
-    knobs, weights = find_weights(knobs)
+    weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
+    if weights:
+        knobs = with_knobs_of(knobs, weights)
     n_frames = knobs.frames_in + knobs.frames_out
     data = load_data(knobs.data, knobs.train_sequences, knobs.seed, n_frames, knobs.video)
     if (first := broadcast(data.name)) != data.name:
@@ -100,7 +82,7 @@ def start(knobs, build, horizon, recipe):
     knobs = fit_to_data(knobs, data)
     model = build_checked(knobs, build, data, device)
     if weights:
-        load_weights(model, weights.state["model"], weights.path)
+        load_weights(model, weights, knobs.weights)
     environment = {
         "device": str(device),
         "processes": WORLD_SIZE,
@@ -111,11 +93,9 @@ def start(knobs, build, horizon, recipe):
     }
     if not knobs.eval_only:
         data.training.fit_on_gpu(device)
-    describe(knobs, data, model, weights, environment)
-    # in the first process, as other machines may not have the file of weights
-    kept = (*NETWORK, *DATA, "eval_only", "precision") if knobs.eval_only else None
-    asked = on_rank_0(folders.describe_identity, knobs, data, weights and weights.path, kept)
-    with choose_folder(knobs, asked, weights) as folder:
+    describe(knobs, data, model, environment)
+    asked = on_rank_0(folders.describe_identity, knobs, data)
+    with folders.open_folder(knobs, asked) as folder:
         on_rank_0(folders.write_facts, folder, {"not_default": differing, **environment}, model)
         yield Run(
             knobs=knobs,
@@ -127,14 +107,14 @@ def start(knobs, build, horizon, recipe):
             device=device,
             dtype=dtype,
             horizon=horizon,
-            scored_step=weights.state["step"] if weights else 0,
+            scored_step=weights["step"] if weights else 0,
         )
 
 
-def describe(knobs, data, model, weights, environment):
+def describe(knobs, data, model, environment):
     """Print what will run."""
     parameters = sum(p.numel() for p in model.parameters())
-    words = f", weights of {weights.path}" if weights else ""
+    words = f", weights of {knobs.weights}" if knobs.weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{words}")
     words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
@@ -147,53 +127,21 @@ def describe(knobs, data, model, weights, environment):
     print0(f"          sequences of {T} frames of {H}×{W}, {color}, values {some.min()} to {some.max()}")
 
 
-def choose_folder(knobs, asked, weights):
-    """The folder of the run, held. Evaluation alone has one of its own, beside that of the weights' run."""
-    if not knobs.eval_only:
-        return folders.open_folder(knobs.out, knobs.name or knobs.model, asked)
-    path = weights.path.resolve()
-    base = f"{path.parent.name if path.stem in ('best', 'last') else path.stem}-eval"
-    return folders.open_folder(knobs.out, knobs.name if knobs.weights and knobs.name else base, asked)
+def with_knobs_of(knobs, weights):
+    """The knobs, with those of the network taken from a checkpoint. Refuses flags that say something else.
 
-
-def find_weights(knobs):
-    """(the knobs, with those of the weights' network; the weights, or None).
-
-    Without --weights, evaluation alone takes the last run, and its data as well.
+    If the weights are only scored, they also bring their number of frames, unless flags say something else.
     """
-    if not (knobs.weights or knobs.eval_only):
-        return knobs, None
-    out, path = Path(knobs.out), Path(knobs.weights)
-    if not knobs.weights:
-        configs = on_rank_0(folders.read_configs, out)
-        usable = lambda name: (out / name / "best.pt").exists() and knobs.name in ("", name)
-        names = on_rank_0(lambda: list(filter(usable, configs)))
-        if not names:
-            where = f"no run {knobs.name} in {out}" if knobs.name else f"no run in {out}"
-            raise UserError(f"{where} has weights to evaluate; train a run, or give --weights")
-        path = out / names[-1] / "best.pt"
-        print0(f"weights   {path}, with the data and the frames of its run")
-    state = on_rank_0(checkpoint.load, path)
-    print_edited(state)
-    brought = NETWORK if knobs.weights else NETWORK + DATA
-    return with_knobs_of(knobs, state, path, brought), Weights(path, state)
-
-
-def print_edited(state):
-    if edited := sources.edited_since(state.get("sources", {})):
-        print0(f"edited    since these weights were trained: {', '.join(edited)}")
-
-
-def with_knobs_of(knobs, state, path, names=NETWORK):
-    """The knobs, with these names taken from a checkpoint. Refuses flags that say something else."""
-    found = {}
-    for name in names:
-        if name not in state["knobs"]:
-            raise UserError(f"{path} is of an earlier version of this script, without {name}")
-        then, now, default = state["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
-        found[name] = then = tuple(then) if isinstance(then, list) else then
-        if now not in (then, default):
-            raise UserError(f"{path} has {name} {then}, not {now}; leave out --{name}")
+    found, frames = {}, ("frames_in", "frames_out") if knobs.eval_only else ()
+    for name in (*NETWORK, *frames):
+        if name not in weights["knobs"]:
+            raise UserError(f"{knobs.weights} is of an earlier version of this script, without {name}")
+        then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
+        then = tuple(then) if isinstance(then, list) else then
+        if now in (then, default):
+            found[name] = then
+        elif name in NETWORK:
+            raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
     return replace(knobs, **found)
 
 
@@ -249,14 +197,13 @@ def attach(knobs, model, device, dtype):
 
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
-    given = checkpoint.load(path, "give another file")
-    knobs = with_knobs_of(knobs, given, path)
+    weights = checkpoint.load(path, "give another file")
+    knobs = with_knobs_of(replace(knobs, weights=str(path)), weights)
     device, _, _ = choose_device(knobs.device, "fp32")
-    model = build(knobs, given["channels"]).to(device).eval()
-    load_weights(model, given["model"], path)
-    print_edited(given)
+    model = build(knobs, weights["channels"]).to(device).eval()
+    load_weights(model, weights, path)
     attach(knobs, model, device, torch.float32)
-    model.frames_in, model.channels = given["knobs"]["frames_in"], given["channels"]
+    model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
     forecast = evaluation.make_forecast(model, contextlib.nullcontext)
 
     def forecast_frames(past, n):

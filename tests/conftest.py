@@ -1,5 +1,6 @@
 """What the tests share: a small array, and main.py in this process or in its own."""
 
+import csv
 import os
 import shutil
 import subprocess
@@ -109,7 +110,7 @@ def here(data, out, pictures=False, **changes):
         if not pictures:
             for name in ("draw_loss", "draw_validation"):
                 patch.setattr(Run, name, lambda *_: None)
-            for name in ("draw_ranked", "draw_beyond", "compare_runs"):
+            for name in ("draw_ranked", "draw_named", "compare_runs"):
                 patch.setattr(evaluation, name, lambda *_: None)
         main.main(main.parse(flags(data, out, **changes)))
     return folders[-1]
@@ -128,6 +129,14 @@ def finish(process, status=0, timeout=120):
     assert process.returncode == status, f"{out}{err}"
     assert "Traceback" not in f"{out}{err}", err
     return out, err
+
+
+def content(path):
+    """What a file holds; without the minutes of a log, which differ each time."""
+    if path.name != "log.csv":
+        return path.read_bytes()
+    with open(path) as file:
+        return [{k: v for k, v in row.items() if k != "minutes"} for row in csv.DictReader(file)]
 
 
 def wait_until(condition, process, seconds=120):

@@ -95,13 +95,18 @@ def test_weights_whose_code_has_changed(code):
     """They are scored by the code of now, in a folder of their own. A print in the cell works."""
     before = state(code / "results")
     edit(code, **PRINT)
-    printed, _ = finish(run(code, eval_only=True))
-    assert "edited    since these weights were trained: my_model.py" in printed
+    given = os.path.join("results", "my_model", "best.pt")
+    printed, _ = finish(run(code, eval_only=True, weights=given))
+    assert "the network has changed" not in printed  # a print changes no forecast
     assert state(code / "results").items() >= before.items()
     assert weights(code, "my_model-eval") == weights(code)
-    # a look at the input frames first, then whole forecasts
-    frames, each = printed.count("the cell sees a frame\n"), FRAMES_IN + FRAMES_OUT - 1
-    assert frames > FRAMES_IN + each and (frames - FRAMES_IN) % each == 0
+    # a look at the input frames and the fixed forecast of 5 frames first, then whole forecasts
+    frames, each = printed.count("the cell sees a frame\n") - FRAMES_IN - 5, FRAMES_IN + FRAMES_OUT - 1
+    assert frames > each and frames % each == 0
+    edit(code, **CELL)
+    changed = f"edited    the network has changed: {given} forecasts other frames"
+    assert changed in finish(run(code, eval_only=True, weights=given))[0]
+    assert state(code / "results").items() >= before.items()
 
 
 def test_without_the_fast_kernels(code, ended):

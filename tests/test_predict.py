@@ -91,7 +91,7 @@ def test_a_video_and_a_folder_of_images(frames, trained, tmp_path):
         assert np.abs(forecast(tmp_path / name, trained, tmp_path) - drawn(trained, frames)).max() <= 2
     for content in (images / "000.png").read_bytes()[:50], b"":
         (images / "001.png").write_bytes(content)
-        with pytest.raises(UserError, match="needs images of one size; found 10 files"):
+        with pytest.raises(UserError, match="needs images of one size; 10 files"):
             predict(images, trained)
 
 
