@@ -36,19 +36,21 @@ class Knobs:
 
     # Data
     data: str = "array"  # "array", "fresh" (new sequences all the time), a .npy, or a folder of videos
-    train_sequences: int = 0  # training sequences (fresh: in each epoch); 0 = all. Tried: 8 to 10000
+    train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 an epoch). Tried: 8 to 10000
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
     overlay: int = -1  # sequences merged into each; -1 becomes 2 for Moving MNIST, 0 for other data
     # Model
-    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network, see RECIPES
+    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = (
+        "my_model"  # the network, see build and RECIPES
+    )
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # pixels a side of a patch; each patch is one position of the states. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: none to 512
-    max_motion: int = 4  # largest motion that the motion head handles, in pixels a frame; 0 = no motion head
-    equivariant: bool = True  # flips of the input flip the forecast. Use channels in multiples of 8
+    max_motion: int = 4  # largest motion, in pixels a frame, that is measured and applied; 0 = none
+    equivariant: bool = True  # kernels follow flips of the input. Use channels in multiples of 8
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 27
     max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
@@ -59,7 +61,7 @@ class Knobs:
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
-    name: str = ""  # folder of this run in it; empty = the model's name
+    name: str = ""  # folder of this run inside out; empty = the model's name
     eval_only: bool = False  # train nothing: score and draw --weights, or the last run again
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
@@ -112,7 +114,7 @@ def build(knobs, channels):
 def make_optimizers(model, knobs, dtype):
     """Muon for the kernels; AdamW for biases, peepholes and the layer that draws the pixels.
 
-    `train` sets the learning rate of each group at each step, times the group's "rate" if it has one.
+    At each step, `train` sets each group's learning rate to the schedule times the group's "rate" (or 1).
     """
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # the last one draws the pixels
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "rate": ADAMW_RATE}
@@ -130,7 +132,8 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    Near frames teach motion, and cost less. Frames not forecast yet are input to my_model.
+    A short horizon costs less, and teaches motion first. For my_model, input and forecast are always the same
+    number of frames together: a shorter horizon means a longer input.
     """
     start, end = knobs.grow_horizon
     n_future = knobs.frames_out

@@ -45,10 +45,10 @@ def matching_costs(frames, before, patch_size, max_motion):
 def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     """How likely each move of each patch is: frames and those before, (N, C, H, W) → (N, K², H/P, W/P).
 
-    A softmax of minus the squared difference over the patch and its eight neighbors. One patch alone is often
-    a straight edge, which looks the same wherever it moves along itself.
+    Squared differences are averaged over the patch and its eight neighbors. A softmax over the moves follows.
+    One patch alone often has the aperture problem: motion along a straight edge cannot be seen.
     """
-    wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for an exponent
+    wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too imprecise for the argument of exp
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
     cost = costs(frames, before, patch_size, max_motion)
     means = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
@@ -59,8 +59,8 @@ def move_layers(frame, expected, weights, patch_size, advect=advect):
     """Split a frame into motion layers, and move each by its own weights → what each should show next.
 
     frame (N, C, H, W); expected, what each layer should show of it, (N, L, C, H, W); weights
-    (N, L, H/P, W/P, K²) → (N, L, C, H, W). The layer that expects a pixel most gets all of it, the
-    others a share. If none expects it, all get it fully. After the layers of Wang & Adelson (1994).
+    (N, L, H/P, W/P, K²) → (N, L, C, H, W). Each layer gets a pixel times its claim divided by the largest
+    claim. These factors need not sum to one. After the layers of Wang & Adelson (1994).
     """
     claims = expected.detach() + OWNERSHIP_FLOOR  # no gradient: ownership is not learned
     layers = frame[:, None] * (claims / claims.amax(1, keepdim=True))

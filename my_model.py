@@ -6,13 +6,13 @@ states to a second stack (the forecaster), which unrolls the future. One convolu
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits, so that the cross-entropy stays exact where a pixel is certain.
-- Forget gates start open, and frames nearly black, or as the last frame. This saves the first steps.
-- `head_channels`: hidden layers in the head. A linear map of the states cannot shift pixels inside a patch.
+- Forget biases start at 1. The first forecasts are nearly black or, with motion, the blurred last frame.
+- `head_channels`: hidden layers in the head. A linear head cannot shift pixels by what the states say.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. At a wall, a digit's far end must turn, too.
+- `dilation`: the upper layers see farther. When a digit bounces, its far end must reverse, too.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `motion_layers`: the head moves several layers of the frame independently, so that digits can part.
-- `equivariant`: flip or transpose the input, and the forecast follows. One sequence teaches as much as eight.
+- `equivariant`: kernels follow flips and transposition, so one sequence teaches nearly as much as eight.
 
 B batch, T frames, C channels, H height, W width, L motion layers; Ch hidden channels, P patch size.
 """
@@ -135,7 +135,7 @@ class EncoderForecaster(nn.Module):
         peephole=True,
         head_channels=(),  # hidden layers of the head: the first 3×3, the others 1×1
         feedback=False,  # True: no second stack
-        max_motion=0,  # pixels a frame that the motion head can see and apply
+        max_motion=0,  # the largest, in pixels a frame, that is measured and applied
         motion_layers=1,
         equivariant=False,
     ):
@@ -179,7 +179,7 @@ class EncoderForecaster(nn.Module):
             self.make_kernels_equivariant()
 
     def make_kernels_equivariant(self):
-        """Tie every kernel, by what its channels stand for. Biases and peepholes stay free."""
+        """Make every kernel equivariant, by how flips permute its channels. Biases and peepholes are free."""
         pixels = [square(self.patch_size)] * self.channels
         moves, below = [square(2 * self.max_motion + 1)], pixels
         if self.max_motion:
@@ -242,8 +242,8 @@ class EncoderForecaster(nn.Module):
     def draw(self, hidden_states, frames=None, expected=None):
         """Hidden states → logits (B, T, C, H, W), and what each motion layer should show next.
 
-        hidden_states: (B, T, Ch, H/P, W/P) of each layer. frames: those that they saw last, (B, T, C, H, W).
-        expected: what each motion layer should show of the first of them, (B, L, C, H, W).
+        hidden_states: (B, T, Ch, H/P, W/P) of each layer. frames: the input frame of each, (B, T, C, H, W).
+        expected: each motion layer's prediction of the first of these frames, (B, L, C, H, W).
         """
         B, T = hidden_states[0].shape[:2]
         # time before batch, as the layers lie in memory: (T·B, sum of Ch, H/P, W/P)
@@ -276,11 +276,11 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# Each channel has a place in a small square. A pixel: its place in the patch. A move: its source. A hidden
-# channel: one of eight directions. A flip of the frame flips these squares, so channels change places.
+# Each channel has a place in a small square: a pixel has its place in the patch, a move its displacement, a
+# hidden channel one of eight directions. A flip of the frame flips these squares, so channels change places.
 # A kernel is equivariant if flipping it and permuting its channels leaves it as it is.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # 2·2·2 symmetries
-# Places of the eight hidden channels of a group; -1 = empty. Every symmetry moves all eight
+# Places of the eight hidden channels of a group; -1 = empty. Every symmetry but the identity moves all eight
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
