@@ -70,22 +70,11 @@ def test_ssim_is_that_of_scikit_image(ours, theirs, channels):
     close(ours(prediction, truth), torch.tensor(expected).mean(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # float32: in training
-def test_the_gradient_of_ssim_is_that_of_scikit_image(dtype):
-    """Except near the border, where scikit-image counts windows that reach beyond the frame."""
-    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
-    (prediction, *_), (truth, *_) = (frames[0, :, 0] for frames in random_pair((1, 1, 1, 40, 36)))
-    _, theirs = structural_similarity(truth.numpy(), prediction.numpy(), gradient=True, **GAUSSIAN)
-    ours, truth = prediction.to(dtype).requires_grad_(), truth.to(dtype)
-    metrics.similarity(ours, truth).sum().backward()
-    inside = slice(10, -10)
-    expected = torch.from_numpy(theirs)[inside, inside] * prediction.numel()
-    assert expected.abs().max() > 0.1
-    close(ours.grad[inside, inside].double(), expected, 1e-9 if dtype == torch.float64 else 1e-4)
-
-
 def test_ssim_of_flat_windows_has_a_gradient_in_float32():
     """Most of a frame is black. There, only rounding is left of the variances."""
+    metrics.sliding.cache_clear()
+    with torch.inference_mode():  # what is kept from it serves training, too
+        metrics.similarity(*torch.zeros(2, 1, 16, 16))
     for x, y, expected in (0, 0, 1), (1, 1, 1), (0, 1, 1e-4 / (1 + 1e-4)), (1, 0, 1e-4 / (1 + 1e-4)):
         flat = torch.full((2, 1, 16, 16), float(x), requires_grad=True)
         found = metrics.similarity(flat, torch.full_like(flat, y).detach())
@@ -94,22 +83,15 @@ def test_ssim_of_flat_windows_has_a_gradient_in_float32():
 
 
 def test_many_sequences_are_averaged_one_by_one():
-    prediction, truth = random_pair((7, 4, 1, 128, 128))  # more than are worked on at a time, with a rest
+    """More than are worked on at a time, with a rest. In float64 without a graph, also in autocast."""
+    prediction, truth = random_pair((7, 4, 1, 128, 128), torch.bfloat16)
     for metric in ALL:
-        one_by_one = [metric(prediction[b : b + 1], truth[b : b + 1]) for b in range(7)]
-        close(metric(prediction, truth), torch.stack(one_by_one).mean(0), 1e-7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_every_float_type_is_computed_in_float64_without_a_graph(dtype):
-    prediction, truth = random_pair(dtype=dtype)
-    expected = [metric(prediction.double(), truth.double()) for metric in ALL]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # autocast is on
-        found = [metric(prediction.requires_grad_(), truth) for metric in ALL]
-    for value, by_float64 in zip(found, expected, strict=True):
-        close(value, by_float64, 0)
-        assert not value.requires_grad
+        pairs = zip(prediction.double().split(1), truth.double().split(1), strict=True)
+        one_by_one = torch.stack([metric(*pair) for pair in pairs])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = metric(prediction.requires_grad_(), truth)
+        close(found, one_by_one.mean(0), 1e-7)
+        assert not found.requires_grad
 
 
 def test_uint8_would_wrap_around_and_is_refused():
@@ -131,7 +113,6 @@ def test_shapes_that_are_wrong_or_differ_are_refused():
             with pytest.raises(ValueError, match="shape"):
                 metric(prediction, truth)
     for metric, size in (metrics.ssim, 11), (metrics.ssim_openstl, 7):
-        close(metric(*[torch.zeros(1, 1, 1, size, size)] * 2), [1.0])
         with pytest.raises(ValueError, match=f"{size} × {size}"):
             metric(*[torch.zeros(1, 1, 1, size - 1, 20)] * 2)
 
@@ -151,12 +132,6 @@ def test_bad_values_are_refused_in_either_place(bad):
     assert all(metric(spoilt, fine).isfinite().all() for metric in ALL)
 
 
-def test_black_and_copy_last_by_hand():
-    past = torch.tensor([[[0.1, 0.2], [0.3, 0.4]], [[0.5, 0.6], [0.7, 0.8]]]).view(2, 2, 2, 1, 1).double()
-    assert metrics.black(past, 3).equal(torch.zeros(2, 3, 2, 1, 1).double())
-    assert metrics.copy_last(past, 3).equal(past[:, [1, 1, 1]])
-
-
 def moving_blob(start, velocity, n_frames=8, size=(48, 64)):
     """(n_frames, 1, H, W): a smooth blob of 4 px deviation at start + t·velocity, both (row, column)."""
     rows, columns = torch.meshgrid(*(torch.arange(float(n)) for n in size), indexing="ij")
@@ -165,22 +140,12 @@ def moving_blob(start, velocity, n_frames=8, size=(48, 64)):
     return torch.exp(-distance / (2 * 4**2))[:, None]
 
 
-def center(frames):
-    """(..., H, W) → center of mass (..., 2) as (row, column)."""
-    weights = frames / frames.sum((-2, -1), keepdim=True)
-    rows, columns = (torch.arange(float(n)) for n in frames.shape[-2:])
-    return torch.stack([(weights.sum(-1) * rows).sum(-1), (weights.sum(-2) * columns).sum(-1)], -1)
-
-
 def test_optical_flow_follows_each_blob():
     blobs = torch.stack([moving_blob((16.0, 18.0), (1.0, 3.0)), moving_blob((30.0, 40.0), (-1.0, -2.0))])
     past, truth = blobs[:, :3], blobs[:, 3:]
     forecast = metrics.optical_flow(past, 5)
-    moved = center(forecast) - center(past[:, -1:])  # (2, 5, 1, 2): 1 and 3 px a frame; −1 and −2
-    expected = center(truth) - center(past[:, -1:])
-    torch.testing.assert_close(moved, expected, rtol=0.1, atol=0.2)
     errors = metrics.mse_per_frame(forecast, truth) / metrics.mse_per_frame(metrics.copy_last(past, 5), truth)
-    assert errors.max() < 0.1
+    assert errors.max() < 0.02
 
     noisy = past.clone()
     noisy[:, 0] = torch.rand(48, 64)
