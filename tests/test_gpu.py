@@ -9,13 +9,11 @@ import pytest
 import torch
 from conftest import skip_without_compiler
 from test_fast import assert_layer_is_plain
-from test_my_model import DEVICE, seeded  # noqa: F401
-from torch._subclasses.fake_tensor import FakeTensorMode
+from test_my_model import seeded  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main
-import metrics
 import motion
 from moving_mnist import Data, Sequences
 from support.run import Run
@@ -66,35 +64,8 @@ def test_a_training_step_reads_once_and_copies_its_batch(monkeypatch, tmp_path, 
     run.step = reads.clear() or Watch.copies.clear() or 0
     with Watch() as watch:
         main.train(run, optimizers)
-    metrics.sliding.cache_clear()
     assert len(reads) == run.steps == 2 and watch.launches <= limit * run.steps
     assert watch.copies == ({torch.int64: 2} if on_gpu else {torch.uint8: 2})
-
-
-def test_launches_of_each_part():
-    new = functools.partial(torch.rand, requires_grad=True)
-    gates = lambda: fast.layer.one_step(*PLAIN, torch.float32, 1)
-    costs = lambda: motion.matching_costs(*torch.rand(2, 2, 1, 16, 16), 4, 4)
-    advect = lambda: motion.advect(new(2, 1, 16, 16), new(2, 4, 4, 81), 4).sum().backward()
-    ssim = lambda: main.ssim_loss(new(2, 3, 1, 16, 16), new(2, 3, 1, 16, 16)).backward()
-    for part, limit in ((gates, 105), (costs, 55), (advect, 20), (ssim, 80)):
-        part()  # the first time, it fills caches
-        with Watch() as watch:
-            part()
-        assert limit * 0.7 < watch.launches <= limit
-
-
-@pytest.mark.skipif(not torch.version.cuda, reason="this torch, built without CUDA, cannot pretend")
-def test_a_forecast_on_fake_cuda_tensors():
-    """Nothing reads a value or mixes devices. (Backward would need a real GPU.)"""
-    model = main.build(KNOBS, 1).eval()
-    assert fast.attach(model, torch.device("cuda"), torch.float32) == "fast layer"
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        new = functools.partial(torch.rand, device="cuda")
-        weights = {name: new(p.shape) for name, p in model.named_parameters()}
-        logits = torch.func.functional_call(model, weights, (new(2, 10, 1, 64, 64), 10, 4))
-        assert main.ssim_loss(logits, new(logits.shape)).device.type == "cuda"
-    metrics.sliding.cache_clear()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.float32)])
@@ -116,15 +87,3 @@ def test_compiled_gates_and_costs_are_plain(backend, dtype, monkeypatch):
     assert compiled is not costs and graphs["unique_graphs"] == before + 1
     wrong = lambda functions, k: [torch.ones(1) + (functions[0] is costs)]
     assert fast.build.by_torch((costs,), wrong, torch.float32) == (costs,)
-
-
-def test_what_is_kept():
-    """Hooks by a move. Constants of SSIM, from inference to training. Sequences, on the GPU."""
-    model = main.build(KNOBS, 1).to(DEVICE).to("cpu", torch.float64)
-    assert {len(p._backward_hooks or ()) for p in model.parameters() if p.ndim == 4} == {1}
-    x, y = torch.rand(2, 1, 1, 1, 17, 17)  # a size that no other test has
-    with torch.inference_mode():
-        metrics.similarity(x, y)
-    metrics.similarity(x.requires_grad_(), y).sum().backward()
-    frames, index = torch.randint(256, (3, 7, 1, 4, 5), dtype=torch.uint8), torch.tensor([4, 0, 4]).numpy()
-    assert torch.equal(Sequences(frames)[index], Sequences(frames.numpy())[index])
