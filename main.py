@@ -42,9 +42,7 @@ class Knobs:
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
     overlay: int = -1  # sequences merged into each; -1 becomes 2 for Moving MNIST, 0 for other data
     # Model
-    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = (
-        "my_model"  # the network, see build and RECIPES
-    )
+    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network: see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # pixels a side of a patch; each patch is one position of the states. Tried: 2 to 8
@@ -62,7 +60,7 @@ class Knobs:
     # Output
     out: str = "results"  # folder of all runs
     name: str = ""  # folder of this run inside out; empty = the model's name
-    eval_only: bool = False  # train nothing: score and draw --weights, or the last run again
+    eval_only: bool = False  # train nothing: score and draw --weights
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
     seed: int = 0  # of weights, order, overlays and fresh sequences
