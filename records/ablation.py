@@ -1,0 +1,79 @@
+"""The table of the ablation, from the logs in ablation/, and its picture:  python records/ablation.py"""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+LABELS = {  # folder, with _s1 and _s2 of other seeds → what is different from the default
+    "no_dense": "no dense targets",
+    "no_search": "no block matching",
+    "no_overlay": "no overlays",
+    "head_1": "one hidden layer in the head",
+    "no_decay": "no weight decay",
+    "sheets_1": "one motion layer",
+}
+METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3, "validation MSE": 1}  # digits in the table
+
+
+def read(name):
+    """The scores of a run with each seed that there is: seed → metric → mean."""
+    folders = {seed: HERE / "ablation" / f"{name}{f'_s{seed}' * (seed > 0)}" for seed in range(3)}
+    found = {}
+    for seed, folder in folders.items():
+        if folder.exists():
+            scores = json.loads((folder / "metrics.json").read_text("utf-8"))["scores"]["my_model"]
+            found[seed] = {metric: scores[metric]["mean"] for metric in METRICS if metric in scores}
+            *_, last = csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())
+            found[seed]["validation MSE"] = float(last["val_mse_per_frame"])
+    return found
+
+
+def differences(name):
+    """Test MSE minus the default's of the same seed, for each seed."""
+    default = read("default")
+    return [run["mse_per_frame"] - default[seed]["mse_per_frame"] for seed, run in read(name).items()]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def ranking():
+    return sorted(LABELS, key=lambda name: -mean(differences(name)))
+
+
+def table():
+    lines = ["Network or training | Seeds | Test MSE | more than the default | MAE | SSIM | Validation MSE"]
+    lines.append("---|---|---:|---:|---:|---:|---:")
+    for name, label in {"default": "default", **{name: LABELS[name] for name in ranking()}}.items():
+        runs = read(name)
+        cells = [", ".join(map(str, runs))]
+        for metric, digits in METRICS.items():
+            cells.append(", ".join(f"{run[metric]:.{digits}f}" for run in runs.values()))
+        cells.insert(2, "–" if name == "default" else f"{mean(differences(name)):+.1f}")
+        lines.append(f"{label} | {' | '.join(cells)}")
+    return "\n".join(lines)
+
+
+def draw(path):
+    """A bar for each row: the mean over the seeds, a dot for each seed."""
+    names = ranking()[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(names)), layout="constrained")
+    axes.barh([LABELS[name] for name in names], [mean(differences(name)) for name in names], color="#0b6e99")
+    for y, name in enumerate(names):
+        axes.plot(differences(name), [y] * len(differences(name)), "o", color="#e08e0b", ms=4)
+    axes.axvline(0, color="black", lw=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel="test MSE more than with the default (bar: mean over seeds, dot: one seed)")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    print(table())
+    draw(HERE.parent / "photos" / "ablation.png")
