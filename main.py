@@ -59,7 +59,7 @@ class Knobs:
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
-    name: str = ""  # folder of this run inside out; empty = the model's name
+    name: str = ""  # folder of this run inside out; empty = a name after the model or the weights
     eval_only: bool = False  # train nothing: score and draw --weights
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System

@@ -64,7 +64,7 @@ def read_frames(path, most):
 
 def fit_to_model(frames, model):
     """Frames (N, T, H, W, C) as the model reads them: (N, T, C, H, W), its channels and patches."""
-    channels, patch = model.channels, model.patch_size
+    channels, patch = model.channels, getattr(model, "patch_size", 1)
     if frames.shape[-1] != channels:  # grey as training has it of videos
         frames = frames @ np.float32([[0.299], [0.587], [0.114]]) if channels == 1 else frames.repeat(3, -1)
     N, T, H, W = frames.shape[:4]

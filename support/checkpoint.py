@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from filelock import FileLock, Timeout
 from support import UserError
 from support.distributed import print0
 
+# Windows cannot replace a file that a virus scanner holds open: try again after these seconds
+PAUSES = (0.1, 0.4, 1.5, 3) if os.name == "nt" else ()
 CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
+
+
+def replace(source, target):
+    for pause in PAUSES:
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(pause)
+    os.replace(source, target)
 
 
 @contextmanager
@@ -27,7 +38,7 @@ def open_atomic(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,17 +92,21 @@ def load_weights(model, state, path):
             f"{path} has other weights than this model: the network's code or the channels of the data have "
             "changed; undo that, or give another --weights"
         ) from error
-    before, now = state.get("fixed_forecast"), fixed_forecast(model, state["channels"])
-    if before is not None and not (now is not None and torch.allclose(before, now, rtol=1e-4, atol=1e-4)):
+    if (before := state.get("fixed_forecast")) is None:
+        return
+    now = fixed_forecast(model, state["channels"])
+    same_shape = now is not None and now.shape == before.shape
+    if not (same_shape and torch.allclose(before, now, rtol=1e-4, atol=1e-4)):
         print0(f"edited    the network has changed: {path} forecasts other frames than when it was saved")
 
 
 def fixed_forecast(model, channels):
     """Logits of a fixed input, by which an edited network is noticed; None where it cannot read that."""
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-    size = -(-64 // model.patch_size) * model.patch_size
-    frames = torch.rand(1, 4, channels, size, size, generator=torch.Generator().manual_seed(0))
     with suppress(Exception), torch.no_grad():  # an edited network may raise anything
+        model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+        patch = getattr(model, "patch_size", 1)
+        size = -(-64 // patch) * patch
+        frames = torch.rand(1, 4, channels, size, size, generator=torch.Generator().manual_seed(0))
         return model(frames, 2)[..., ::8, ::8].clone()
 
 

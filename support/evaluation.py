@@ -308,5 +308,8 @@ def comparison_table(runs, baselines, left_out):
     for who, scores in baselines.items():
         lines.append(f"| {figures.LABELS[who]} | – | – | – | {' | '.join(table_cells(scores, '–'))} |")
     if left_out:
-        lines += ["", f"Left out, as they were tested on something else: {', '.join(left_out)}."]
+        lines += [
+            "",
+            f"Left out, as tested on something else, damaged, or of another version: {', '.join(left_out)}.",
+        ]
     return "\n".join([*lines, ""])

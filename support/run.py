@@ -111,19 +111,20 @@ class Run(Progress):
 
     def show_results(self):
         """Whether the run has ended and its results can be read: then print them."""
+        files = self.folder / "log.csv", self.folder / "loss.png"
+        if self.history and RANK == 0 and not all(file.exists() for file in files):
+            self.write_log()
         if words := on_rank_0(self.read_report) if self.has_ended else None:
             print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
             return True
-        if self.history and RANK == 0:
-            self.write_log()  # the files may be lost
-        print0(f"output    {self.folder}" + (f", resuming at step {self.step:,}" if self.step else ""))
+        words = f", resuming at step {self.step:,}" if self.step and not self.has_ended else ""
+        print0(f"output    {self.folder}{words}")
         return False
 
     def read_report(self):
         try:
-            files = [(self.folder / name).read_bytes() for name in ("log.csv", "loss.png", "metrics.json")]
-            return evaluation.report(json.loads(files[-1]))
-        except Exception:  # lost or damaged: all are made again
+            return evaluation.report(json.loads((self.folder / "metrics.json").read_bytes()))
+        except Exception:  # lost or damaged: it is made again
             return None
 
     def start_clock(self):

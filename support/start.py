@@ -32,7 +32,8 @@ LIMITS = {
     (2, 10**6): ("frames_in",),
     (-1, 100): ("overlay",),
     (0, 64): ("max_motion",),
-    (0, 2**62): ("train_sequences", "max_minutes", "seed"),
+    (0, 10**9): ("train_sequences", "max_minutes"),
+    (0, 2**62): ("seed",),
     (1e-9, 1e9): ("learning_rate",),
 }
 
@@ -44,7 +45,7 @@ def check(knobs):
             if not low <= getattr(knobs, name) <= high:
                 raise UserError(f"{name} is {getattr(knobs, name)}; it must be from {low} to {high}")
     if knobs.eval_only and not knobs.weights:
-        raise UserError("eval_only needs weights: add --weights results/my_model/best.pt, or others")
+        raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
@@ -130,7 +131,7 @@ def describe(knobs, data, model, environment):
 def with_knobs_of(knobs, weights):
     """The knobs, with those of the network taken from a checkpoint. Refuses flags that say something else.
 
-    If the weights are only scored, they also bring their number of frames, unless flags say something else.
+    Weights that are only scored also bring their number of frames, unless a flag differs from its default.
     """
     found, frames = {}, ("frames_in", "frames_out") if knobs.eval_only else ()
     for name in (*NETWORK, *frames):
@@ -142,7 +143,11 @@ def with_knobs_of(knobs, weights):
             found[name] = then
         elif name in NETWORK:
             raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
-    return replace(knobs, **found)
+    knobs = replace(knobs, **found)
+    if knobs.eval_only:
+        words = f"{knobs.frames_in} in, {knobs.frames_out} out; trained on {weights['knobs'].get('data')}"
+        print0(f"weights   {knobs.weights}: {words}")
+    return knobs
 
 
 def fit_to_data(knobs, data):

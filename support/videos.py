@@ -72,7 +72,7 @@ def decode(path, stride=1):
 def crop_and_resize(frame, height, width, channels):
     """(H, W, 3) → (channels, height, width): the center of the frame, grey or red, green, blue."""
     H, W = frame.shape[:2]
-    tall, wide = min(H, round(W * height / width)), min(W, round(H * width / height))
+    tall, wide = max(1, min(H, W * height // width)), max(1, min(W, H * width // height))
     top, left = (H - tall) // 2, (W - wide) // 2
     frame = cv2.resize(
         frame[top : top + tall, left : left + wide], (width, height), interpolation=cv2.INTER_AREA

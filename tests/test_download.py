@@ -266,5 +266,5 @@ def test_only_an_array_of_its_size_is_called_official(folder, monkeypatch, more,
     monkeypatch.setattr(moving_mnist, "RAW", folder)
     file = download.ARRAY._replace(size=path.stat().st_size + more)
     monkeypatch.setattr(moving_mnist, "ARRAY", file)
-    data = moving_mnist.load_data("array", 0, 0, 20, (64, 1, 1))
+    data = moving_mnist.load_data("array", 0, 0, 20, None)
     assert data.name == name and data.is_moving_mnist == (not more)

@@ -202,7 +202,8 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
     """A frozen layer stays, and all the others learn."""
     start, build = {}, main.build
     model = build(Knobs(hidden_channels=(8,), head_channels=(8,)), 1)
-    muon, adamw = main.make_optimizers(model, Knobs(), torch.float32)
+    muon, adamw = main.make_optimizers(model, Knobs(), torch.bfloat16)
+    assert muon.dtype == torch.bfloat16
     (rest,) = adamw.param_groups
     assert {id(p) for p in [*muon.kernels, *rest["params"]]} == {id(p) for p in model.parameters()}
     assert any(p is model.head[-1].weight for p in rest["params"]) and all(p.ndim == 4 for p in muon.kernels)

@@ -232,10 +232,10 @@ def test_an_array_that_is_probably_wrong_is_warned_of(tmp_path, capsys):
         (array[:1].repeat(20, axis=0), "warning   hardly anything moves"),
     ):
         np.save(tmp_path / "own.npy", wrong)
-        data = moving_mnist.load_data(str(tmp_path / "own.npy"), 0, 0, 20, (64, 1, 1))
+        data = moving_mnist.load_data(str(tmp_path / "own.npy"), 0, 0, 20, None)
         assert data.name == "own.npy" and not data.is_moving_mnist
         printed = capsys.readouterr().out
         assert printed.startswith(warning) and (warning or not printed)
     (tmp_path / "own.npy").rename(tmp_path / "a\n.npy")
     with pytest.raises(UserError, match="cannot be printed; rename it"):
-        moving_mnist.load_data(str(tmp_path / "a\n.npy"), 0, 0, 20, (64, 1, 1))
+        moving_mnist.load_data(str(tmp_path / "a\n.npy"), 0, 0, 20, None)

@@ -274,11 +274,13 @@ def test_resuming_elsewhere_says_that_it_is_not_exact(reference, array, tmp_path
 
 def test_lost_files_of_a_run_that_has_ended_come_back(reference, array, tmp_path):
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
-    for lost in ("log.csv",), ("loss.png",), RESULTS:
+    for lost in ("log.csv",), ("loss.png",), RESULTS:  # the first two without an evaluation
         for name in lost:
             (folder / name).unlink()
+        before = state(folder)
         assert here(array, tmp_path, pictures=True) == folder
         same(folder, reference[0], lost)
+        assert len(lost) > 1 or state(folder)["metrics.json"] == before["metrics.json"]
 
 
 def test_minutes_instead_of_epochs(tmp_path):
@@ -421,13 +423,14 @@ def test_scores_of_a_training_are_not_replaced_by_others(reference, array, tmp_p
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
     before, scores = state(folder), results(folder)
     np.save(tmp_path / "other.npy", moving_squares(57, seed=1))
-    evaluate = lambda name="best.pt", data=array, **changes: here(
-        data, tmp_path, weights=folder / name, eval_only=True, **changes
+    evaluate = lambda file="best.pt", data=array, **changes: here(
+        data, tmp_path, weights=folder / file, eval_only=True, **changes
     )
     others = evaluate(frames_out=3), evaluate("last.pt"), evaluate(data=tmp_path / "other.npy")
     assert [path.name for path in others] == ["my_model-eval", "my_model-eval-2", "my_model-eval-3"]
     assert state(folder) == before
     assert results(others[0])["frames_out"] == 3
     assert mean(others[1]) != mean(folder) and mean(others[2]) != mean(folder)
-    again = evaluate(name="best.pt")
+    again = evaluate()
     assert again.name == "my_model-eval-4" and results(again) == scores and state(folder) == before
+    assert (evaluate().name, evaluate(name="mine").name) == ("my_model-eval-4", "mine")
