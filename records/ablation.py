@@ -10,13 +10,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-LABELS = {  # folder, with _s1 and _s2 of other seeds → what is different from the default
-    "no_dense": "no dense targets",
-    "no_search": "no block matching",
-    "no_overlay": "no overlays",
-    "head_1": "one hidden layer in the head",
-    "no_decay": "no weight decay",
-    "sheets_1": "one motion layer",
+LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
+    "adamw": "Muon",  # AdamW with learning rate 0.001 instead
+    "no_dense": "dense targets",
+    "no_reach": "advection",
+    "no_search": "block matching",
+    "no_overlay": "overlays",
+    "head_1": "second hidden layer of the head",
+    "no_decay": "weight decay",
+    "sheets_1": "second motion layer",
 }
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3, "validation MSE": 1}  # digits in the table
 
@@ -49,9 +51,9 @@ def ranking():
 
 
 def table():
-    lines = ["Network or training | Seeds | Test MSE | more than the default | MAE | SSIM | Validation MSE"]
+    lines = ["Without | Seeds | Test MSE | adds | MAE | SSIM | Validation MSE"]
     lines.append("---|---|---:|---:|---:|---:|---:")
-    for name, label in {"default": "default", **{name: LABELS[name] for name in ranking()}}.items():
+    for name, label in {"default": "– (the default)", **{name: LABELS[name] for name in ranking()}}.items():
         runs = read(name)
         cells = [", ".join(map(str, runs))]
         for metric, digits in METRICS.items():
@@ -61,16 +63,23 @@ def table():
     return "\n".join(lines)
 
 
-def draw(path):
-    """A bar for each row: the mean over the seeds, a dot for each seed."""
+def draw(path, widest=13):
+    """A bar for each row: the mean over the seeds, a dot for each seed. Bars are cut at `widest`."""
     names = ranking()[::-1]
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(names)), layout="constrained")
-    axes.barh([LABELS[name] for name in names], [mean(differences(name)) for name in names], color="#0b6e99")
     for y, name in enumerate(names):
-        axes.plot(differences(name), [y] * len(differences(name)), "o", color="#e08e0b", ms=4)
+        worth = mean(differences(name))
+        axes.barh(y, min(worth, widest), color="#0b6e99")
+        seeds = [difference for difference in differences(name) if difference < widest]
+        axes.plot(seeds, [y] * len(seeds), "o", color="#e08e0b", ms=4)
+        end = max(0, *differences(name)) if worth < widest else widest - 1.5
+        words = f"{worth:+.1f}" if worth < widest else f"{worth:+.1f} →"
+        color = "white" if worth > widest else "black"
+        axes.text(end + 0.15, y, words, va="center", fontsize=9, color=color)
     axes.axvline(0, color="black", lw=1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set(xlabel="test MSE more than with the default (bar: mean over seeds, dot: one seed)")
+    axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axes.set(xlim=(None, widest), xlabel="what leaving a part out adds to the test MSE (dots: seeds)")
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

@@ -16,6 +16,7 @@ from conftest import ENVIRONMENT, ROOT
 
 import main
 import moving_mnist
+from records import ablation
 
 README = (ROOT / "README.md").read_text("utf-8")
 SHORT = (
@@ -141,6 +142,14 @@ def test_results_are_those_of_the_records():
         for name in ("default", "seed_1", "seed_2")
     ]
     assert f"{np.mean(ends):.1f} ± {np.std(ends, ddof=1):.1f}" in README
+
+
+def test_what_a_part_is_worth():
+    rows = re.findall(r"^\| ([\w ]+) \| [^|]+ \| ([+−][\d.]+) \|$", README, re.M)
+    folders = {label: folder for folder, label in ablation.LABELS.items()}
+    assert len(rows) > 7
+    for part, worth in rows:
+        assert worth == f"{ablation.mean(ablation.differences(folders[part])):+.1f}".replace("-", "−"), part
 
 
 def test_the_python_example_forecasts():
