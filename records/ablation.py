@@ -12,13 +12,17 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
     "adamw": "Muon",  # AdamW with learning rate 0.001 instead
+    "no_grow": "growing horizon",  # all ten frames from the start
+    "free": "equivariant kernels",  # and learning rate 0.04, which suits the others
     "no_dense": "dense targets",
     "no_reach": "advection",
     "no_search": "block matching",
     "no_overlay": "overlays",
+    "head_0": "hidden layers of the head",
     "head_1": "second hidden layer of the head",
     "no_decay": "weight decay",
     "sheets_1": "second motion layer",
+    "no_ssim": "SSIM in the loss",
 }
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3, "validation MSE": 1}  # digits in the table
 
@@ -63,7 +67,7 @@ def table():
     return "\n".join(lines)
 
 
-def draw(path, widest=13):
+def draw(path, widest=15):
     """A bar for each row: the mean over the seeds, a dot for each seed. Bars are cut at `widest`."""
     names = ranking()[::-1]
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(names)), layout="constrained")
@@ -72,7 +76,7 @@ def draw(path, widest=13):
         axes.barh(y, min(worth, widest), color="#0b6e99")
         seeds = [difference for difference in differences(name) if difference < widest]
         axes.plot(seeds, [y] * len(seeds), "o", color="#e08e0b", ms=4)
-        end = max(0, *differences(name)) if worth < widest else widest - 1.5
+        end = max(0, *differences(name)) if worth < widest else widest - 1.8
         words = f"{worth:+.1f}" if worth < widest else f"{worth:+.1f} →"
         color = "white" if worth > widest else "black"
         axes.text(end + 0.15, y, words, va="center", fontsize=9, color=color)
