@@ -40,7 +40,7 @@ class Knobs:
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # sequences merged into each; -1 becomes 2 for Moving MNIST, 0 for other data
+    overlay: int = -1  # most other sequences merged into each; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network: see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -48,7 +48,9 @@ class Knobs:
     patch_size: int = 4  # pixels a side of a patch; each patch is one position of the states. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: none to 512
     max_motion: int = 4  # largest motion, in pixels a frame, that is measured and applied; 0 = none
-    equivariant: bool = True  # kernels follow flips of the input. Use channels in multiples of 8
+    equivariant: bool = (
+        True  # flip or transpose a layer's input: so does its output. Channels: multiples of 8
+    )
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 27
     max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
@@ -143,7 +145,7 @@ def horizon(knobs, progress):
 
 
 def load_batch(run, n_past, n_future):
-    """(past, future) in [0, 1], this process's share of a batch: training sequences, others merged into each.
+    """(past, future) in [0, 1], this process's share of a batch. Other sequences are merged into each.
 
     Fewer are merged as the horizon grows, and none when all frames are forecast.
     """

@@ -43,9 +43,11 @@ def matching_costs(frames, before, patch_size, max_motion):
 
 @torch.no_grad()
 def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
-    """How likely each move of each patch is: frames and those before, (N, C, H, W) → (N, K², H/P, W/P).
+    """Probability of each move of each patch: frames and before (N, C, H, W) → (N, K², H/P, W/P).
 
-    Squared differences are averaged over the patch and its eight neighbors. A softmax over the moves follows.
+    before: the frame that precedes each.
+
+    Squared differences are summed over the patch and its eight neighbors; then a softmax of minus the sums.
     One patch alone often has the aperture problem: motion along a straight edge cannot be seen.
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too imprecise for the argument of exp
@@ -59,8 +61,8 @@ def move_layers(frame, expected, weights, patch_size, advect=advect):
     """Split a frame into motion layers, and move each by its own weights → what each should show next.
 
     frame (N, C, H, W); expected, what each layer should show of it, (N, L, C, H, W); weights
-    (N, L, H/P, W/P, K²) → (N, L, C, H, W). Each layer gets a pixel times its claim divided by the largest
-    claim. These factors need not sum to one. After the layers of Wang & Adelson (1994).
+    (N, L, H/P, W/P, K²) → (N, L, C, H, W). A layer claims a pixel by what it expects there. It gets the pixel
+    times its claim divided by the largest claim. After the layers of Wang & Adelson (1994).
     """
     claims = expected.detach() + OWNERSHIP_FLOOR  # no gradient: ownership is not learned
     layers = frame[:, None] * (claims / claims.amax(1, keepdim=True))

@@ -6,13 +6,13 @@ states to a second stack (the forecaster), which unrolls the future. One convolu
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits, so that the cross-entropy stays exact where a pixel is certain.
-- Forget biases start at 1. The first forecasts are nearly black or, with motion, the blurred last frame.
-- `head_channels`: hidden layers in the head. A linear head cannot shift pixels by what the states say.
+- Forget biases start at 1. Untrained forecasts are nearly black or, with motion, the blurred last frame.
+- `head_channels`: hidden layers in the head. A linear head cannot shift pixels by a state-dependent amount.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. When a digit bounces, its far end must reverse, too.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `motion_layers`: the head moves several layers of the frame independently, so that digits can part.
-- `equivariant`: kernels follow flips and transposition, so one sequence teaches nearly as much as eight.
+- `equivariant`: flip or transpose a layer's input, and its output does the same. Needs less data.
 
 B batch, T frames, C channels, H height, W width, L motion layers; Ch hidden channels, P patch size.
 """
@@ -168,7 +168,7 @@ class EncoderForecaster(nn.Module):
         self.outputs = [n_pixels, n_pixels, motion_layers * n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
-            if max_motion:  # the first forecast is the last frame, blurred
+            if max_motion:  # untrained, it draws the last frame, blurred
                 draw.bias.zero_()
                 draw.bias[n_pixels : 2 * n_pixels] = 1.0
                 draw.bias[2 * n_pixels + n_moves // 2 :: n_moves] = 2.0  # each layer's zero move
@@ -179,7 +179,7 @@ class EncoderForecaster(nn.Module):
             self.make_kernels_equivariant()
 
     def make_kernels_equivariant(self):
-        """Make every kernel equivariant, by how flips permute its channels. Biases and peepholes are free."""
+        """Make all kernels equivariant, given how flips permute channels. Biases and peepholes are not."""
         pixels = [square(self.patch_size)] * self.channels
         moves, below = [square(2 * self.max_motion + 1)], pixels
         if self.max_motion:
@@ -242,11 +242,11 @@ class EncoderForecaster(nn.Module):
     def draw(self, hidden_states, frames=None, expected=None):
         """Hidden states → logits (B, T, C, H, W), and what each motion layer should show next.
 
-        hidden_states: (B, T, Ch, H/P, W/P) of each layer. frames: the input frame of each, (B, T, C, H, W).
+        hidden_states: (B, T, Ch, H/P, W/P) of each layer. frames: the inputs (B, T, C, H, W).
         expected: each motion layer's prediction of the first of these frames, (B, L, C, H, W).
         """
         B, T = hidden_states[0].shape[:2]
-        # time before batch, as the layers lie in memory: (T·B, sum of Ch, H/P, W/P)
+        # time before batch, as support/fast has them in memory: (T·B, sum of Ch, H/P, W/P)
         images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
         drawn = self.head(images).split(self.outputs, 1)
         logits = F.pixel_shuffle(drawn[0], self.patch_size)
