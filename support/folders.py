@@ -1,6 +1,7 @@
 """Folders of runs: the same knobs, code and data find their folder again, anything else gets a new one."""
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import platform
@@ -66,7 +67,13 @@ def describe_edit(name, old, new):
     code = [line for line in added if not re.match(r"\w+: .* = ", line)]  # no knob
     if not old or not added:
         return f"{name} edited"
-    return f"{name}: {textwrap.shorten(code[0], 60, placeholder=' …')}" if code else ""
+    if not code:
+        return ""
+    line = code[0]
+    (closest,) = difflib.get_close_matches(line, map(str.strip, old.splitlines()), n=1, cutoff=0)
+    same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
+    line = f"… {line[same - 15 :]}" if same > 40 else line
+    return f"{name}: {textwrap.shorten(line, 60, placeholder=' …')}"
 
 
 def read_source(folder, name):

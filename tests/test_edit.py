@@ -81,7 +81,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: head += ")
+        run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: … size // 2), nn.ReLU()")
         assert "my_model is in use by another run" in finish(run(code), 1)[1]
         process.send_signal(signal.SIGCONT)
         finish(process)
