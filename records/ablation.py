@@ -19,9 +19,11 @@ LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of th
     "no_search": "block matching",
     "no_overlay": "overlays",
     "head_0": "hidden layers of the head",
+    "dilation_1": "dilation of the second layer",
     "head_1": "second hidden layer of the head",
     "no_decay": "weight decay",
     "sheets_1": "second motion layer",
+    "forget_0": "forget gates that start open",
     "no_ssim": "SSIM in the loss",
 }
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3, "validation MSE": 1}  # digits in the table
