@@ -48,9 +48,7 @@ class Knobs:
     patch_size: int = 4  # pixels a side of a patch; each patch is one position of the states. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: none to 512
     max_motion: int = 4  # largest motion, in pixels a frame, that is measured and applied; 0 = none
-    equivariant: bool = (
-        True  # flip or transpose a layer's input: so does its output. Channels: multiples of 8
-    )
+    equivariant: bool = True  # flip or transpose a layer's input: its output follows. Channels: 8, 16, 24, …
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 27
     max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
