@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
     "adamw": "Muon",  # AdamW with learning rate 0.001 instead
+    "no_feedback": "feedback, and with it motion",
     "no_grow": "growing horizon",  # all ten frames from the start
     "free": "equivariant kernels",  # and learning rate 0.04, which suits the others
     "no_dense": "dense targets",
@@ -23,6 +24,7 @@ LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of th
     "head_1": "second hidden layer of the head",
     "no_decay": "weight decay",
     "sheets_1": "second motion layer",
+    "no_peephole": "peepholes",
     "forget_0": "forget gates that start open",
     "no_ssim": "SSIM in the loss",
 }
