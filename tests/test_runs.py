@@ -357,8 +357,8 @@ def test_two_machines(array, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rendezvous = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-                  f"--rdzv_endpoint=127.0.0.1:{port}")  # fmt: skip
+    rendezvous = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    rendezvous += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
     launcher = lambda k: (*rendezvous, f"--local_addr=127.0.0.{k}")
     machines = [start(*flags(array, tmp_path / k, **FEW), launcher=launcher(k)) for k in "12"]
     speaks = ["processes: 2" in finish(machine)[0] for machine in machines]
