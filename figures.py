@@ -115,9 +115,9 @@ def compare(histories, curves, title):
         axes.set(xlabel=xlabel, ylabel=CROSS_ENTROPY_LABEL, yscale="log", title="validation", xlim=(0, None))
         ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
-    draw_curves(by_frame, curves, "test")
+    draw_curves(by_frame, curves, fill(title, 40))
     by_frame.set_ylabel(MSE_LABEL)
-    return to_png(figure, title)
+    return to_png(figure)
 
 
 def draw_curves(axes, curves, title):

@@ -40,7 +40,7 @@ class Knobs:
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # most other sequences merged into each; -1 = 2 for Moving MNIST, else 0
+    overlay: int = -1  # at most so many others merged into each; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network: see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -59,7 +59,7 @@ class Knobs:
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
-    name: str = ""  # folder of this run inside out; empty = a name after the model or the weights
+    name: str = ""  # this run's folder in results/; empty = a name after the model or the weights
     eval_only: bool = False  # train nothing: score and draw --weights
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System

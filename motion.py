@@ -1,6 +1,6 @@
 """How patches move: `block_match` measures it for the encoder, `move_layers` applies it in the head.
 
-This is ours, not the ConvLSTM paper's.
+Neither is in the ConvLSTM paper.
 N images, C channels, H height, W width, L motion layers; P patch size. K = 2·max_motion + 1, so each patch
 has K² possible moves.
 """

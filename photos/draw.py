@@ -244,7 +244,7 @@ def encoder_forecaster(path):
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
-        "The default's first layer also reads 16 channels of motion. Its head has 16 + 2·81 more outputs:\n"
+        "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 2·81 more outputs:\n"
         "the gain of the moved frame, and the weights of 9×9 moves for each of two motion layers"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
