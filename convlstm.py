@@ -174,8 +174,6 @@ class ConvLSTMForecaster(nn.Module):
 class Seq2SeqForecaster(nn.Module):
     """`EncoderDecoderConvLSTM` as a forecaster: past (B, T, C, H, W) → logits of n_future frames."""
 
-    patch_size = 1
-
     def __init__(self, channels: int = 1, nf: int = 64):
         super().__init__()
         if channels != 1:

@@ -1,13 +1,12 @@
 """The table of the ablation, from the logs in ablation/, and its picture:  python records/ablation.py"""
 
 import csv
+import functools
 import json
 from pathlib import Path
+from statistics import fmean as mean
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
@@ -31,6 +30,7 @@ LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of th
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3, "validation MSE": 1}  # digits in the table
 
 
+@functools.cache
 def read(name):
     """The scores of a run with each seed that there is: seed → metric → mean."""
     folders = {seed: HERE / "ablation" / f"{name}{f'_s{seed}' * (seed > 0)}" for seed in range(3)}
@@ -48,10 +48,6 @@ def differences(name):
     """Test MSE minus the default's of the same seed, for each seed."""
     default = read("default")
     return [run["mse_per_frame"] - default[seed]["mse_per_frame"] for seed, run in read(name).items()]
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def ranking():
@@ -74,7 +70,8 @@ def table():
 def draw(path, widest=15):
     """A bar for each row: the mean over the seeds, a dot for each seed. Bars are cut at `widest`."""
     names = ranking()[::-1]
-    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
     for y, name in enumerate(names):
         worth = mean(differences(name))
         axes.barh(y, min(worth, widest), color="#0b6e99")

@@ -84,7 +84,7 @@ def load(path, advice="give another file to --weights"):
 
 
 def load_weights(model, state, path):
-    """Give a model the weights of a checkpoint. Say so if they now forecast something else."""
+    """Give a model the weights of a checkpoint. Raises UserError where they do not fit."""
     try:
         model.load_state_dict(state["model"])
     except Exception as error:  # untrusted file: anything may be in it
@@ -92,6 +92,10 @@ def load_weights(model, state, path):
             f"{path} has other weights than this model: the network's code or the channels of the data have "
             "changed; undo that, or give another --weights"
         ) from error
+
+
+def report_edits(model, state, path):
+    """Print it if weights of an earlier run, just loaded, now forecast something else."""
     if (before := state.get("fixed_forecast")) is None:
         return
     now = fixed_forecast(model, state["channels"])

@@ -11,7 +11,7 @@ import torch
 
 from moving_mnist import load_data
 from support import UserError, checkpoint, evaluation, folders, sources
-from support.checkpoint import load_weights
+from support.checkpoint import load_weights, report_edits
 from support.distributed import (
     WORLD_SIZE,
     broadcast,
@@ -76,6 +76,9 @@ def start(knobs, build, horizon, recipe):
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
     if weights:
         knobs = with_knobs_of(knobs, weights)
+    if knobs.eval_only:
+        words = f"{knobs.frames_in} in, {knobs.frames_out} out; trained on {weights['knobs'].get('data')}"
+        print0(f"weights   {knobs.weights}: {words}")
     n_frames = knobs.frames_in + knobs.frames_out
     data = load_data(knobs.data, knobs.train_sequences, knobs.seed, n_frames, knobs.video)
     if (first := broadcast(data.name)) != data.name:
@@ -84,6 +87,7 @@ def start(knobs, build, horizon, recipe):
     model = build_checked(knobs, build, data, device)
     if weights:
         load_weights(model, weights, knobs.weights)
+        report_edits(model, weights, knobs.weights)
     environment = {
         "device": str(device),
         "processes": WORLD_SIZE,
@@ -143,11 +147,7 @@ def with_knobs_of(knobs, weights):
             found[name] = then
         elif name in NETWORK:
             raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
-    knobs = replace(knobs, **found)
-    if knobs.eval_only:
-        words = f"{knobs.frames_in} in, {knobs.frames_out} out; trained on {weights['knobs'].get('data')}"
-        print0(f"weights   {knobs.weights}: {words}")
-    return knobs
+    return replace(knobs, **found)
 
 
 def fit_to_data(knobs, data):
@@ -207,6 +207,7 @@ def load_model(path, knobs, build):
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()
     load_weights(model, weights, path)
+    report_edits(model, weights, path)
     attach(knobs, model, device, torch.float32)
     model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
     forecast = evaluation.make_forecast(model, contextlib.nullcontext)

@@ -31,18 +31,8 @@ GPU, ROOT = torch.cuda.is_available(), Path(__file__).parent.parent
 DEVICE, CPU = torch.device("cuda" if GPU else "cpu"), torch.device("cpu")
 KERNEL = torch.autograd.DeviceType.CUDA if GPU else torch.autograd.DeviceType.CPU
 SMALL = () if GPU else ("--hidden_channels", 8, 8, "--head_channels", 8, "--max_motion", 1)
-TELLING = (
-    "device",
-    "kernels",
-    "data",
-    "resuming",
-    "edited",
-    "my_model",
-    "weights",
-    "output",
-    "main.py",
-    "FAILED",
-)
+TELLING = "device", "kernels", "data", "resuming", "edited"
+TELLING += "my_model", "weights", "output", "main.py", "FAILED"
 
 
 def python(*words, kill_when=None):

@@ -34,7 +34,9 @@ def test_a_row_is_its_run(folder):
     (row,) = [row for row in TABLES["Run", "Folder"] if f"({folder}/)" in row["Folder"]]
     metrics, config, log = (read(f"{folder}/{name}") for name in ("metrics.json", "config.json", "log.csv"))
     if "asked" in config:  # of today's code
-        config |= config["asked"]["knobs"] | {"data": config["asked"]["knobs"]["data"]}
+        config |= config["asked"]["knobs"]
+    config.setdefault("ssim_from", config.get("sharpen_from"))
+    config.setdefault("equivariant", config.get("symmetric", False))  # before it was a knob: False
     assert [row[name] for name in SCORES.values()] == means(metrics["scores"][metrics["model"]], n=2)
     assert row["Sequences"] == f"{int(log['step']) * config['batch_size']:,}" == f"{int(log['sequences']):,}"
     scored = str([r for r in TABLES["Run", "Caveat"] if r["Run"] == row["Run"]])
@@ -44,14 +46,10 @@ def test_a_row_is_its_run(folder):
     assert row["Parameters"] == f"{metrics['parameters']:,}" and config["commit"].startswith(row["Commit"])
     knobs = main.parse(row["Command"].strip("`").split()[2:])
     for name in TRAINING + ([] if knobs.max_minutes else ["epochs"]):
-        assert getattr(knobs, name) == config.get(
-            "sharpen_from" if name == "ssim_from" else name, config.get(name)
-        ), name
+        assert getattr(knobs, name) == config[name], name
     assert sum(p.numel() for p in main.build(knobs, 1).parameters()) == metrics["parameters"]
     if knobs.model in ("my_model", "paper"):
-        assert knobs.equivariant == config.get(
-            "symmetric", config.get("equivariant", False)
-        )  # before it was a knob: False
+        assert knobs.equivariant == config["equivariant"]
     assert row["Seed"] == str(knobs.seed) == str(config["seed"])
 
 
