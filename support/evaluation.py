@@ -232,6 +232,7 @@ def read_run(folder):
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     config = json.loads((folder / "config.json").read_text("utf-8"))
     run |= {"label": folder.name, "folder": folder, "asked": config["asked"], "started": config["started"]}
+    run["not_default"] = config["not_default"] + []  # a list, or the run is of another version
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
     run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
     lines = (folder / "log.csv").read_text("utf-8").splitlines() if run["is_trained"] else []
@@ -283,14 +284,21 @@ def compare_runs(out, latest, first_sequence):
 
 
 def label_runs(runs):
-    """Add to the label of each trained run, its folder, what differs from the first run of its model."""
+    """Add to the label of each trained run, its folder, which knobs and lines of code it has.
+
+    Knobs that are not the default, and what differs from the first run of its model. Not what all runs share.
+    """
     first = {}
-    for run in sorted(runs, key=lambda run: run["started"]):
-        if run["is_trained"]:
-            reference = first.setdefault(run["model"], run)
-            others = reference["asked"], reference["folder"], run["folder"]
-            if changes := describe_changes(run["asked"], *others, with_old=False):
-                run["label"] += f" ({changes})"
+    trained = sorted((run for run in runs if run["is_trained"]), key=lambda run: run["started"])
+    for run in trained:
+        reference = first.setdefault(run["model"], run)
+        others = reference["asked"], reference["folder"], run["folder"]
+        changes = run["not_default"] + describe_changes(run["asked"], *others, with_old=False)
+        run["changes"] = dict.fromkeys(changes)  # each once, in order
+    shared = set.intersection(*(set(run["changes"]) for run in trained)) if trained else set()
+    for run in trained:
+        if changes := [change for change in run["changes"] if change not in shared]:
+            run["label"] += f" ({', '.join(changes)})"
 
 
 def comparison_table(runs, baselines, left_out):

@@ -27,19 +27,19 @@ def describe_identity(knobs, data):
     for split in (data.validation, data.test):
         sha.update(split[np.array([0, len(split) - 1])].numpy())
     values = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
-    if knobs.weights:
-        values["weights"] += f", sha256 {hashlib.sha256(Path(knobs.weights).read_bytes()).hexdigest()[:16]}"
     shape = "×".join(map(str, data.training.shape))
     words = f"{data.name}, sequences of {shape}, sha256 of five {sha.hexdigest()[:16]}"
     asked = {"knobs": values, "data": words, "sources": sources.HASHES}
+    if knobs.weights:
+        asked["weights"] = hashlib.sha256(Path(knobs.weights).read_bytes()).hexdigest()
     return json.loads(json.dumps(asked))  # as it comes back from config.json
 
 
 def describe_knobs(knobs, default):
-    """Which knobs of the experiment differ from the default, in words."""
+    """Which knobs of the experiment differ from the default: ["epochs 3", …]."""
     names = (f.name for f in dataclasses.fields(knobs) if f.name not in NOT_THE_EXPERIMENT)
     pairs = ((name, getattr(knobs, name)) for name in names)
-    return ", ".join(f"{k} {to_text(v)}" for k, v in pairs if v != getattr(default, k))
+    return [f"{k} {to_text(v)}" for k, v in pairs if v != getattr(default, k)]
 
 
 def to_text(value):
@@ -47,17 +47,20 @@ def to_text(value):
 
 
 def describe_changes(asked, before, old_folder, new_folder=None, with_old=True):
-    """What differs from the run in old_folder, in words: "epochs 3 (was 2), main.py: loss = 2 * loss"."""
+    """What differs from the run in old_folder: ["epochs 3 (was 2)", "main.py: loss = 2 * loss", …]."""
     old, new, changes = before["knobs"], asked["knobs"], []
     for name in new:
         if old.get(name) != new[name]:
             was = f" (was {to_text(old.get(name))})" if with_old else ""
             changes.append(f"{name} {to_text(new[name])}{was}")
-    changes += [] if asked["data"] == before["data"] else ["other data"]
+    if asked["data"] != before["data"]:
+        changes.append("other data")
+    if old.get("weights") == new.get("weights") and asked.get("weights") != before.get("weights"):
+        changes.append("other content of the file of weights")
     for name, value in asked["sources"].items():
         if before["sources"].get(name) != value:
             changes.append(describe_edit(name, read_source(old_folder, name), read_source(new_folder, name)))
-    return ", ".join(filter(None, changes))
+    return list(filter(None, changes))
 
 
 def describe_edit(name, old, new):
@@ -117,8 +120,8 @@ def choose_folder(out, base, is_named, asked, stack):
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
     if trained and not asked["knobs"]["eval_only"]:
         name, last = trained[-1]
-        changes = describe_changes(asked, last, out / name) or "only its name"
-        print(f"new run   differs from {out / name}, which is kept: {changes}", flush=True)
+        changes = describe_changes(asked, last, out / name) or ["only its name"]
+        print(f"new run   differs from {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder
 
 

@@ -58,6 +58,28 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
             image.load()
 
 
+def test_labels_name_what_not_all_runs_have(tmp_path):
+    """A knob in the code of the last run has another default, so that only its value shows the change."""
+    default, few = {"epochs": 2, "seed": 0}, {"train_sequences": 40}
+    runs = []
+    for number, (model, changes, not_default) in enumerate(
+        [
+            ("my_model", {"epochs": 3}, ["epochs 3"]),
+            ("my_model", {}, []),
+            ("paper", {"seed": 1}, ["seed 1"]),
+            ("my_model", {"epochs": 3, "seed": 7}, ["epochs 3"]),
+        ]
+    ):
+        asked = {"knobs": {**default, **few, **changes}, "data": "array", "sources": {}}
+        run = {"label": f"run-{number}", "folder": tmp_path, "model": model, "is_trained": True}
+        runs.append(
+            {**run, "asked": asked, "started": number, "not_default": ["train_sequences 40", *not_default]}
+        )
+    evaluation.label_runs(runs)
+    expected = ["run-0 (epochs 3)", "run-1 (epochs 2)", "run-2 (seed 1)", "run-3 (epochs 3, seed 7)"]
+    assert [run["label"] for run in runs] == expected
+
+
 def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
