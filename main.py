@@ -96,7 +96,7 @@ def build(knobs, channels):
         return convlstm.ConvLSTMForecaster(channels, *options)
     if knobs.model == "seq2seq":
         return convlstm.Seq2SeqForecaster(channels)
-    additions = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True, "motion_layers": 2}
+    additions = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True}
     return EncoderForecaster(
         channels,
         knobs.hidden_channels,

@@ -1,14 +1,11 @@
-"""How patches move: `block_match` measures it for the encoder, `move_layers` applies it in the head.
+"""How patches move: `block_match` measures it for the encoder, `advect` applies it in the head.
 
 Neither is in the ConvLSTM paper.
-N images, C channels, H height, W width, L motion layers; P patch size. K = 2·max_motion + 1, so each patch
-has K² possible moves.
+N images, C channels, H height, W width, P patch size. K = 2·max_motion + 1: each patch has K² possible moves.
 """
 
 import torch
 import torch.nn.functional as F
-
-OWNERSHIP_FLOOR = 0.05  # keeps every motion layer able to claim any pixel
 
 
 def advect(frames, weights, patch_size):
@@ -55,16 +52,3 @@ def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     cost = costs(frames, before, patch_size, max_motion)
     means = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
     return (-9 * means).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
-
-
-def move_layers(frame, expected, weights, patch_size, advect=advect):
-    """Split a frame into motion layers, and move each by its own weights → what each should show next.
-
-    frame (N, C, H, W); expected, what each layer should show of it, (N, L, C, H, W); weights
-    (N, L, H/P, W/P, K²) → (N, L, C, H, W). A layer claims a pixel by what it expects there. It gets the pixel
-    times its claim divided by the largest claim. After the layers of Wang & Adelson (1994).
-    """
-    claims = expected.detach() + OWNERSHIP_FLOOR  # no gradient: ownership is not learned
-    layers = frame[:, None] * (claims / claims.amax(1, keepdim=True))
-    moved = advect(layers.flatten(0, 1), weights.flatten(0, 1), patch_size)
-    return moved.unflatten(0, layers.shape[:2])

@@ -6,15 +6,14 @@ states to a second stack (the forecaster), which unrolls the future. One convolu
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits, so that the cross-entropy stays exact where a pixel is certain.
-- Forget biases start at 1. Untrained forecasts are nearly black or, with motion, the blurred last frame.
+- Untrained forecasts are nearly black or, with motion, the blurred last frame.
 - `head_channels`: hidden layers in the head. A linear head cannot shift pixels by a state-dependent amount.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. When a digit bounces, its far end must reverse, too.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
-- `motion_layers`: the head moves several layers of the frame independently, so that digits can part.
 - `equivariant`: flip or transpose a layer's input, and its output does the same. Needs less data.
 
-B batch, T frames, C channels, H height, W width, L motion layers; Ch hidden channels, P patch size.
+B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch size.
 """
 
 import functools
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from motion import advect, block_match, matching_costs, move_layers
+from motion import advect, block_match, matching_costs
 
 MOTION_CHANNELS = 16  # encode the measured motion
 
@@ -60,8 +59,6 @@ class ConvLSTMCell(nn.Module):
         self.state_to_state = new_kernel(hidden_channels, n_gates, state_kernel_size)
         self.bias = nn.Parameter(torch.zeros(n_gates))
         self.peephole = nn.Parameter(torch.zeros(3, hidden_channels)) if peephole else None
-        with torch.no_grad():
-            self.bias[hidden_channels : 2 * hidden_channels] = 1.0  # forget gates start open
 
     def forward(self, x, state):
         """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each → the next (h, c)."""
@@ -136,7 +133,6 @@ class EncoderForecaster(nn.Module):
         head_channels=(),  # hidden layers of the head: the first 3×3, the others 1×1
         feedback=False,  # True: no second stack
         max_motion=0,  # the largest, in pixels a frame, that is measured and applied
-        motion_layers=1,
         equivariant=False,
     ):
         super().__init__()
@@ -144,10 +140,7 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"a layer has no channels: hidden {hidden_channels}, head {head_channels}")
         if max_motion and not feedback:
             raise ValueError(f"max_motion is {max_motion}; without feedback, as in the paper, it has to be 0")
-        if motion_layers < 1:
-            raise ValueError(f"motion_layers is {motion_layers}; expected at least 1")
         self.channels, self.patch_size, self.max_motion = channels, patch_size, max_motion
-        self.motion_layers = motion_layers if max_motion else 1
         self.advect, self.matching_costs = advect, matching_costs  # support.fast may replace both
         n_pixels, n_moves = channels * patch_size**2, (2 * max_motion + 1) ** 2
         self.motion = nn.Conv2d(n_moves, MOTION_CHANNELS, 1) if max_motion else None
@@ -164,14 +157,14 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with motion also the gain of the moved frame, and the weights of each layer's moves
-        self.outputs = [n_pixels, n_pixels, motion_layers * n_moves] if max_motion else [n_pixels]
+        # logits; with motion also the gain of the moved frame, and the weights of the moves
+        self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
             if max_motion:  # untrained, it draws the last frame, blurred
                 draw.bias.zero_()
                 draw.bias[n_pixels : 2 * n_pixels] = 1.0
-                draw.bias[2 * n_pixels + n_moves // 2 :: n_moves] = 2.0  # each layer's zero move
+                draw.bias[2 * n_pixels + n_moves // 2] = 2.0  # the zero move
             else:
                 draw.bias.fill_(-3.0)  # frames start nearly black
         self.head = nn.Sequential(*head, draw)
@@ -198,8 +191,7 @@ class EncoderForecaster(nn.Module):
             hidden = directions(convolution.out_channels)
             make_equivariant(convolution.weight, hidden, below)
             below = hidden
-        outputs = 2 * pixels + self.motion_layers * moves if self.max_motion else pixels
-        make_equivariant(draw.weight, outputs, below)
+        make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
 
     def forward(self, past, n_future, draw_from=None):
         """With draw_from, also draw the frame that follows each input frame t ≥ draw_from (t from 0).
@@ -215,19 +207,14 @@ class EncoderForecaster(nn.Module):
             if draw_from is not None:  # the state after each input frame draws the next
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
-            return self.draw(hidden_states)[0]
-        # motion layers need a few frames to separate, so drawing starts in the middle of the input
-        start = draw_from if draw_from is not None else last // 2 if self.motion_layers > 1 else last
-        expected = black.expand(-1, self.motion_layers, -1, -1, -1)  # what each layer should show
-        drawn, expected = self.draw([h[:, start:] for h in encoded], past[:, start:], expected)
-        logits, frame = [drawn], past[:, -1:]
+            return self.draw(hidden_states)
+        start = last if draw_from is None else draw_from
+        logits, frame = [self.draw([h[:, start:] for h in encoded], past[:, start:])], past[:, -1:]
         for _ in range(n_future - 1):  # the last input frame has drawn the first forecast frame
             before, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
             hidden_states, states = self.encode(frame, before, states)
-            drawn, expected = self.draw(hidden_states, frame, expected)
-            logits.append(drawn)
-        logits = torch.cat(logits, 1)
-        return logits[:, -n_future:] if draw_from is None else logits
+            logits.append(self.draw(hidden_states, frame))
+        return torch.cat(logits, 1)
 
     def encode(self, frames, before, states):
         """Run the encoder over frames (B, T, C, H, W); before: the frame that precedes them."""
@@ -239,11 +226,10 @@ class EncoderForecaster(nn.Module):
             x = torch.cat((x, self.motion(move_probabilities).unflatten(0, frames.shape[:2])), 2)
         return unroll(self.encoder, x, states, frames.shape[1])
 
-    def draw(self, hidden_states, frames=None, expected=None):
-        """Hidden states → logits (B, T, C, H, W), and what each motion layer should show next.
+    def draw(self, hidden_states, frames=None):
+        """Hidden states of each layer (B, T, Ch, H/P, W/P) → logits of the next frames (B, T, C, H, W).
 
-        hidden_states: (B, T, Ch, H/P, W/P) of each layer. frames: the inputs (B, T, C, H, W).
-        expected: each motion layer's prediction of the first of these frames, (B, L, C, H, W).
+        frames: the inputs (B, T, C, H, W).
         """
         B, T = hidden_states[0].shape[:2]
         # time before batch, as support/fast has them in memory: (T·B, sum of Ch, H/P, W/P)
@@ -252,14 +238,11 @@ class EncoderForecaster(nn.Module):
         logits = F.pixel_shuffle(drawn[0], self.patch_size)
         if self.max_motion:
             gain = F.pixel_shuffle(drawn[1], self.patch_size)
-            weights = drawn[2].unflatten(1, (self.motion_layers, -1)).permute(0, 1, 3, 4, 2)
+            weights = drawn[2].permute(0, 2, 3, 1)
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
-            moved = []
-            for frame, w in zip(frames.unbind(1), weights.unflatten(0, (T, B)), strict=True):
-                expected = move_layers(frame, expected, w, self.patch_size, self.advect)
-                moved.append(expected.amax(1))  # the brighter layer is in front
-            logits = logits + gain * torch.logit(torch.cat(moved).clamp(0.02, 0.98))  # finite, at most ±3.9
-        return logits.unflatten(0, (T, B)).transpose(0, 1), expected
+            moved = self.advect(frames.transpose(0, 1).flatten(0, 1), weights, self.patch_size)
+            logits = logits + gain * torch.logit(moved.clamp(0.02, 0.98))  # finite, at most ±3.9
+        return logits.unflatten(0, (T, B)).transpose(0, 1)
 
     def check(self, past, n_future):
         if n_future < 1:

@@ -154,8 +154,8 @@ def encoder_forecaster(path):
     """The paper's network above, what main.py trains below; one column a time step."""
     axes = canvas(13, 9.5)
     axes.set_ylim(-0.4, 9.1)
-    ours = "The default of main.py: feedback, a motion head, and more"
-    for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.35, ours)):
+    ours = "The default of main.py: feedback, motion, and more"
+    for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.15, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
     key = "boxes of one name and color share weights, in each diagram"
     axes.text(12.7, 8.8, key, fontsize=11, color=EDGE, ha="right", va="center")
@@ -215,26 +215,6 @@ def encoder_forecaster(path):
                     color=green,
                 )
             axes.text(4.9, head, "advection", ha="right", va="center", fontsize=11, color=green)
-            for x0, x1 in ((6.1, 8.0), (8.4, 10.1)):
-                arrow(
-                    axes,
-                    (x0, head + 0.21),
-                    (x0, head + 0.4),
-                    (x1, head + 0.4),
-                    (x1, head + 0.21),
-                    color=green,
-                )
-            arrow(axes, (4.3, head + 0.4), (5.7, head + 0.4), (5.7, head + 0.21), color=green, dashed=True)
-            axes.text(7.05, head + 0.4, "motion layers", ha="center", va="bottom", fontsize=11, color=green)
-            axes.text(
-                4.25,
-                head + 0.4,
-                "motion layers, from $x_5$ on",
-                ha="right",
-                va="center",
-                fontsize=11,
-                color=green,
-            )
             violet = "#6a4c93"
             arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), color=violet)
             axes.text(
@@ -244,8 +224,8 @@ def encoder_forecaster(path):
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
-        "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 2·81 more outputs:\n"
-        "the gain of the moved frame, and the weights of 9×9 moves for each of two motion layers"
+        "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 81 more outputs:\n"
+        "the gain of the moved frame, and the weights of 9×9 moves"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

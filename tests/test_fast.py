@@ -257,7 +257,7 @@ def test_a_wrong_one_is_noticed(winograd, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("options", [{}, {"feedback": True, "max_motion": 4}, MOTION | {"max_motion": 4}])
+@pytest.mark.parametrize("options", [{}, MOTION | {"max_motion": 4}])
 def test_fast_network_is_plain(dtype, options):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     model = small(hidden_channels=(16, 8), head_channels=(8,), patch_size=4, **options).to(exact)

@@ -46,8 +46,8 @@ def test_knobs_reach_the_network():
     assert [layer.cell.dilation for layer in model.encoder] == [1, 2, 2]
     assert [layer.cell.hidden_channels for layer in model.encoder] == [8, 16, 8]
     assert {layer.cell.input_to_state.shape[-1] for layer in model.encoder} == {5}
-    assert (model.max_motion, model.motion_layers, model.forecaster) == (2, 2, None)
-    assert (model.head[0].out_channels, model.outputs) == (24, [16, 16, 2 * 25])
+    assert (model.max_motion, model.forecaster) == (2, None)
+    assert (model.head[0].out_channels, model.outputs) == (24, [16, 16, 25])
     assert main.build(Knobs(patch_size=2, max_motion=0), 3).outputs == [12]
     kernels = [main.build(Knobs(equivariant=tied), 1).motion.weight for tied in (True, False)]
     assert [bool(kernel._backward_hooks) for kernel in kernels] == [True, False]

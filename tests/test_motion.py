@@ -1,9 +1,9 @@
-"""Block matching, advection and motion layers. test_forecast_by_hand has their arithmetic."""
+"""Block matching and advection. test_forecast_by_hand has their arithmetic."""
 
 import torch
 from test_my_model import seeded  # noqa: F401
 
-from motion import advect, block_match, move_layers
+from motion import advect, block_match
 
 
 def test_block_matching_finds_a_move():
@@ -27,18 +27,3 @@ def test_motion_is_never_in_bf16():
     assert likely.dtype == moved.dtype == torch.float32
     assert torch.equal(likely, block_match(frames.float(), before.float(), 4, 2))
     assert torch.equal(moved, advect(before.float(), weights, 4))
-
-
-def test_motion_layers_part_what_moves_apart():
-    """Two bars cross. Given how each moves, either layer ends with one bar, and moves that alone."""
-    down, right = torch.zeros(2, 6, 1, 1, 16, 16)
-    for t in range(6):
-        down[t, ..., 2 * t : 2 * t + 2, 4:12], right[t, ..., 4:12, t + 5] = 1, 1
-    weights = torch.zeros(1, 2, 4, 4, 25)
-    weights[:, 0, ..., 0 * 5 + 2] = 1  # from two rows above
-    weights[:, 1, ..., 2 * 5 + 1] = 1  # from one column to the left
-    expected = torch.zeros(1, 2, 1, 16, 16)
-    for t in range(5):
-        expected = move_layers(torch.maximum(down[t], right[t]), expected.requires_grad_(), weights, 4)
-        assert not expected.requires_grad  # a pixel's owner is found, not learned
-    torch.testing.assert_close(expected[0], torch.stack((down[5, 0], right[5, 0])), rtol=0, atol=0.05)

@@ -108,19 +108,13 @@ def moves(M):
     return list(product(range(-M, M + 1), repeat=2))
 
 
-def advect_by_hand(drawn, shown, expected, P, M):
-    """drawn: the head's (B, 2·C·P² + L·K², H/P, W/P); shown: the last frame's patches, (B, C·P², H/P, W/P).
-
-    expected: what L layers (B, C, H, W) should show of it → patches of logits, what they should show next.
-    """
+def advect_by_hand(drawn, shown, P, M):
+    """drawn: the head's (B, 2·C·P² + K², H/P, W/P), shown: the last frame's patches → patches of logits."""
     n, frame = shown.shape[1], F.pixel_shuffle(shown, P)
-    most, moved = torch.stack(expected).max(0).values, []
-    for layer, weights in zip(expected, drawn[:, 2 * n :].split(len(moves(M)), 1), strict=True):
-        weights = weights.softmax(1).repeat_interleave(P, 2).repeat_interleave(P, 3)  # of each pixel
-        claimed = frame * (layer + 0.05) / (most + 0.05)
-        moved.append(sum(weights[:, [k]] * shifted(claimed, *move) for k, move in enumerate(moves(M))))
-    front = F.pixel_unshuffle(torch.stack(moved).max(0).values, P).clamp(0.02, 0.98)
-    return drawn[:, :n] + drawn[:, n : 2 * n] * torch.log(front / (1 - front)), moved
+    weights = drawn[:, 2 * n :].softmax(1).repeat_interleave(P, 2).repeat_interleave(P, 3)  # of each pixel
+    moved = sum(weights[:, [k]] * shifted(frame, *move) for k, move in enumerate(moves(M)))
+    moved = F.pixel_unshuffle(moved, P).clamp(0.02, 0.98)
+    return drawn[:, :n] + drawn[:, n : 2 * n] * torch.log(moved / (1 - moved))
 
 
 def match_by_hand(frames, before, P, M):
@@ -136,8 +130,6 @@ def forecast_by_hand(model, past, n_future, draw_from):
     x = F.pixel_unshuffle(past, P)
     zeros = lambda layer: x.new_zeros(len(x), layer.cell.hidden_channels, *x.shape[-2:])
     states, drawn = [(zeros(layer), zeros(layer)) for layer in model.encoder], []
-    blank = [torch.zeros_like(past[:, 0])] * model.motion_layers
-    expected = blank[:]
 
     def step(stack, below, before):
         shown = below
@@ -149,14 +141,10 @@ def forecast_by_hand(model, past, n_future, draw_from):
             states[k] = layer.cell(below, states[k])
             below = states[k][0]
         patches = model.head(torch.cat([h for h, _ in states], 1))
-        if M:
-            patches, expected[:] = advect_by_hand(patches, shown, expected, P, M)
-        return patches
+        return advect_by_hand(patches, shown, P, M) if M else patches
 
     last = torch.zeros_like(x[:, 0])
     for t in range(T):
-        if t == ((T - 1) // 2 if draw_from is None else draw_from):
-            expected[:] = blank  # what was before is forgotten
         patches, last = step(model.encoder, x[:, t], last), x[:, t]
         if draw_from is not None and draw_from <= t < T - 1:
             drawn.append(patches)
@@ -170,7 +158,7 @@ def forecast_by_hand(model, past, n_future, draw_from):
     return F.pixel_shuffle(torch.stack(drawn, 1), P)
 
 
-MOTION = {"feedback": True, "max_motion": 1, "motion_layers": 2}
+MOTION = {"feedback": True, "max_motion": 1}
 OPTIONS = [
     pytest.param({}, id="plain_head"),
     pytest.param({"peephole": False, "hidden_channels": (4,)}, id="one_layer_no_peephole"),
@@ -178,9 +166,7 @@ OPTIONS = [
     pytest.param({"hidden_channels": (2, 4, 3), "kernel_size": 5}, id="three_layers"),
     pytest.param({"channels": 3, "head_channels": (4, 6), "patch_size": 4}, id="color_deep_head"),
     pytest.param({"feedback": True, "dilation": 2, "hidden_channels": (3, 4, 2)}, id="feedback_dilation"),
-    pytest.param(MOTION | {"motion_layers": 1, "max_motion": 2, "channels": 2}, id="two_pixels_two_channels"),
-    pytest.param(MOTION | {"channels": 2}, id="motion_layers"),
-    pytest.param(MOTION | {"motion_layers": 3, "hidden_channels": (3,)}, id="three_motion_layers"),
+    pytest.param(MOTION | {"max_motion": 2, "channels": 2}, id="two_pixels_two_channels"),
     # one training step shows that an equivariant kernel's gradient is projected, not only changed
     pytest.param(MOTION | {"head_channels": (9,), "equivariant": True}, id="equivariant"),
 ]
@@ -299,7 +285,6 @@ GRAY = (1, 2, 1, 8, 8)
         ({"kernel_size": 3, "state_kernel_size": 2}, GRAY, 0, "kernel size 2 is even; use an odd one"),
         ({"head_channels": (0,)}, GRAY, 0, "a layer has no channels"),
         ({"max_motion": 4}, GRAY, 0, "max_motion is 4; without feedback, as in the paper, it has to be 0"),
-        (MOTION | {"motion_layers": 0}, GRAY, 0, "motion_layers is 0; expected at least 1"),
         ({}, (1, 2, 1, 8, 30), 0, "frames of 8×30 cannot be cut into patches of 4"),
         ({}, (1, 2, 3, 8, 8), 0, r"shape \(1, 2, 3, 8, 8\); expected \(B, T, 1, H, W\)"),
         ({}, (1, 2, 8, 8), 0, r"shape \(1, 2, 8, 8\); expected \(B, T, 1, H, W\)"),
