@@ -1,19 +1,13 @@
 /* gates_forward and gates_backward of layer.py, each one pass over memory. n rows (pixels) of C channels;
    z holds i, f, o, g side by side in a row. Built with -DBF16 or without. NaN passes through every line. */
 #include <stdint.h>
-#include <string.h>
 
 #ifdef BF16 /* the upper half of a float32, rounded to nearest even */
 typedef uint16_t real;
-static inline float load(real x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
+typedef union { float number; uint32_t bits; } word;
+static inline float load(real x) { return (word){.bits = (uint32_t)x << 16}.number; }
 static inline real store(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
+    uint32_t bits = (word){.number = x}.bits;
     return x != x ? 0x7fc0 : (real)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 #else
