@@ -1,0 +1,81 @@
+"""Where a forecast errs, and how recognizable its digits are:  python records/errors.py records/long.pt
+
+For each file of weights, a row of either table of the error analysis in README.md.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules of this repository
+
+import main
+from moving_mnist import RAW, read_digits, render, trajectories
+
+DIGITS = read_digits(RAW / "digits_test.png")
+
+
+def by_situation():
+    """Frames (B, 20, 1, 64, 64) of at most 400 sequences each, and the forecast frame to score."""
+    rng = np.random.default_rng(0)
+    positions = trajectories(rng, 6000)
+    chosen = rng.integers(len(DIGITS), size=(6000, 2))
+    corners = (positions * 36).astype(int)
+    gap = np.abs(corners[:, :, 0] - corners[:, :, 1]).max(-1)  # in pixels, of each frame
+    contacts = ((positions == 0) | (positions == 1)).sum((2, 3))
+    walls = contacts[:, 10:13].sum(1)
+    situations = {
+        "Frame 1, all": (np.arange(6000) < 400, 1),
+        "Frame 1, apart": ((gap[:, 5:11] >= 20).all(1) & (contacts[:, 8:11] == 0).all(1), 1),
+        "Frame 1, closer": (gap[:, 9] < 20, 1),
+        "Frame 3, free": ((gap[:, 6:13] >= 16).all(1) & (walls == 0), 3),
+        "Frame 3, one wall": ((gap[:, 6:13] >= 16).all(1) & (walls == 1), 3),
+    }
+    for name, (fits, frame) in situations.items():
+        index = np.flatnonzero(fits)[:400]
+        yield name, render(DIGITS[chosen[index]], positions[index]), frame
+
+
+def forecast(model, frames):
+    """uint8 frames (B, 20, 1, 64, 64) → the last ten in [0, 1], (B, 10, 64, 64), forecast from the others."""
+    past = torch.from_numpy(frames[:, :10]).float() / 255
+    return torch.cat([model.forecast(part, 10) for part in past.split(50)])[:, :, 0].numpy()
+
+
+def situation_row(model):
+    errors = {}
+    for name, frames, frame in by_situation():
+        squares = (forecast(model, frames) - frames[:, 10:, 0] / 255) ** 2
+        curve = squares.sum((2, 3)).mean(0)
+        errors[name] = curve[frame - 1]
+        errors.setdefault("All 10 frames", curve.mean())
+    errors["All 10 frames"] = errors.pop("All 10 frames")  # the last column
+    return [f"{error:.1f}" for error in errors.values()]
+
+
+def identified_row(model):
+    """Percent of the stand-in's test sequences of which both digits, one or none are identified."""
+    rng = np.random.default_rng((150204681, 9))  # as make_stand_in has it
+    chosen = rng.integers(len(DIGITS), size=(1000, 2))
+    positions = trajectories(rng, 1000)
+    drawn = forecast(model, render(DIGITS[chosen], positions))[:, -1]
+    corners = (positions[:, 19] * 36).astype(int)
+    alone = [render(DIGITS[chosen[:, [k]]], positions[:, 19:, [k]])[:, 0, 0] / 255 for k in (0, 1)]
+    closer = np.empty((1000, 2), int)  # how many of the test digits fit better than the true one
+    for n, k in np.ndindex(1000, 2):
+        y, x = corners[n, k]
+        window = slice(y, y + 28), slice(x, x + 28)
+        candidates = np.maximum(DIGITS / 255, alone[1 - k][n][window])  # the other digit stays
+        errors = ((candidates - drawn[n][window]) ** 2).sum((1, 2))
+        closer[n, k] = (errors < errors[chosen[n, k]]).sum()
+    counts = [(closer < most).sum(1) for most in (1, 10)]
+    return [f"{100 * (count == n).mean():.1f}" for count in counts for n in (2, 1, 0)]
+
+
+if __name__ == "__main__":
+    for path in sys.argv[1:]:
+        model = main.load(path)
+        for row in (situation_row, identified_row):
+            print(" | ".join([path, *row(model)]))
