@@ -88,16 +88,18 @@ def read_source(folder, name):
 
 
 @contextmanager
-def open_folder(knobs, asked):
+def open_folder(knobs, asked, facts):
     """Hold the folder of the run that was asked for: an earlier one, or a new one named base, base-2, …
 
-    If weights are only scored, base is their folder or file, and "-eval".
+    If weights are only scored, base is their folder or file, and "-eval". facts: for config.json.
     """
     base, path = knobs.name or knobs.model, Path(knobs.weights).resolve()
     if knobs.eval_only and not knobs.name:
         base = f"{path.parent.name if path.stem in ('best', 'last') else path.stem}-eval"
     with ExitStack() as stack:
-        yield on_rank_0(choose_folder, Path(knobs.out), base, bool(knobs.name), asked, stack)
+        folder = on_rank_0(choose_folder, Path(knobs.out), base, bool(knobs.name), asked, stack)
+        on_rank_0(write_facts, folder, facts)
+        yield folder
 
 
 def choose_folder(out, base, is_named, asked, stack):
@@ -111,7 +113,7 @@ def choose_folder(out, base, is_named, asked, stack):
                 checkpoint.remove_strays(out / name)
                 return out / name
         number, folder = 1, out / base
-        while is_taken(folder):
+        while folder.exists():
             number += 1
             folder = out / f"{base}-{number}"
         stack.enter_context(checkpoint.lock_folder(folder))
@@ -123,12 +125,6 @@ def choose_folder(out, base, is_named, asked, stack):
         changes = describe_changes(asked, last, out / name) or ["only its name"]
         print(f"new run   differs from {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder
-
-
-def is_taken(folder):
-    if folder.is_dir():
-        return any(path.name != ".lock" for path in folder.iterdir())
-    return folder.exists()
 
 
 def read_configs(out):
@@ -145,7 +141,7 @@ def read_configs(out):
     return dict(sorted(configs.items(), key=lambda item: item[1]["started"]))
 
 
-def write_facts(folder, environment, model):
+def write_facts(folder, facts):
     """Add facts to config.json, and keep the sources that run. A run that has ended keeps its own."""
     if (folder / "metrics.json").exists():
         return
@@ -154,8 +150,7 @@ def write_facts(folder, environment, model):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None  # a copy without its history
-    config = json.loads((folder / "config.json").read_text("utf-8")) | environment
-    config["parameters"] = sum(p.numel() for p in model.parameters())
+    config = json.loads((folder / "config.json").read_text("utf-8")) | facts
     config |= {"commit": commit, "numpy": np.__version__, "python": platform.python_version()}
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())

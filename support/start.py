@@ -100,8 +100,12 @@ def start(knobs, build, horizon, recipe):
         data.training.fit_on_gpu(device)
     describe(knobs, data, model, environment)
     asked = on_rank_0(folders.describe_identity, knobs, data)
-    with folders.open_folder(knobs, asked) as folder:
-        on_rank_0(folders.write_facts, folder, {"not_default": differing, **environment}, model)
+    facts = {
+        "not_default": differing,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **environment,
+    }
+    with folders.open_folder(knobs, asked, facts) as folder:
         yield Run(
             knobs=knobs,
             folder=folder,
