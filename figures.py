@@ -61,7 +61,7 @@ def loss(history, baselines, phases, title):
     names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
     evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
     phases = [(epoch, words) for epoch, words in phases if epoch <= epochs[-1]]
-    label = "training, on the task named above" if phases else "training"
+    label = "training, on the task noted above" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
     lines = [[row[name] for row in some] for name in names]
@@ -93,7 +93,7 @@ def loss(history, baselines, phases, title):
 
 @styled
 def per_frame(panels):
-    """panels: title → name → one MSE a forecast frame."""
+    """panels: title → name → one MSE per forecast frame."""
     figure = Figure(figsize=(max(6.8, 3.4 * len(panels)), 3.8))
     (row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
@@ -111,8 +111,10 @@ def compare(histories, curves, title):
         losses = [row["val_loss"] for row in rows]
         by_time.plot([row["minutes"] for row in rows], losses, **style, label=name)
         by_sequences.plot([row["sequences"] / 1000 for row in rows], losses, **style, label=name)
+    by_time.set_title("validation loss over time")
+    by_sequences.set_title("validation loss over sequences")
     for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences (thousands)"):
-        axes.set(xlabel=xlabel, ylabel=CROSS_ENTROPY_LABEL, yscale="log", title="validation", xlim=(0, None))
+        axes.set(xlabel=xlabel, ylabel=CROSS_ENTROPY_LABEL, yscale="log", xlim=(0, None))
         ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     draw_curves(by_frame, curves, fill(title, 40))
@@ -121,7 +123,7 @@ def compare(histories, curves, title):
 
 
 def draw_curves(axes, curves, title):
-    """curves: run or baseline → one value a forecast frame."""
+    """curves: run or baseline → one value per forecast frame."""
     styles = itertools.cycle(MODEL_STYLES)
     for name, curve in curves.items():
         dashed = {"color": COLORS.get(name), "ls": "--", "marker": "_" if len(curve) == 1 else ""}

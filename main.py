@@ -8,7 +8,7 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (first: it copies the code before anyone can edit it)
+from support import sources  # noqa: F401 (first: keeps a copy of the code, which you may edit meanwhile)
 
 # isort: split
 import math
@@ -31,31 +31,31 @@ from support.start import load_model, start
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs:  # its docstring and comments are the text of --help
     """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
 
     # Data
     data: str = "array"  # "array", "fresh" (new sequences all the time), a .npy, or a folder of videos
-    train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 an epoch). Tried: 8 to 10000
+    train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 per epoch). Tried: 8 to 10000
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # at most so many others merged into each; -1 = 2 for Moving MNIST, else 0
+    overlay: int = -1  # up to this many others merged into each sequence; -1: 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network: see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
-    patch_size: int = 4  # pixels a side of a patch; each patch is one position of the states. Tried: 2 to 8
+    patch_size: int = 4  # side of a patch in pixels; each patch is one position of the states. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: none to 512
-    max_motion: int = 4  # largest motion, in pixels a frame, that is measured and applied; 0 = none
-    equivariant: bool = True  # flip or transpose a layer's input: its output follows. Channels: 8, 16, 24, …
+    max_motion: int = 4  # largest motion, in pixels per frame, that is measured and applied; 0 = none
+    equivariant: bool = True  # if a layer's input is flipped, so is its output. Best with 8, 16, … channels
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 27
     max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # where in training the forecast grows from 1 to all
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # when the forecast grows to all frames: parts of training
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
@@ -130,8 +130,8 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon costs less, and teaches motion first. For my_model, input and forecast are always the same
-    number of frames together: a shorter horizon means a longer input.
+    A short horizon costs less, and teaches motion first. For my_model, the sum of both is constant: a shorter
+    horizon means a longer input.
     """
     start, end = knobs.grow_horizon
     n_future = knobs.frames_out
@@ -143,9 +143,9 @@ def horizon(knobs, progress):
 
 
 def load_batch(run, n_past, n_future):
-    """(past, future) in [0, 1], this process's share of a batch. Other sequences are merged into each.
+    """(past, future) in [0, 1], this process's share of a batch.
 
-    Fewer are merged as the horizon grows, and none when all frames are forecast.
+    Overlays: other sequences are merged into each sequence, fewer as the horizon grows, and none at its end.
     """
     knobs, training = run.knobs, run.data.training
     epoch, k = divmod(run.step, run.steps_per_epoch)
@@ -157,7 +157,7 @@ def load_batch(run, n_past, n_future):
     my_share, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
     frames = training[index[my_share]]
     fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
-    # drawn for the whole batch, so that it does not depend on how many processes share it
+    # chosen for the whole batch, so that any number of processes merges the same sequences
     for others in rng.integers(len(training), size=(math.ceil(knobs.overlay * fraction_left), len(index))):
         frames = torch.maximum(frames, training[others[my_share]])
     frames = to_device(frames[:, : n_past + n_future], run.device).float() / 255
@@ -173,7 +173,7 @@ def ssim_loss(logits, truth):
 
 
 def train(run, optimizers):
-    """From run.step to run.steps."""
+    """Train until the last step. `run` (support/run.py) counts steps, evaluates and saves."""
     knobs, model, device = run.knobs, run.model, run.device
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     run.start_clock()
@@ -183,10 +183,11 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: from the middle of frames_in on, also forecast the next input frame
+        # dense targets: later input frames are forecast, too, from those before them
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
-        torch.manual_seed(knobs.seed + run.step * WORLD_SIZE + RANK)  # a network with dropout resumes exactly
+        # of dropout, if you add it
+        torch.manual_seed(knobs.seed + run.step * WORLD_SIZE + RANK)
         net.train()
         with run.autocast():
             logits = net(past, n_future, *draw_from).float()

@@ -1,7 +1,7 @@
 """What each number means (the metrics), and what a forecast without a network scores (the baselines).
 
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
-the prediction and y the truth. A curve (T,) has one value a frame position, a mean over the sequences. The
+the prediction and y the truth. A curve (T,) has one value per frame, a mean over the sequences. The
 number in a table is the mean of its curve. Metrics compute in float64.
 """
 
@@ -129,7 +129,7 @@ def optical_flow(past, n_future):
     """(B, T, C, H, W) → (B, n_future, C, H, W): the motion between the last two frames goes on.
 
     OpenCV's dense flow (DIS, https://arxiv.org/abs/1603.03590) on the mean of the channels, then backward
-    warping once a frame. The flow is warped with the frame: a fixed flow would stop at the object's edge.
+    warping once per frame. The flow is warped with the frame: a fixed flow would stop at the object's edge.
     """
     _check("past", past)
     _, T, C, H, W = past.shape

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def advect(frames, weights, patch_size):
-    """Move each patch: a weighted mean of the K² shifted patches around it, in one-pixel steps.
+    """Replace each patch by a weighted mean of the K² patches whose places differ by up to max_motion pixels.
 
     frames (N, C, H, W), weights (N, H/P, W/P, K²) → (N, C, H, W). Beyond the border all is black.
     After the dynamic neural advection of Finn et al. (2016), https://arxiv.org/abs/1605.07157.
@@ -26,7 +26,7 @@ def advect(frames, weights, patch_size):
 
 
 def matching_costs(frames, before, patch_size, max_motion):
-    """Squared difference of each patch to the frame before, for each move → (N, H/P, W/P, K²)."""
+    """For each patch and move, the squared difference to the pixels it came from → (N, H/P, W/P, K²)."""
     H, W = frames.shape[-2:]
     K = 2 * max_motion + 1
     before = F.pad(before, [max_motion] * 4)
@@ -42,13 +42,13 @@ def matching_costs(frames, before, patch_size, max_motion):
 def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     """Probability of each move of each patch: frames and before (N, C, H, W) → (N, K², H/P, W/P).
 
-    before: the frame that precedes each.
-
-    Squared differences are summed over the patch and its eight neighbors; then a softmax of minus the sums.
-    One patch alone often has the aperture problem: motion along a straight edge cannot be seen.
+    before: for each frame, the one that precedes it. Squared differences are summed over the patch and its
+    eight neighbors; then a softmax of minus the sums. One patch alone often has the aperture problem: motion
+    along a straight edge cannot be seen.
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too imprecise for the argument of exp
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
     cost = costs(frames, before, patch_size, max_motion)
     means = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
-    return (-9 * means).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
+    sums = 9 * means
+    return (-sums).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis

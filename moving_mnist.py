@@ -101,7 +101,7 @@ class MovingMNIST(Sequences):
 
 
 class FreshMovingMNIST:
-    """n new sequences an epoch, generated from `digits` as by `generate`; the interface of Sequences."""
+    """n new sequences per epoch, generated from `digits` as by `generate`; the interface of Sequences."""
 
     shape = (20, 1, 64, 64)
 

@@ -5,13 +5,13 @@ states to a second stack (the forecaster), which unrolls the future. One convolu
 `EncoderForecaster()` is that network.
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
-- The model returns logits, so that the cross-entropy stays exact where a pixel is certain.
-- Untrained forecasts are nearly black or, with motion, the blurred last frame.
+- The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
+- The head's last biases make untrained forecasts nearly black or, with motion, the blurred last frame.
 - `head_channels`: hidden layers in the head. A linear head cannot shift pixels by a state-dependent amount.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. When a digit bounces, its far end must reverse, too.
+- `dilation`: the upper layers see farther. When one end of a digit meets a wall, the other turns, too.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
-- `equivariant`: flip or transpose a layer's input, and its output does the same. Needs less data.
+- `equivariant`: flip or transpose a layer's input, and its output follows. Needs less data.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch size.
 """
@@ -24,7 +24,7 @@ from torch import nn
 
 from motion import advect, block_match, matching_costs
 
-MOTION_CHANNELS = 16  # encode the measured motion
+MOTION_CHANNELS = 16  # in which the encoder gets the measured motion
 
 
 def new_kernel(n_in, n_out, size):
@@ -40,7 +40,7 @@ class ConvLSTMCell(nn.Module):
     f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
     o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
 
-    A peephole Wc has one number a channel, shared over space, so H and W stay free.
+    A peephole Wc has one number per channel, as the paper's parameter counts have it, so H and W stay free.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -79,7 +79,7 @@ class ConvLSTMCell(nn.Module):
 
 
 class ConvLSTM(nn.Module):
-    """One layer over time: the cell, once a frame, or a fast function that gives the same numbers.
+    """One layer over time: the cell, once per frame, or a fast function that gives the same numbers.
 
     `fast` is None until `support.fast.attach` sets it. With `--no_fast`, every frame goes through the cell.
     """
@@ -132,12 +132,10 @@ class EncoderForecaster(nn.Module):
         peephole=True,
         head_channels=(),  # hidden layers of the head: the first 3×3, the others 1×1
         feedback=False,  # True: no second stack
-        max_motion=0,  # the largest, in pixels a frame, that is measured and applied
+        max_motion=0,  # the largest, in pixels per frame, that is measured and applied
         equivariant=False,
     ):
         super().__init__()
-        if 0 in (*hidden_channels, *head_channels):
-            raise ValueError(f"a layer has no channels: hidden {hidden_channels}, head {head_channels}")
         if max_motion and not feedback:
             raise ValueError(f"max_motion is {max_motion}; without feedback, as in the paper, it has to be 0")
         self.channels, self.patch_size, self.max_motion = channels, patch_size, max_motion
@@ -157,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with motion also the gain of the moved frame, and the weights of the moves
+        # logits; with motion also the moved frame's factor for each pixel, and a weight for each move
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -172,7 +170,7 @@ class EncoderForecaster(nn.Module):
             self.make_kernels_equivariant()
 
     def make_kernels_equivariant(self):
-        """Make all kernels equivariant, given how flips permute channels. Biases and peepholes are not."""
+        """Make all kernels equivariant (see FLIPS below). Biases and peepholes are not constrained."""
         pixels = [square(self.patch_size)] * self.channels
         moves, below = [square(2 * self.max_motion + 1)], pixels
         if self.max_motion:
@@ -185,7 +183,7 @@ class EncoderForecaster(nn.Module):
                     make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
                 make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
                 below = hidden
-        below = [place for layer in self.encoder for place in directions(layer.cell.hidden_channels)]
+        below = [s for layer in self.encoder for s in directions(layer.cell.hidden_channels)]
         *convolutions, draw = (layer for layer in self.head if isinstance(layer, nn.Conv2d))
         for convolution in convolutions:
             hidden = directions(convolution.out_channels)
@@ -199,38 +197,33 @@ class EncoderForecaster(nn.Module):
         Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
         self.check(past, n_future)
-        last = past.shape[1] - 1
-        black = torch.zeros_like(past[:, :1])
-        encoded, states = self.encode(past, black, [None] * len(self.encoder))
+        encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
             if draw_from is not None:  # the state after each input frame draws the next
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)
-        start = last if draw_from is None else draw_from
+        start = past.shape[1] - 1 if draw_from is None else draw_from
         logits, frame = [self.draw([h[:, start:] for h in encoded], past[:, start:])], past[:, -1:]
-        for _ in range(n_future - 1):  # the last input frame has drawn the first forecast frame
-            before, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
-            hidden_states, states = self.encode(frame, before, states)
+        for _ in range(n_future - 1):  # the first forecast frame is already drawn
+            first_before, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
+            hidden_states, states = self.encode(frame, first_before, states)
             logits.append(self.draw(hidden_states, frame))
         return torch.cat(logits, 1)
 
-    def encode(self, frames, before, states):
-        """Run the encoder over frames (B, T, C, H, W); before: the frame that precedes them."""
+    def encode(self, frames, first_before, states):
+        """Run the encoder over frames (B, T, C, H, W); first_before precedes the first of them."""
         x = F.pixel_unshuffle(frames, self.patch_size)  # (B, T, C·P², H/P, W/P)
         if self.max_motion:
-            before = torch.cat((before, frames[:, :-1]), 1).flatten(0, 1)
+            before = torch.cat((first_before, frames[:, :-1]), 1).flatten(0, 1)
             options = self.patch_size, self.max_motion, self.matching_costs
             move_probabilities = block_match(frames.flatten(0, 1), before, *options)
             x = torch.cat((x, self.motion(move_probabilities).unflatten(0, frames.shape[:2])), 2)
         return unroll(self.encoder, x, states, frames.shape[1])
 
     def draw(self, hidden_states, frames=None):
-        """Hidden states of each layer (B, T, Ch, H/P, W/P) → logits of the next frames (B, T, C, H, W).
-
-        frames: the inputs (B, T, C, H, W).
-        """
+        """Hidden states of each layer (B, T, Ch, H/P, W/P), frames → logits of the next (B, T, C, H, W)."""
         B, T = hidden_states[0].shape[:2]
         # time before batch, as support/fast has them in memory: (T·B, sum of Ch, H/P, W/P)
         images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
@@ -252,18 +245,18 @@ class EncoderForecaster(nn.Module):
         H, W = past.shape[3:]
         if H % self.patch_size or W % self.patch_size:
             raise ValueError(f"frames of {H}×{W} cannot be cut into patches of {self.patch_size}")
-        if past.device.type == "cpu" and past.numel():  # elsewhere this look would stall the device
+        if past.device.type == "cpu" and past.numel():  # a GPU would have to wait for this check
             low, high = past.aminmax()
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"frames have values from {low:.4g} to {high:.4g}; expected 0 to 1")
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# Each channel has a place in a small square: a pixel has its place in the patch, a move its displacement, a
-# hidden channel one of eight directions. A flip of the frame flips these squares, so channels change places.
+# A flip of the frame also permutes channels. A pixel has a place in its patch, and a move has a displacement.
+# Hidden channels come in groups of eight: one filter in eight orientations. Each has its place in a square.
 # A kernel is equivariant if flipping it and permuting its channels leaves it as it is.
-FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # 2·2·2 symmetries
-# Places of the eight hidden channels of a group; -1 = empty. Every symmetry but the identity moves all eight
+FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
+# Places of the eight hidden channels of a group; -1: empty. Each symmetry but the identity moves all eight.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -272,12 +265,12 @@ def square(side):
 
 
 def directions(n):
-    """The squares of n hidden channels: groups of eight. Those left over have no direction."""
+    """The squares of n hidden channels: groups of eight. Those left over stay where they are."""
     return [COMPASS] * (n // 8) + [square(1)] * (n % 8)
 
 
 def permutation(flip, squares):
-    """For each channel, the one that takes its place when all squares flip."""
+    """For each channel, the one that takes its place when all squares are flipped."""
     channels, first = [], 0
     for places in squares:
         channels.append(first + flip(places)[places >= 0])
@@ -286,7 +279,7 @@ def permutation(flip, squares):
 
 
 def symmetric_mean(kernel, permutations):
-    """The mean of a kernel (n_out, n_in, k, k) and its seven transformed copies."""
+    """The mean of the eight transformed copies of a kernel (n_out, n_in, k, k): one flip after the other."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel
@@ -297,7 +290,7 @@ def make_equivariant(kernel, outputs, inputs):
     """Average a kernel over its eight copies, keep its norm, and let a hook average each of its gradients.
 
     outputs, inputs: the squares of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
-    rounding. The hook is lost on a deep copy and on `.to("meta")`.
+    rounding. To train a deep copy, call this again: it has lost the hook.
     """
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
     on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])

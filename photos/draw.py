@@ -73,7 +73,7 @@ def cell(path):
     """One time step: what is convolved, what is multiplied, and where the peepholes look."""
     axes = canvas(11, 5.6)
     axes.text(0.3, 5.3, "ConvLSTMCell: one time step of one layer", fontsize=14, weight="bold", va="center")
-    shapes = "Arrows carry (B, Ch, H, W), H and W in patches; x has C channels, z has 4 Ch."
+    shapes = "Tensors are (B, Ch, H/P, W/P), P: patch size. x has its own channels; z has 4 Ch."
     axes.text(0.3, 4.97, shapes, fontsize=10, color=EDGE, va="center")
     gates = {
         "f": (3.1, "σ", "forget"),
@@ -92,7 +92,7 @@ def cell(path):
     arrow(axes, (1.3, sums), (2.03, sums), label="$W_h *$", color=CONV, above=0.17, size=11)
     arrow(axes, (1.3, 0.45), (2.2, 0.45), (2.2, sums - 0.17), color=CONV)
     axes.text(1.7, 0.62, "$W_x *$", ha="center", va="center", fontsize=11, color=CONV)
-    cut = "z, with the bias: (B, 4 Ch, H, W), split into four in the order i, f, o, g"
+    cut = "z, with the bias: (B, 4 Ch, H/P, W/P), split into four in the order i, f, o, g"
     axes.text(2.45, sums - 0.2, cut, fontsize=9, color=EDGE, va="center")
     axes.plot((2.37, 8.1), (sums, sums), color=INK, lw=1.2)
     for name, (x, function, words) in gates.items():
@@ -157,7 +157,7 @@ def encoder_forecaster(path):
     ours = "The default of main.py: feedback, motion, and more"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.15, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
-    key = "boxes of one name and color share weights, in each diagram"
+    key = "in each diagram, boxes with the same name and color share weights"
     axes.text(12.7, 8.8, key, fontsize=11, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
@@ -218,14 +218,18 @@ def encoder_forecaster(path):
             violet = "#6a4c93"
             arrow(axes, (1.95, y - 0.85), (3.0, y - 0.85), (3.0, y - 0.24), color=violet)
             axes.text(
-                0.95, y - 1.2, "block matching: motion since the frame before", fontsize=11, color=violet
+                0.95,
+                y - 1.2,
+                "block matching (at every step): motion since the frame before",
+                fontsize=11,
+                color=violet,
             )
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
-        "frame (B, 1, 64, 64)  →  4×4 patches (B, 16, 16, 16)  →  each layer's $h$ and $c$ (B, Ch, 16, 16)\n"
+        "frame (B, 1, 64, 64)  →  patches of 4×4 pixels (B, 16, 64/4, 64/4)  →  each $h$ and $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
         "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 81 more outputs:\n"
-        "the gain of the moved frame, and the weights of 9×9 moves"
+        "a factor for each pixel of the moved frame, and a weight for each of 9×9 moves"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

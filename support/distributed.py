@@ -45,7 +45,7 @@ def check_gpu(device):
     """Whether the GPU multiplies bf16, and why. Raises UserError if it cannot be used."""
     if (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
         raise UserError(
-            f"process {LOCAL_RANK + 1} finds {gpus} GPUs; start one process a GPU: --nproc_per_node={gpus}"
+            f"process {LOCAL_RANK + 1} finds {gpus} GPUs; start one process per GPU: --nproc_per_node={gpus}"
         )
     try:
         torch.cuda.set_device(device)

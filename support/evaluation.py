@@ -56,7 +56,7 @@ def split_frames(frames, frames_in, frames_out, device="cpu"):
 def evaluate(task, dataset, names, index=None):
     """name → mean of metrics.<name> over the dataset, or over its sequences in index.
 
-    That is a curve over the frames, for the cross-entropy one value, for "mse_per_sequence" one a sequence.
+    That is a curve over the frames, for the cross-entropy one value, for "mse_per_sequence" one per sequence.
     """
     index = np.arange(len(dataset)) if index is None else index
     sizes = {CROSS_ENTROPY: 1, EACH: len(index)}
@@ -181,7 +181,7 @@ def describe_error(forecast, truth):
 
 
 def score_beyond_training(folder, name, task, patch_size):
-    """What training never showed: case → the model and each baseline → MSE a frame. Draws each case.
+    """What training never showed: case → the model and each baseline → MSE of each frame. Draws each case.
 
     Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
     """
@@ -195,7 +195,7 @@ def score_beyond_training(folder, name, task, patch_size):
     cases = {
         triple: {"n_frames": task.frames_in + 3 * task.frames_out},
         "three digits": {"n_digits": 3},
-        # on the larger canvas, a digit moves as many pixels a frame as on 64×64
+        # on the larger canvas, a digit moves as many pixels per frame as on 64×64
         f"{large}×{large} pixels": {"size": large, "step": 0.1 * (64 - 28) / (large - 28)},
     }
     for case, changes in cases.items():
@@ -302,7 +302,7 @@ def label_runs(runs):
 
 
 def comparison_table(runs, baselines, left_out):
-    """compare.md: one row a run, the lowest MSE first."""
+    """compare.md: one row per run, the lowest MSE first."""
     columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
     lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's.", ""]

@@ -171,7 +171,7 @@ def build_checked(knobs, build, data, device):
     n_frames, channels, height, width = data.training.shape
     if n_frames < knobs.frames_in + knobs.frames_out:
         wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
-        raise UserError(f"{data.name} has {n_frames} frames a sequence, too few for {wanted}")
+        raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
     if min(height, width) < 12:
         raise UserError(f"frames are {height}×{width}; SSIM and optical flow need at least 12×12")
     if not (WORLD_SIZE <= knobs.batch_size <= len(data.training) or knobs.eval_only):

@@ -81,7 +81,7 @@ def test_a_flag_that_means_nothing(words, sentence, capsys):
         ({"eval_only": True}, "eval_only needs weights"),
         ({"kernel_size": 4}, "kernel size 4 is even"),
         ({"patch_size": 5}, "16×16 cannot be cut into patches of 5"),
-        ({"frames_in": 18}, "20 frames a sequence, too few for frames_in 18 and frames_out 4"),
+        ({"frames_in": 18}, "20 frames per sequence, too few for frames_in 18 and frames_out 4"),
         ({"batch_size": 47}, r"batch_size is 47; .*46 \(training sequences\)"),
     ],
     ids=str,

@@ -283,7 +283,6 @@ GRAY = (1, 2, 1, 8, 8)
     ("options", "shape", "value", "message"),
     [
         ({"kernel_size": 3, "state_kernel_size": 2}, GRAY, 0, "kernel size 2 is even; use an odd one"),
-        ({"head_channels": (0,)}, GRAY, 0, "a layer has no channels"),
         ({"max_motion": 4}, GRAY, 0, "max_motion is 4; without feedback, as in the paper, it has to be 0"),
         ({}, (1, 2, 1, 8, 30), 0, "frames of 8×30 cannot be cut into patches of 4"),
         ({}, (1, 2, 3, 8, 8), 0, r"shape \(1, 2, 3, 8, 8\); expected \(B, T, 1, H, W\)"),

@@ -10,7 +10,7 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
 4. Backward keeps only x, z, h and c, and computes the gates again. The state-to-state weight gradient of all
    frames is one convolution.
 5. Convolutions use Winograd's method where that pays (`winograd.py`). Otherwise oneDNN rearranges the weight
-   once a call, not once a frame.
+   once per call, not once per frame.
 
 T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
 """
