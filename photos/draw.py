@@ -226,7 +226,7 @@ def encoder_forecaster(path):
             )
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
-        "frame (B, 1, 64, 64)  →  patches of 4×4 pixels (B, 16, 64/4, 64/4)  →  each $h$, $c$ (B, Ch, 16, 16)\n"
+        "frame (B, 1, 64, 64)  →  4×4-pixel patches (B, 16, 64/4, 64/4)  →  each $h$, $c$ (B, Ch, 16, 16)\n"
         "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
         "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 81 more outputs:\n"
         "a factor for each pixel of the moved frame, and a weight for each of 9×9 moves"
