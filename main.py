@@ -8,7 +8,7 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (first: keeps a copy of the code, which you may edit meanwhile)
+from support import sources  # noqa: F401 (first: copies the code, so that you can edit it during a run)
 
 # isort: split
 import math
@@ -40,26 +40,26 @@ class Knobs:  # its docstring and comments are the text of --help
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # up to this many others merged into each sequence; -1: 2 for Moving MNIST, else 0
+    overlay: int = -1  # most sequences merged into each one; -1 = 2 for Moving MNIST, else 0
     # Model
-    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network: see build
+    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; each patch is one position of the states. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: none to 512
     max_motion: int = 4  # largest motion, in pixels per frame, that is measured and applied; 0 = none
-    equivariant: bool = True  # if a layer's input is flipped, so is its output. Best with 8, 16, … channels
+    equivariant: bool = True  # kernels that respect flips and transposition. Use multiples of 8 channels
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 27
     max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # when the forecast grows to all frames: parts of training
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast grows to all frames from … to … of training
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
-    name: str = ""  # this run's folder in results/; empty = a name after the model or the weights
+    name: str = ""  # this run's folder in results/; empty = the name of the model or the weights
     eval_only: bool = False  # train nothing: score and draw --weights
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
@@ -130,8 +130,8 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon costs less, and teaches motion first. For my_model, the sum of both is constant: a shorter
-    horizon means a longer input.
+    A short horizon teaches motion first. It costs less, too, as forecast frames are computed one by one. For
+    my_model, the sum of both is constant: a shorter horizon means a longer input.
     """
     start, end = knobs.grow_horizon
     n_future = knobs.frames_out
@@ -145,7 +145,7 @@ def horizon(knobs, progress):
 def load_batch(run, n_past, n_future):
     """(past, future) in [0, 1], this process's share of a batch.
 
-    Overlays: other sequences are merged into each sequence, fewer as the horizon grows, and none at its end.
+    Overlays: other sequences are merged into each sequence, fewer as the horizon grows, none when it is full.
     """
     knobs, training = run.knobs, run.data.training
     epoch, k = divmod(run.step, run.steps_per_epoch)
@@ -186,7 +186,7 @@ def train(run, optimizers):
         # dense targets: later input frames are forecast, too, from those before them
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
-        # of dropout, if you add it
+        # seeds dropout, if there is any
         torch.manual_seed(knobs.seed + run.step * WORLD_SIZE + RANK)
         net.train()
         with run.autocast():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def advect(frames, weights, patch_size):
-    """Replace each patch by a weighted mean of the K² patches whose places differ by up to max_motion pixels.
+    """Replace each patch by a weighted mean of the K² patches at most max_motion pixels away, in x and in y.
 
     frames (N, C, H, W), weights (N, H/P, W/P, K²) → (N, C, H, W). Beyond the border all is black.
     After the dynamic neural advection of Finn et al. (2016), https://arxiv.org/abs/1605.07157.
@@ -26,7 +26,7 @@ def advect(frames, weights, patch_size):
 
 
 def matching_costs(frames, before, patch_size, max_motion):
-    """For each patch and move, the squared difference to the pixels it came from → (N, H/P, W/P, K²)."""
+    """For each patch and move, the squared difference to where it would come from → (N, H/P, W/P, K²)."""
     H, W = frames.shape[-2:]
     K = 2 * max_motion + 1
     before = F.pad(before, [max_motion] * 4)

@@ -6,12 +6,12 @@ states to a second stack (the forecaster), which unrolls the future. One convolu
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- The head's last biases make untrained forecasts nearly black or, with motion, the blurred last frame.
-- `head_channels`: hidden layers in the head. A linear head cannot shift pixels by a state-dependent amount.
+- Initial output biases: untrained forecasts are nearly black or, with motion, the last frame, blurred.
+- `head_channels`: hidden layers in the head. A linear head cannot let the states decide how far to shift.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. When one end of a digit meets a wall, the other turns, too.
+- `dilation`: the upper layers see farther. At a wall, a digit's far end must turn at the same time.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
-- `equivariant`: flip or transpose a layer's input, and its output follows. Needs less data.
+- `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch size.
 """
@@ -40,7 +40,7 @@ class ConvLSTMCell(nn.Module):
     f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
     o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
 
-    A peephole Wc has one number per channel, as the paper's parameter counts have it, so H and W stay free.
+    A peephole Wc has one number per channel, as the paper's parameter counts say: any frame size works.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -155,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with motion also the moved frame's factor for each pixel, and a weight for each move
+        # logits; with motion also a gain of the moved frame per pixel, and a weight per move
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -213,7 +213,7 @@ class EncoderForecaster(nn.Module):
         return torch.cat(logits, 1)
 
     def encode(self, frames, first_before, states):
-        """Run the encoder over frames (B, T, C, H, W); first_before precedes the first of them."""
+        """Run the encoder over frames (B, T, C, H, W); first_before is the frame before them."""
         x = F.pixel_unshuffle(frames, self.patch_size)  # (B, T, C·P², H/P, W/P)
         if self.max_motion:
             before = torch.cat((first_before, frames[:, :-1]), 1).flatten(0, 1)
@@ -252,11 +252,11 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also permutes channels. A pixel has a place in its patch, and a move has a displacement.
-# Hidden channels come in groups of eight: one filter in eight orientations. Each has its place in a square.
-# A kernel is equivariant if flipping it and permuting its channels leaves it as it is.
+# A flip of the frame also permutes channels: those of a patch's pixels, those of the moves, and hidden ones,
+# which come in groups of eight, one filter in eight orientations. Squares say which channel is where, so that
+# flipping the squares gives the permutation. A kernel is equivariant if a flip with it leaves it as it is.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# Places of the eight hidden channels of a group; -1: empty. Each symmetry but the identity moves all eight.
+# Places of a group's eight hidden channels; -1: empty. All symmetries but the identity move all eight.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -265,12 +265,12 @@ def square(side):
 
 
 def directions(n):
-    """The squares of n hidden channels: groups of eight. Those left over stay where they are."""
+    """Squares of n hidden channels, eight in each. A flip leaves the last n % 8 where they are."""
     return [COMPASS] * (n // 8) + [square(1)] * (n % 8)
 
 
 def permutation(flip, squares):
-    """For each channel, the one that takes its place when all squares are flipped."""
+    """For each channel, the index of the channel that replaces it in a flip."""
     channels, first = [], 0
     for places in squares:
         channels.append(first + flip(places)[places >= 0])
@@ -290,7 +290,7 @@ def make_equivariant(kernel, outputs, inputs):
     """Average a kernel over its eight copies, keep its norm, and let a hook average each of its gradients.
 
     outputs, inputs: the squares of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
-    rounding. To train a deep copy, call this again: it has lost the hook.
+    rounding. A deep copy loses the hook: call this on it to train.
     """
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
     on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])

@@ -157,7 +157,7 @@ def encoder_forecaster(path):
     ours = "The default of main.py: feedback, motion, and more"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.15, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
-    key = "in each diagram, boxes with the same name and color share weights"
+    key = "in each diagram, the same layer has the same weights at every step"
     axes.text(12.7, 8.8, key, fontsize=11, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
