@@ -70,17 +70,18 @@ def table():
 def draw(path, widest=15):
     """A bar for each row: the mean over the seeds, a dot for each seed. Bars are cut at `widest`."""
     names = ranking()[::-1]
-    figure = Figure(figsize=(8, 0.9 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(9.5, 0.9 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     for y, name in enumerate(names):
         worth = mean(differences(name))
         axes.barh(y, min(worth, widest), color="#0b6e99")
         seeds = [difference for difference in differences(name) if difference < widest]
         axes.plot(seeds, [y] * len(seeds), "o", color="#e08e0b", ms=4)
-        end = max(0, *differences(name)) if worth < widest else widest - 1.8
-        words = f"{worth:+.1f}" if worth < widest else f"{worth:+.1f} →"
-        color = "white" if worth > widest else "black"
-        axes.text(end + 0.15, y, words, va="center", fontsize=9, color=color)
+        if worth < widest:
+            axes.text(max(0, *differences(name)) + 0.15, y, f"{worth:+.1f}", va="center", fontsize=9)
+        else:
+            look = {"va": "center", "ha": "right", "fontsize": 9, "color": "white"}
+            axes.text(widest - 0.15, y, f"{worth:+.1f} →", **look)
     axes.axvline(0, color="black", lw=1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
