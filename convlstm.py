@@ -34,8 +34,8 @@ class ConvLSTMCell(nn.Module):
         kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in kernel):
             raise ValueError(
-                f"kernel size {kernel_size} is neither an odd number nor a pair (kh, kw) of odd numbers, "
-                "which frames need to keep their size"
+                f"kernel size is {kernel_size}; expected an odd number or a pair (kh, kw) of odd numbers, "
+                "so that frames keep their size"
             )
         self.hidden_dim = hidden_dim
         padding = (kernel[0] // 2, kernel[1] // 2)

@@ -85,7 +85,7 @@ def download(url, part):
 
 
 def read_verified(path, file):
-    """The content, unzipped if it is gzip. Raises DownloadError if it is not that of the file."""
+    """The content, unzipped if it is gzip. Raises DownloadError if its md5 is another."""
     with open(path, "rb") as packed:
         zipped = packed.read(2) == b"\x1f\x8b"
     with (gzip.open if zipped else open)(path, "rb") as unpacked:

@@ -28,7 +28,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "text.parse_math": False,  # a $ in a file's name is a dollar
 }
-styled = matplotlib.style.context(STYLE, after_reset=True)  # a notebook and these pictures keep their own
+styled = matplotlib.style.context(STYLE, after_reset=True)  # the user's style and ours do not mix
 
 
 def to_png(figure, title=""):
@@ -50,7 +50,7 @@ def to_png(figure, title=""):
 
 @styled
 def loss(history, baselines, phases, title):
-    """The loss curve. history: rows of log.csv, of which some have a validation loss.
+    """Loss and validation MSE. history: rows of log.csv, of which some have a validation loss.
 
     baselines: name → MSE. phases: (epoch, what training does from there on), in order.
     """
@@ -152,9 +152,10 @@ def prediction(past, truth, forecast, title):
 
 @styled
 def grid(rows, title, most=10):
-    """rows: name → (number of its first frame, or words for each; frames). Of more than `most` frames, some.
+    """rows: name → (labels, frames). labels: the number of the first frame, or words for each.
 
-    All frames are one image, which has the pixels of the PNG. Axes for each would take ten times as long.
+    At most `most` frames of a row are drawn, evenly chosen. All are pasted into one image with the pixels of
+    the PNG. One Axes per frame would take ten times as long.
     """
     height, width = np.shape(next(iter(rows.values()))[1])[-2:]
     scale = max(1, -(-128 // width))

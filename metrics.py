@@ -80,11 +80,11 @@ def ssim_openstl(prediction, truth):
 
 
 def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
-    """SSIM of every window: (…, H, W) twice → (…, H − k + 1, W − k + 1), in the dtype of x; gradients pass.
+    """SSIM of every window: x and y (…, H, W) → (…, H − k + 1, W − k + 1), in the dtype of x.
 
-    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. Not in bf16 or TF32: their
-    rounding spoils variances. The window is separable, so two products with matrices (n − k + 1, n) slide it
-    along both axes. On a CPU this is a few times as fast as a convolution.
+    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. Do not call it in bf16 or
+    TF32: rounding spoils the variances. The window is separable, so two products with matrices
+    (n − k + 1, n) slide it along both axes. On a CPU this is a few times as fast as a convolution.
     """
     (H, W), k = y.shape[-2:], len(window)
     if min(H, W) < k:
@@ -98,7 +98,7 @@ def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
     return (2 * mxy + c1) * (2 * covariance + c2) / ((mxx_myy + c1) * (variances + c2))
 
 
-@functools.lru_cache(100)  # as a copy to a GPU waits for all that it computes
+@functools.lru_cache(100)  # each copy to a GPU would wait for its queued work
 @torch.inference_mode(False)  # the next call may need gradients
 def sliding(n, window, dtype, device):
     """The matrix (n - k + 1, n) that slides a window of k numbers along n pixels."""
@@ -135,11 +135,11 @@ def optical_flow(past, n_future):
     _, T, C, H, W = past.shape
     if T < 2 or min(H, W) < 12:
         raise ValueError(f"optical flow needs 2 past frames of at least 12 × 12 pixels, not {T} of {H} × {W}")
-    last_two = past[:, -2:].float().cpu()  # where OpenCV computes
+    last_two = past[:, -2:].float().cpu()  # OpenCV computes on the CPU
     grey = (last_two.mean(2) * 255).round().byte().numpy()
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flow = torch.stack([torch.from_numpy(dis.calc(last, before, None)) for before, last in grey])
-    flow = flow.movedim(-1, 1)  # (B, 2, H, W): how far away a pixel came from, x and y
+    flow = flow.movedim(-1, 1)  # (B, 2, H, W): offset, in x and y, to where a pixel came from
     moving = torch.cat([last_two[:, -1], flow], 1)  # (B, C + 2, H, W)
     pixel = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"), -1)
     size = torch.tensor([W, H])

@@ -65,7 +65,7 @@ class Sequences:
         """Nothing to do: every epoch has the same sequences."""
 
     def fit_on_gpu(self, device):
-        """Move to an NVIDIA GPU with five times the memory."""
+        """Move to an NVIDIA GPU if its free memory is five times the data."""
         if device.type == "cuda" and 5 * self.frames.nbytes < torch.cuda.mem_get_info(device)[0]:
             self.frames = torch.from_numpy(self.frames).to(device)
 
@@ -83,8 +83,10 @@ class Sequences:
 
 
 class MovingMNIST(Sequences):
-    """One split of an array (T, N, C, H, W), or of the one at a path. Of the official array, they have 8,100,
-    900 and 1,000 sequences, as in Earthformer's protocol."""
+    """One split of an array (T, N, C, H, W), or of the array at a path.
+
+    The official array's splits have 8,100, 900 and 1,000 sequences, as in Earthformer's protocol.
+    """
 
     def __init__(self, array, split, sequences=0, name="this data"):
         array = array if isinstance(array, np.ndarray) else open_array(array)
@@ -115,7 +117,7 @@ class FreshMovingMNIST:
         self.positions = trajectories(rng, self.n)
 
     def fit_on_gpu(self, device):
-        """It is made on the CPU."""
+        """Nothing to do: frames are made on the CPU."""
 
     def __len__(self):
         return self.n
@@ -128,7 +130,7 @@ def trajectories(rng, n, n_frames=20, n_digits=2, step=0.1):
     """Positions (n, n_frames, n_digits, 2) in [0, 1]², as Srivastava et al. (2015) generate them.
 
     Uniform start and direction, constant step. In each frame, a digit steps first. If it leaves, it is put
-    back on the wall and turns around: no mirror, as the overshoot is dropped. Then its position is recorded.
+    back on the wall, its overshoot is dropped, and its velocity is reflected. Then its position is recorded.
     """
     position = rng.random((n, n_digits, 2))
     angle = rng.random((n, n_digits)) * 2 * np.pi
@@ -182,14 +184,14 @@ def load_data(data, train_sequences, seed, n_frames, video):
         array, name = moving_mnist_array()
     else:
         path, name = Path(data), Path(data).name or Path(data).resolve().name
-        if not name.isprintable():  # or log.csv could not hold it
+        if not name.isprintable():  # it stands in pictures and tables
             raise UserError(f"{name!a} is a name with characters that cannot be printed; rename it")
         array = open_array(path) if path.suffix == ".npy" else read_videos(path, n_frames, *video)
     if data == "fresh":
         held_out, digits = training_digits()
         training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
         validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
-        # training sees no sequence of the official array, but the digits of the stand-in
+        # training sees no sequence of the official array; of the stand-in, only the test digits are new
         test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
         if test.shape != training.shape:
             raise UserError(f"{name} has sequences {test.shape}, not {training.shape}; move it away")
@@ -206,7 +208,7 @@ def find_oddities(array):
     T, N = array.shape[:2]
     some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
     along_time, along_sequences = (np.abs(np.diff(some, axis=axis)).mean() for axis in (0, 1))
-    if along_time > along_sequences:  # neighboring frames are more alike than two sequences
+    if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
         yield f"read as {T:,} frames of {N:,} sequences: is N first? Expected time first, (T, N, H, W)"
     if some.max() <= 1:
         yield f"no value is above {some.max()}: expected grey levels from 0 to 255"
@@ -215,7 +217,7 @@ def find_oddities(array):
 
 
 def moving_mnist_array():
-    """(array, name): the official array, your own in its place, or without internet the stand-in."""
+    """(array, name): the official array, your own in its place, or the stand-in."""
     path, stand_in = RAW / ARRAY.name, RAW / "moving_mnist_standin.npy"
     if os.path.exists(path) and not has_size(path, ARRAY.size):
         return open_array(path), path.name

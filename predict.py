@@ -1,4 +1,4 @@
-"""Forecast frames of your own: a .npy, a video, or a folder of images. No ground truth is needed.
+"""Forecast how your own frames go on: a .npy, a video, or a folder of images. No ground truth is needed.
 
 python predict.py my_frames.npy
 python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
@@ -63,9 +63,9 @@ def read_frames(path, most):
 
 
 def fit_to_model(frames, model):
-    """Frames (N, T, H, W, C) as the model reads them: (N, T, C, H, W), its channels and patches."""
+    """(N, T, H, W, C) → (N, T, C, H, W) with the model's channels, resized to whole patches."""
     channels, patch = model.channels, getattr(model, "patch_size", 1)
-    if frames.shape[-1] != channels:  # grey as training has it of videos
+    if frames.shape[-1] != channels:  # the same grey as of training videos
         frames = frames @ np.float32([[0.299], [0.587], [0.114]]) if channels == 1 else frames.repeat(3, -1)
     N, T, H, W = frames.shape[:4]
     size = [max(patch, round(n / patch) * patch) for n in (W, H)]
@@ -73,7 +73,7 @@ def fit_to_model(frames, model):
         print(f"resized   from {H}×{W} to {size[1]}×{size[0]}, a multiple of the patch size {patch}")
         frames = frames.reshape(N * T, H, W, -1)
         frames = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
-    frames = frames.clip(0, 1).reshape(N, T, size[1], size[0], channels)  # 1, where rounding went beyond
+    frames = frames.clip(0, 1).reshape(N, T, size[1], size[0], channels)  # rounding may exceed 1
     return torch.from_numpy(frames).movedim(-1, 2)
 
 
@@ -83,7 +83,7 @@ def predict(
     frames: int = 10,
     out: Path = Path("forecast"),
 ):
-    """Forecast frames of your own: a .npy, a video, or a folder of images.
+    """Forecast how your own frames go on: a .npy, a video, or a folder of images.
 
     Args:
         source: .npy of (T, H, W), (T, H, W, C) or (N, T, H, W); a video; a folder of images in order.

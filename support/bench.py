@@ -1,9 +1,9 @@
-"""How fast: the paper's network and that of main.py, the reference, and the paper's convolutions alone.
+"""Time the paper's network, the default of main.py, the reference, and the paper's convolutions alone.
 
     python -m support.bench    prints a table and writes bench.json
 
-Contenders take turns, and each one's median counts. Compare times of one run only. The reference has no
-peepholes, and it convolves zeros. An NVIDIA GPU is used if there is one. Steps forecast 10 of 20 frames.
+Contenders take turns; the median of each is printed. Compare times of one run only. The reference has no
+peepholes, and it convolves zeros. A step reads 10 frames and forecasts 10, on an NVIDIA GPU if there is one.
 """
 
 import json
@@ -52,7 +52,7 @@ def make_step(name, dtype, device, batch, frames=10, training=True):
 
 
 def paper_convolutions(batch, frames=10, hidden_channels=PAPER["hidden_channels"], pixels=16):
-    """For each kernel: channels in, channels out, images, images at once, whether it passes a gradient on."""
+    """For each kernel: channels in, channels out, images, images per call, does its input need a gradient."""
     n_all, found = batch * frames, []
     for first in (pixels, 0):  # encoder, forecaster
         for n_in, n in zip((first, *hidden_channels[:-1]), hidden_channels, strict=True):
@@ -108,7 +108,7 @@ def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)
     facts = {"machine": f"{platform.system()} {machine}", "threads": torch.get_num_threads()}
     facts |= {"torch": torch.__version__, "rounds": rounds, "rows": []}
     print("{machine}, {threads} threads, torch {torch}".format(**facts))
-    print(f"{'work':15}{'batch':>6}  {'':32}{'ms':>9}{'sequences/s':>13}{'of the first':>14}")
+    print(f"{'work':15}{'batch':>6}  {'':32}{'ms':>9}{'sequences/s':>13}{'speed-up':>14}")
     for work, n in ("training step", batch), *(("forecast", n) for n in forecasts):
         functions, training = {}, work == "training step"
         for label, d in dtypes.items():

@@ -58,10 +58,10 @@ def save(path, state):
     """torch.save with a checksum, whole or not at all. Refuses weights that are not finite."""
     if not all(weight.isfinite().all() for weight in state["model"].values()):
         raise FloatingPointError(f"weights are not finite, and {path} was left as it is; lower learning_rate")
-    # to memory first: straight to a file, torch.save hides a full disk behind an error about positions
+    # to memory first: when it writes a file, torch.save reports a full disk as an unrelated error
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    content = buffer.getvalue()  # ends with the length of the comment, 0
+    content = buffer.getvalue()  # a zip archive ends with the length of its comment, here 0
     comment = hashlib.sha256(content).hexdigest().encode()
     write_atomic(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
 
@@ -95,7 +95,7 @@ def load_weights(model, state, path):
 
 
 def report_edits(model, state, path):
-    """Print it if weights of an earlier run, just loaded, now forecast something else."""
+    """Print a line if the loaded weights forecast something else than when they were saved."""
     if (before := state.get("fixed_forecast")) is None:
         return
     now = fixed_forecast(model, state["channels"])
@@ -144,7 +144,7 @@ def lock_folder(folder, wait=False):
 
 
 def remove_strays(folder):
-    """Remove what killed runs left half written."""
+    """Remove half-written files that killed runs left behind."""
     for pattern in ("*.[0-9]*.tmp", "source/*.[0-9]*.tmp"):
         for stray in Path(folder).glob(pattern):
             with suppress(OSError):

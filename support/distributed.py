@@ -83,7 +83,7 @@ def init_distributed(device):
 
 
 def to_device(tensor, device):
-    """A copy on the device. From pinned memory, a GPU takes it without a wait for what it computes."""
+    """The tensor on the device. From pinned memory, the copy does not wait for the GPU's queued work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -130,13 +130,13 @@ def exit_process(status, message=None):
 def stop(signum, frame):
     """Handle Ctrl-C and SIGTERM: say how to continue, and unwind."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # the second time, at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     if RANK == 0:
         join = subprocess.list2cmdline if os.name == "nt" else shlex.join
         command = join(sys.orig_argv) if WORLD_SIZE == 1 else "the same torchrun command"
         with suppress(OSError):  # a closed pipe
             # os.write, as print may be interrupted in its middle
-            os.write(2, os.fsencode(f"\nstopped; this continues: {command}\n"))
+            os.write(2, os.fsencode(f"\nstopped; to continue, run: {command}\n"))
     raise SystemExit(128 + signum)
 
 
@@ -163,7 +163,7 @@ def run_script(function, out_of_memory_advice=""):
             reason = text or type(error).__name__
             exit_process(1, f"{name}: lost the other processes ({reason}); if one has ended, it says why")
         raise
-    except OSError as error:  # of print: files have sentences of their own
+    except OSError as error:  # from print; errors of files are UserErrors
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         words = f"{name}: cannot print: {error.strerror}. The last checkpoint is intact"

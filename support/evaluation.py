@@ -54,9 +54,9 @@ def split_frames(frames, frames_in, frames_out, device="cpu"):
 
 
 def evaluate(task, dataset, names, index=None):
-    """name → mean of metrics.<name> over the dataset, or over its sequences in index.
+    """name → metrics.<name>, averaged over the dataset, or over its sequences in index.
 
-    That is a curve over the frames, for the cross-entropy one value, for "mse_per_sequence" one per sequence.
+    Most metrics give one value per frame, the cross-entropy one value. "mse_per_sequence" is not averaged.
     """
     index = np.arange(len(dataset)) if index is None else index
     sizes = {CROSS_ENTROPY: 1, EACH: len(index)}
@@ -82,11 +82,12 @@ def mse_curve(task, dataset):
 
 
 def score(name, task, dataset):
-    """(the scores of metrics.json: the model and each baseline → metric → unit, mean and curve; ranking).
+    """Returns (scores, ranking).
 
-    The ranking is the order of the sequences, the best forecast first.
+    scores: model or baseline → metric → unit, mean and curve, as in metrics.json. ranking: the numbers of the
+    sequences, the best forecast first.
     """
-    finite = lambda value: float(value) if value.isfinite() else None  # JSON has no infinity, as of PSNR
+    finite = lambda value: float(value) if value.isfinite() else None  # JSON cannot hold an infinite PSNR
     scores = {}
     for who, forecast in {name: task.forecast, **BASELINES}.items():
         names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY, EACH)
@@ -181,7 +182,7 @@ def describe_error(forecast, truth):
 
 
 def score_beyond_training(folder, name, task, patch_size):
-    """What training never showed: case → the model and each baseline → MSE of each frame. Draws each case.
+    """Score and draw cases unlike the training data → case → model or baseline → MSE of each frame.
 
     Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
     """
@@ -245,7 +246,7 @@ def compare_runs(out, latest, first_sequence):
     """compare.png, compare_strip.png and compare.md in `out`, of all its runs tested on the same data.
 
     latest: the metrics.json of one of them. first_sequence: of the test split, (T, C, H, W) uint8.
-    A single run is not compared.
+    A single run is not compared. Weights that were only scored are left out if their training is there.
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         remove_strays(out)
@@ -284,9 +285,10 @@ def compare_runs(out, latest, first_sequence):
 
 
 def label_runs(runs):
-    """Add to the label of each trained run, its folder, which knobs and lines of code it has.
+    """Extend the label of each trained run by its knobs and edited lines.
 
-    Knobs that are not the default, and what differs from the first run of its model. Not what all runs share.
+    These are knobs that are not the default, and what differs from the first run of its model. What all runs
+    share is left out.
     """
     first = {}
     trained = sorted((run for run in runs if run["is_trained"]), key=lambda run: run["started"])
@@ -302,7 +304,7 @@ def label_runs(runs):
 
 
 def comparison_table(runs, baselines, left_out):
-    """compare.md: one row per run, the lowest MSE first."""
+    """compare.md: one row per run."""
     columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
     lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's.", ""]

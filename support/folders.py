@@ -28,7 +28,7 @@ def describe_identity(knobs, data):
         sha.update(split[np.array([0, len(split) - 1])].numpy())
     values = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
     shape = "×".join(map(str, data.training.shape))
-    words = f"{data.name}, sequences of {shape}, sha256 of five {sha.hexdigest()[:16]}"
+    words = f"{data.name}, sequences of {shape}, sha256 of five sequences {sha.hexdigest()[:16]}"
     asked = {"knobs": values, "data": words, "sources": sources.HASHES}
     if knobs.weights:
         asked["weights"] = hashlib.sha256(Path(knobs.weights).read_bytes()).hexdigest()
@@ -80,7 +80,7 @@ def describe_edit(name, old, new):
 
 
 def read_source(folder, name):
-    """A file as a run has kept it, or of this run (None)."""
+    """A source file as saved in a run's folder; of this run if the folder is None."""
     if folder is None:
         return sources.TEXTS[name]
     path = folder / "source" / Path(name).name
@@ -123,7 +123,7 @@ def choose_folder(out, base, is_named, asked, stack):
     if trained and not asked["knobs"]["eval_only"]:
         name, last = trained[-1]
         changes = describe_changes(asked, last, out / name) or ["only its name"]
-        print(f"new run   differs from {out / name}, which is kept: {', '.join(changes)}", flush=True)
+        print(f"new run   {out / name} is kept; this run differs in: {', '.join(changes)}", flush=True)
     return folder
 
 

@@ -8,7 +8,7 @@ import torch
 class Muon(torch.optim.Muon):
     """torch's Muon on convolution kernels, each as a matrix (output channels, everything else).
 
-    torch computes the steps in bf16, which a CPU without a bf16 unit emulates: most of a training step. Here
+    torch computes the steps in bf16. On a CPU without a bf16 unit, this takes most of a training step. Here
     they are in `dtype`, that of training. In bf16 they equal torch's bit for bit.
     """
 

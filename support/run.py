@@ -25,9 +25,9 @@ from support.distributed import RANK, broadcast, on_rank_0, print0
 from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
 
 FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
-EVALUATIONS = 10  # evenly spaced, after that
+EVALUATIONS = 10  # evenly spaced over training
 LOSSES = 200  # points of the training loss's curve
-TIMED = range(3, 13)  # steps that measure the speed, counted from the start; earlier ones are slower
+TIMED = range(3, 13)  # steps after a start or resume that measure the speed; earlier ones are slower
 SAVE_EVERY = 120  # seconds between checkpoints
 
 
@@ -60,8 +60,8 @@ class Run(Progress):
     dtype: Any  # of the convolutions
     horizon: Callable  # knobs, part of training → (input frames, forecast frames) of a training step
     scored_step: int = 0  # the training step at which the scored weights were saved
-    epoch: int = -1  # of `order`, the order of the training sequences
-    order: Any = None
+    epoch: int = -1  # to which `order` belongs
+    order: Any = None  # of the training sequences
 
     def __post_init__(self):
         knobs = self.knobs
@@ -75,7 +75,7 @@ class Run(Progress):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def frames_at(self, progress):
-        """All frames of a training step, by which its time grows."""
+        """The number of frames of a training step. Its time is proportional to it."""
         return sum(self.horizon(self.knobs, progress))
 
     @property
@@ -84,7 +84,7 @@ class Run(Progress):
 
     @property
     def progress(self):
-        """The part of training that is done, at the middle of the next step, in [0, 1)."""
+        """The fraction of training done at the middle of the next step, in [0, 1)."""
         return (self.step + 0.5) / self.steps if self.steps else 0.005  # until the pace is known
 
     def resume(self, optimizers):

@@ -137,7 +137,7 @@ def describe(knobs, data, model, environment):
 
 
 def with_knobs_of(knobs, weights):
-    """The knobs, with those of the network taken from a checkpoint. Refuses flags that say something else.
+    """The knobs, with those of the network from a checkpoint. Refuses other values, but for the defaults.
 
     Weights that are only scored also bring their number of frames, unless a flag differs from its default.
     """
@@ -155,7 +155,7 @@ def with_knobs_of(knobs, weights):
 
 
 def fit_to_data(knobs, data):
-    """Choose overlay if it is -1. Of sequences shorter than 20 frames, the first half is the input."""
+    """Choose overlay if it is -1. Of 3 to 19 frames, the first half is the input, or as knobs say."""
     n = data.training.shape[0]
     if knobs.overlay < 0:
         knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
@@ -194,7 +194,7 @@ def build_checked(knobs, build, data, device):
 
 
 def attach(knobs, model, device, dtype):
-    """Open the door to the fast kernels, if there is one → what is in use, in words."""
+    """Attach the fast kernels to a model, if there are any → what is in use, in words."""
     if not knobs.fast:
         return "plain PyTorch, as --no_fast asks for"
     if not os.path.exists(Path(__file__).with_name("fast")):

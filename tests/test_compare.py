@@ -45,7 +45,7 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
             wait_until((tmp_path / model / "metrics.json").exists, process)
         assert not (tmp_path / "compare.md").exists()
     printed = [finish(process)[0] for process in processes]
-    assert sorted("new run   differs from" in text for text in printed) == [False, True]
+    assert sorted("this run differs in" in text for text in printed) == [False, True]
     found = rows(tmp_path / "compare.md")
     assert set(found) == {*models, *BASELINES}
     for name in models:

@@ -182,7 +182,7 @@ def test_killed_and_continued(server, folder, fatal):
     out, err = process.communicate(timeout=15)
     assert out == "" and not (folder / "seq.npy").exists()
     if fatal == "SIGINT":
-        assert process.returncode == 130 and err.startswith("\nstopped; this continues: ")
+        assert process.returncode == 130 and err.startswith("\nstopped; to continue, run: ")
     assert_fetched(folder)
 
 

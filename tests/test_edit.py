@@ -65,7 +65,7 @@ def run_edited(code, edits, name, words):
 def test_edited_after_it_has_ended(code):
     what = "learning_rate 0.05"
     first = os.path.join("results", "my_model")
-    run_edited(code, KNOB, "my_model-2", f"differs from {first}, which is kept: {what} (was 0.06)")
+    run_edited(code, KNOB, "my_model-2", f"{first} is kept; this run differs in: {what} (was 0.06)")
     assert f"| my_model-2 ({what}) |" in (code / "results" / "compare.md").read_text("utf-8")
     before = state(code / "results")
     assert "this run has ended; nothing was changed" in finish(run(code))[0]
@@ -81,15 +81,15 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: … size // 2), nn.ReLU()")
+        run_edited(code, HEAD, "my_model-2", "differs in: my_model.py: … size // 2), nn.ReLU()")
         assert "my_model is in use by another run" in finish(run(code), 1)[1]
         process.send_signal(signal.SIGCONT)
         finish(process)
     else:
         process.terminate()
         process.send_signal(signal.SIGCONT)
-        assert "stopped; this continues: " in finish(process, 128 + signal.SIGTERM)[1]
-        run_edited(code, CELL, "my_model-2", "which is kept: my_model.py: ")
+        assert "stopped; to continue, run: " in finish(process, 128 + signal.SIGTERM)[1]
+        run_edited(code, CELL, "my_model-2", "differs in: my_model.py: ")
         run_edited(code, LOSS, "my_model-3", "main.py: loss = ")
         printed, _ = finish(run(code))
         assert "resuming at step 1" in printed and "new run" not in printed

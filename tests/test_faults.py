@@ -461,7 +461,7 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
     wait_until((out / "my_model" / "last.pt").exists, process)
     process.send_signal(number)
     _, err = finish(process, status)
-    (command,) = re.findall("^stopped; this continues: (.*)$", err, re.M)
+    (command,) = re.findall("^stopped; to continue, run: (.*)$", err, re.M)
     assert shlex.split(command) == process.args
     goes_on(array, out, whole, capsys)
 
@@ -528,7 +528,7 @@ def test_one_of_two_processes_ends(victim, number, status, array, tmp_path):
         wait_until(last.exists, both[0])
         both[victim].send_signal(number)
         _, err = finish(both[victim], status)
-        assert victim or "stopped; this continues: the same torchrun command" in err
+        assert victim or "stopped; to continue, run: the same torchrun command" in err
         _, err = finish(both[1 - victim], 1, timeout=10)
         assert f"main.py, rank {1 - victim}: lost the other processes (" in err
         with checkpoint.lock_folder(last.parent):  # the next run may have it

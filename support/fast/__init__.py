@@ -1,8 +1,8 @@
-"""The door to the fast kernels: `attach` hands them to a model.
+"""Fast kernels: `attach` hands them to a model.
 
 You can delete this folder: everything still runs, only slower.
 
-Every fast function has the arguments of a plain one, and the same results up to rounding. Each start tries
+Every fast function does what plain code does, with the same results up to rounding. Each start tries
 whether the two agree, and uses the plain one if not.
 """
 
@@ -38,14 +38,14 @@ def attach(model, device, dtype):
         compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
         used.append("fast layer with compiled gates" if compiled else "fast layer")
         if on_cpu and not compiled:
-            used.append("slower, as gates.c needs gcc on x86 Linux")
+            used.append("slower, without gates.c: it needs a C compiler on Linux")
     else:
         used.append("the edited ConvLSTMCell as it stands, which is slower")
     return ", ".join(used)
 
 
 def keep_freed_memory():
-    """Let glibc keep large freed buffers. Otherwise each is faulted in anew, a fifth of a training step."""
+    """Let glibc keep large freed buffers. Otherwise page faults take a fifth of a training step."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")

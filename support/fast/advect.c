@@ -5,7 +5,7 @@
 #define R (K / 2)
 #define LANES ((K + P + 14) / 16 * 16) /* the reach of a row of weights, in whole registers */
 
-/* A frame with 2R more lines, each of line pixels and R of them before its own; all that is added is black */
+/* A frame in a black border: R lines above and below, R pixels to the left. Each line has `line` pixels. */
 static void pad(const float *frame, long H, long W, long line, float *restrict F) {
     memset(F, 0, (H + 2 * R) * line * sizeof(float));
     for (long y = 0; y < H; y++) memcpy(F + (y + R) * line + R, frame + y * W, W * sizeof(float));

@@ -1,4 +1,4 @@
-"""Build the C files at start-up, where the machine has a C compiler, and call what is in them."""
+"""Build fast functions at start-up: from the C files with a C compiler, or by torch.compile."""
 
 import contextlib
 import ctypes
@@ -35,7 +35,7 @@ def build(source, *flags):
 def by_torch(plain, results, dtype, dynamic=False):
     """Functions by torch.compile, for a GPU; the plain ones where it fails, as without Triton, or disagrees.
 
-    results(functions, k): what they compute from the kth numbers, k = 0 and 1.
+    results(functions, k): their results for test input k, 0 or 1.
     """
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few kernels need no pool of processes
     with contextlib.suppress(Exception):  # a compiler, or an edited function, may raise anything

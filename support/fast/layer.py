@@ -7,8 +7,8 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
 2. The input-to-state convolution of all frames is one call.
 3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image. The gates write h and c straight
    into the sequence, and backward turns the pre-activations into their gradient.
-4. Backward keeps only x, z, h and c, and computes the gates again. The state-to-state weight gradient of all
-   frames is one convolution.
+4. Only x, z, h and c are kept for backward, which computes the gates again. The state-to-state weight
+   gradient of all frames is one convolution.
 5. Convolutions use Winograd's method where that pays (`winograd.py`). Otherwise oneDNN rearranges the weight
    once per call, not once per frame.
 

@@ -24,7 +24,7 @@ def is_compiled_for(frames):
 def matching_costs(frames, before, patch_size, max_motion):
     """`motion.matching_costs`."""
     if frames.device.type == "cuda" and not torch.is_inference_mode_enabled():  # evaluation is too short
-        with torch.autocast("cuda", enabled=False):  # for which torch.compile would compile anew
+        with torch.autocast("cuda", enabled=False):  # under autocast, torch.compile would start anew
             images = frames.detach(), before.detach()
             return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
     if not (is_compiled_for(frames) and is_supported(patch_size, max_motion)):

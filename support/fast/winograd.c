@@ -41,7 +41,7 @@ static grid grid_of(long B, long H, long W) {
     return (grid){H, W, down, across, B * down * across};
 }
 
-/* Where the pixels of a tile begin in memory, from `margin` pixels before its own; -1 outside the image. */
+/* The offset of each pixel of a tile, from `margin` pixels above and to the left; -1: outside the image. */
 INLINE void pixels(grid g, long tile, long side, long margin, long channels, long at[SIDE][SIDE]) {
     long image = tile / (g.down * g.across);
     long top = tile / g.across % g.down * TILE, left = tile % g.across * TILE;
@@ -74,7 +74,7 @@ INLINE void both_sides(int m, int n, const float *map, vector x[SIDE][SIDE], vec
         }
 }
 
-/* Some channels of a tile to points, `stride` apart. */
+/* Transform `channels` channels of a tile to points, which are `stride` apart. */
 INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], long channels, const real *image,
                       float *points, long stride) {
     for (long c = 0; c < channels; c += LANES) {
@@ -86,7 +86,7 @@ INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], lon
     }
 }
 
-/* And WIDTH channels back. */
+/* Transform WIDTH channels of points back to a tile. */
 INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float *points, long stride,
                         const float *bias, real *image, long add) {
     for (long c = 0; c < WIDTH; c += LANES) {
@@ -123,8 +123,8 @@ INLINE void multiply(long m, long n, const float *a, long down, long across, con
         }
 }
 
-/* y (B, H, W, N) of x (B, H, W, K); add: to what is in y, in the place of the bias. memory: for each thread,
-   POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) */
+/* y (B, H, W, N): the convolution of x (B, H, W, K), plus the bias or, with add, plus what y holds.
+   memory: POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) for each thread */
 void convolve(long B, long H, long W, long K, long N, long threads, long add, const float *map_in,
               const float *map_out, const real *x, const float *kernel, const float *bias, real *y,
               float *memory) {

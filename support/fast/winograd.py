@@ -2,11 +2,11 @@
 
 Polynomials u and v with TILE and k coefficients have a product with SIDE = TILE + k - 1 coefficients. Its
 values at SIDE points determine it: uv = E⁻¹ (E u ∘ E v), where E evaluates. (One point is ∞: the highest
-coefficient.) The transpose is a convolution of SIDE inputs x with a kernel v to TILE outputs:
-y = Eᵀ (E v ∘ E⁻ᵀ x). Its gradient has the same form: dv = Eᵀ (E dy ∘ E⁻ᵀ x). In two dimensions each map is
+coefficient.) It is linear in u. The transpose of this map convolves SIDE inputs x with a kernel v to TILE
+outputs: y = Eᵀ (E v ∘ E⁻ᵀ x). The kernel's gradient is dv = Eᵀ (E dy ∘ E⁻ᵀ x). In two dimensions each map is
 applied along both. Over channels, every ∘ is a matrix product. These are most of the work.
 
-`winograd.c` does the part over pixels, a tile of TILE×TILE outputs at a time; this file that over kernels.
+`winograd.c` transforms images, one tile of TILE×TILE outputs at a time. This file transforms kernels.
 N images, H height, W width, C channels, k kernel size; P = SIDE² points.
 """
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from support.fast import build
 
-TILE, WIDTH, BLOCK = 4, 32, 64  # BLOCK tiles at a time
+TILE, WIDTH, BLOCK = 4, 32, 64  # outputs a side of a tile; output channels, and tiles, at a time
 GAP = 16  # numbers between points in memory, so that they do not compete for the same cache lines
 POINTS = 0, 1, -1, 2, -2, 1 / 2, -1 / 2  # and ∞; near 1, so that rounding errors stay small
 
@@ -66,7 +66,7 @@ def has_amx():
 
 @functools.cache
 def maps(k):
-    """To points: of inputs (SIDE, SIDE), of outputs (SIDE, TILE), of kernels in two dimensions (P, k²)."""
+    """Matrices that map inputs (SIDE, SIDE), outputs (SIDE, TILE) and 2-D kernels (P, k²) to points."""
     points = torch.tensor(POINTS[: TILE + k - 2], dtype=torch.float64)
 
     def evaluate(n):
