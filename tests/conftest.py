@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,35 +154,6 @@ def reference(array, tmp_path_factory):
     return out / "my_model", printed
 
 
-class Reader:
-    """tests/reader.py, started again whenever a file has ended it."""
-
-    process = None
-
-    def __call__(self, kind, path):
-        """How the reading ended: "read …" or "refused …"."""
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, str(ROOT / "tests" / "reader.py")]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        hung = threading.Timer(60, self.process.kill)
-        hung.start()
-        print(kind, path, file=self.process.stdin, flush=True)
-        ended = self.process.stdout.readline()
-        hung.cancel()
-        assert ended.startswith(("read", "refused")), (
-            ended or f"crashed or hung, status {self.process.wait()}"
-        )
-        return ended
-
-
-@pytest.fixture(scope="session")
-def reader():
-    reader = Reader()
-    yield reader
-    if reader.process:
-        reader.process.communicate()
-
-
 @contextmanager
 def largest_file(size):
     """A full disk, as good as: no file grows beyond size bytes."""
@@ -210,12 +180,9 @@ def mounted(folder, *commands):
 
 def clone(folder, **edits):
     """A copy of the code in the folder, raw/ linked; edits: module name → list of (old text, new text)."""
-    for name in ("support", "raw", "records"):
-        target = folder / name
-        if name == "support":
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("raw", "records"):
+        (folder / name).symlink_to(ROOT / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     edit(folder, **edits)
