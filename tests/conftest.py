@@ -1,6 +1,7 @@
 """What the tests share: a small array, and main.py in this process or in its own."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -24,10 +25,10 @@ from support.run import Run
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
 FRAMES_IN, FRAMES_OUT = 6, 4
-TRAIN, VALIDATION, TEST = slice(0, 46), slice(46, 51), slice(51, 57)  # 81, 9 and 10 percent of 57 sequences
 STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
 # at Python's shutdown a thread of gloo's may abort the process: with this launcher it always would
-ABORTS_AT_SHUTDOWN = (str(ROOT / "tests" / "after.py"), "import atexit, os; atexit.register(os.abort)")
+AFTER = str(ROOT / "tests" / "after.py")  # runs code, then main.py
+ABORTS_AT_SHUTDOWN = (AFTER, "import atexit, os; atexit.register(os.abort)")
 
 
 def pytest_addoption(parser):
@@ -115,6 +116,20 @@ def here(data, out, pictures=False, **changes):
     return folders[-1]
 
 
+@contextmanager
+def stopped_after_a_checkpoint():
+    """What runs inside is interrupted as soon as it has saved last.pt."""
+    save = Run.save
+
+    def stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "save", stop)
+        yield
+
+
 def start(*arguments, launcher=(), stdout=subprocess.PIPE, script=ROOT / "main.py", cwd=None, **environment):
     """Run main.py in a process of its own; stdout and stderr are text."""
     command = [sys.executable, *launcher, str(script), *map(str, arguments)]
@@ -136,6 +151,16 @@ def content(path):
         return path.read_bytes()
     with open(path) as file:
         return [{k: v for k, v in row.items() if k != "minutes"} for row in csv.DictReader(file)]
+
+
+def results(folder):
+    return json.loads((folder / "metrics.json").read_text("utf-8"))
+
+
+def state(folder):
+    """Content and time of each file."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def wait_until(condition, process, seconds=120):
@@ -164,18 +189,6 @@ def largest_file(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@contextmanager
-def mounted(folder, *commands):
-    """The folder after these options of mount, one mount each."""
-    try:
-        for options in commands:
-            if subprocess.run(["mount", *options, folder], capture_output=True).returncode:
-                pytest.skip("may not mount here")
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], capture_output=True)
 
 
 def clone(folder, **edits):
