@@ -127,8 +127,6 @@ FAULTS = {
     "stalled": (offer(GZ, 9_999, 9_999, hold=True), "timed out"),
     "truncated": (offer(GZ, 100_000, 100_000), "100000 bytes read"),
     "wrong bytes": (offer(WRONG), "300,000 bytes with md5"),
-    "longer": (offer(NPY + b"x", promise=False), "300,001 bytes with md5"),
-    "wrong gz": (offer(gzip.compress(WRONG)), "300,000 bytes with md5"),
     "short gz": (offer(GZ[:-20]), "ended before"),
     "damaged gz": (offer(GZ[:10] + b"\xff" + GZ[11:]), "invalid block type"),
     "bomb": (offer(BOMB), "300,001 bytes with md5"),
@@ -245,13 +243,10 @@ def test_two_first_starts_in_a_fresh_clone_without_internet(tmp_path):
         (folder / "raw" / name).symlink_to(ROOT / "raw" / name)
     _, err = finish(start(script=folder / "download.py", cwd=tmp_path), status=1)
     assert err.startswith("download.py: cannot fetch") and err.count("\n") == 1
-    code = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); import moving_mnist as m; generate = m.generate; "
-    )
-    code += (
-        "m.generate = lambda *a, **k: print('made') or generate(*a, **k); print(m.moving_mnist_array()[1])"
-    )
-    processes = [start(launcher=("-c", code), script="", cwd=tmp_path) for _ in "ab"]
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import moving_mnist as m; generate = m.generate; "
+    code += "m.generate = lambda *a, **k: print('made') or generate(*a, **k); "
+    code += "print(m.moving_mnist_array()[1])"
+    processes = [start(launcher=("-c", code), script=folder, cwd=tmp_path) for _ in "ab"]
     printed = [finish(process)[0] for process in processes]
     assert all(out.endswith("stand-in array\n") for out in printed)
     assert "".join(printed).count("made") == 10

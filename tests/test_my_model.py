@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import main
+from motion import advect, block_match
 from my_model import COMPASS, FLIPS, ConvLSTMCell, EncoderForecaster, permutation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py hides GPUs without --gpu
@@ -156,6 +157,17 @@ def forecast_by_hand(model, past, n_future, draw_from):
             patches, last = step(model.encoder, shown, last), shown
         drawn.append(patches)
     return F.pixel_shuffle(torch.stack(drawn, 1), P)
+
+
+def test_motion_is_never_in_bf16():
+    frames, before = torch.rand(2, 1, 1, 32, 32).bfloat16()
+    weights = torch.rand(1, 8, 8, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        likely = block_match(frames, before.float(), 4, 2)
+        moved = advect(before.float(), weights, 4)
+    assert likely.dtype == moved.dtype == torch.float32 and not likely.requires_grad
+    assert torch.equal(likely, block_match(frames.float(), before.float(), 4, 2))
+    assert torch.equal(moved, advect(before.float(), weights, 4))
 
 
 MOTION = {"feedback": True, "max_motion": 1}
