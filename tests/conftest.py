@@ -76,7 +76,6 @@ SMALL = {
     "head_channels": 8,
     "batch_size": 5,
     "epochs": 2,
-    "max_minutes": 0,
     "precision": "fp32",
     "device": "cpu",
     "overlay": 1,
@@ -107,11 +106,10 @@ def here(data, out, pictures=False, **changes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "start", noting_the_folder)
-        if not pictures:
-            for name in ("draw_loss", "draw_validation"):
-                patch.setattr(Run, name, lambda *_: None)
-            for name in ("draw_ranked", "draw_named", "compare_runs"):
-                patch.setattr(evaluation, name, lambda *_: None)
+        of_run = [(Run, name) for name in ("draw_loss", "draw_validation")]
+        of_scores = [(evaluation, name) for name in ("draw_ranked", "draw_named", "compare_runs")]
+        for place in [] if pictures else of_run + of_scores:
+            patch.setattr(*place, lambda *_: None)
         main.main(main.parse(flags(data, out, **changes)))
     return folders[-1]
 

@@ -13,12 +13,9 @@ KNOB = {"main": [("learning_rate: float = 0.06", "learning_rate: float = 0.05")]
 LOSS = {"main": [("loss = cross_entropy\n", "loss = cross_entropy + logits.square().mean()\n")]}
 CELL = {"my_model": [("* torch.tanh(g)", "* torch.sin(g)")]}
 HEAD = {"my_model": [("nn.GELU()", "nn.ReLU()")]}
-HARMLESS = {  # a print, and dropout, which training alone has
-    "my_model": [
-        ("h, c = state\n", "h, c = state; print('the cell sees a frame')\n"),
-        ("return hidden_states, state", "return F.dropout(hidden_states, 0.5, self.training), state"),
-    ]
-}
+PRINT = ("h, c = state\n", "h, c = state; print('the cell sees a frame')\n")
+DROPOUT = ("return hidden_states, state", "return F.dropout(hidden_states, 0.5, self.training), state")
+HARMLESS = {"my_model": [PRINT, DROPOUT]}  # in an evaluation
 
 
 def run(code, **changes):
@@ -61,9 +58,6 @@ def test_edited_after_it_has_ended(code):
     first = os.path.join("results", "my_model")
     run_edited(code, KNOB, "my_model-2", f"differs from {first}, which is kept: {what} (was 0.06)")
     assert f"| my_model-2 ({what}) |" in (code / "results" / "compare.md").read_text("utf-8")
-    before = state(code / "results")
-    assert "this run has ended; nothing was changed" in finish(run(code))[0]
-    assert state(code / "results") == before
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="holds a process")

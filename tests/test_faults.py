@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 from contextlib import nullcontext, suppress
 from unittest import mock
@@ -43,8 +42,6 @@ from support import UserError, checkpoint, folders
 
 FEW = {"epochs": 1, "train_sequences": 10, "fast": False}  # two steps; after each, last.pt is saved
 MORE = {"train_sequences": 20, "fast": False}  # eight of them
-
-# Knobs
 
 
 @pytest.mark.parametrize(
@@ -90,9 +87,6 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     assert state(folder) == before
 
 
-# Checkpoints
-
-
 @pytest.fixture(scope="module")
 def begun(array, tmp_path_factory):
     """Knobs of a run of two steps, and its folder as an interrupt after the first left it. Read only."""
@@ -114,10 +108,6 @@ def copy(run, out):
     knobs, folder = run
     shutil.copytree(folder, out / "my_model")
     return knobs | {"out": out}, out / "my_model" / "last.pt"
-
-
-def flip(content, byte, bit):
-    return content[:byte] + bytes([content[byte] ^ 1 << bit]) + content[byte + 1 :]
 
 
 def sign(content):
@@ -157,7 +147,8 @@ def test_any_flipped_bit_is_found_or_does_no_harm(tmp_path):
     places = [*range(directory, len(content)), *(rng.randrange(len(content)) for _ in range(100))]
     harmless = 0
     for byte in places:
-        path.write_bytes(flip(content, byte, rng.randrange(8)))
+        flipped = bytes([content[byte] ^ 1 << rng.randrange(8)])
+        path.write_bytes(content[:byte] + flipped + content[byte + 1 :])
         with suppress(UserError):
             torch.testing.assert_close(checkpoint.load(path), state, rtol=0, atol=0)
             harmless += 1
@@ -187,7 +178,6 @@ def test_a_malicious_checkpoint_runs_nothing(sealed, begun, tmp_path):
     ("name", "edit", "sentence"),
     [
         ("Muon", lambda muon: muon.param_groups[0].update(momentum=0.5), "its optimizer has other options"),
-        ("Muon", lambda muon: muon.param_groups.pop(), "does not fit this code"),
         ("build", lambda model: model.register_buffer("mine", torch.ones(1)), "has other weights"),
     ],
 )
@@ -198,9 +188,6 @@ def test_a_network_or_an_optimizer_that_was_edited(name, edit, sentence, begun, 
     with pytest.raises(UserError, match=rf"last\.pt.*{sentence}"):
         here(**knobs)
     assert last.read_bytes() == before
-
-
-# The folder and its lock
 
 
 def test_a_folder_in_use_by_another_process(array, tmp_path):
@@ -322,9 +309,6 @@ def test_a_bug_in_an_edited_cell_is_no_sentence(array, tmp_path):
     assert err.strip().endswith("ValueError: too many values to unpack (expected 3)")
 
 
-# Processes
-
-
 def test_a_refusal_is_a_sentence_through_a_link_and_in_ascii(array, tmp_path):
     (tmp_path / "link").symlink_to(ROOT, target_is_directory=True)
     (tmp_path / "out").write_text("mine")
@@ -419,19 +403,17 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
     for name in ("digits_train.png", "digits_test.png"):
         shutil.copy(ROOT / "raw" / name, tmp_path)
     load = lambda data: moving_mnist.load_data(data, 0, 0, 20, None)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        nowhere = (f"http://127.0.0.1:{closed.getsockname()[1]}/x.gz",)
-        for name in ("ARRAY", "DIGITS"):
-            monkeypatch.setattr(moving_mnist, name, getattr(download, name)._replace(urls=nowhere))
-        *splits, name = load("array")
-        assert (*map(len, splits), name) == (32, 4, 4, "stand-in array")
-        first, second, *_ = capsys.readouterr().out.splitlines()
-        assert "(819,200,080 bytes) from" in first and "refused" in first
-        assert str(tmp_path / "mnist_test_seq.npy") in first and "a stand-in array" in second
-        with monkeypatch.context() as patch:  # the next run asks nobody
-            patch.setattr(moving_mnist, "fetch", lambda *_: pytest.fail("the network was asked"))
-            assert load("array").name == "stand-in array"
-        training, _, test, name = load("fresh")
-        assert (len(training), test.split) == (40, "test")
-        assert name == "stand-in array, trained on fresh sequences of 9,167 digits"
+    for name in ("ARRAY", "DIGITS"):
+        file = getattr(download, name)._replace(urls=("http://127.0.0.1:1/x.gz",))
+        monkeypatch.setattr(moving_mnist, name, file)
+    *splits, name = load("array")
+    assert (*map(len, splits), name) == (32, 4, 4, "stand-in array")
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "(819,200,080 bytes) from" in first and "refused" in first
+    assert str(tmp_path / "mnist_test_seq.npy") in first and "a stand-in array" in second
+    with monkeypatch.context() as patch:  # the next run asks nobody
+        patch.setattr(moving_mnist, "fetch", lambda *_: pytest.fail("the network was asked"))
+        assert load("array").name == "stand-in array"
+    training, _, test, name = load("fresh")
+    assert (len(training), test.split) == (40, "test")
+    assert name == "stand-in array, trained on fresh sequences of 9,167 digits"

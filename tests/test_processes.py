@@ -24,20 +24,15 @@ def free_port():
         return free.getsockname()[1]
 
 
-def environment(port, rank):
-    """As torchrun would set it."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-
-
 def two(first, second):
     """Two processes of one run, without torchrun, which would stop the one where the other fails.
 
     And without Python's shutdown, in which a thread of gloo's may abort.
     """
-    port = free_port()
-    commands = enumerate((first, second))
-    return [start(*words, launcher=ABORTS_AT_SHUTDOWN, **environment(port, k)) for k, words in commands]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    options = {"launcher": ABORTS_AT_SHUTDOWN, **world}
+    ranked = zip("01", (first, second), strict=True)
+    return [start(*words, **options, RANK=rank, LOCAL_RANK=rank) for rank, words in ranked]
 
 
 @pytest.fixture(scope="module")
@@ -61,30 +56,21 @@ def test_processes_share_the_batch(array, tmp_path, of_two_processes):
         assert mean(folder, name) == pytest.approx(mean(alone, name), rel=1e-3)
 
 
-def children(number):
-    files = Path("/proc").glob(f"{number}/task/*/children")
-    return [int(n) for path in files for n in path.read_text().split()]
-
-
-def kill_with_children(number):
-    for child in children(number):
-        kill_with_children(child)
-    os.kill(number, signal.SIGKILL)
-
-
 @linux
 def test_killed_with_two_processes(of_two_processes, array, tmp_path):
     command, last = flags(array, tmp_path, **SHORT), tmp_path / "my_model" / "last.pt"
     for wanted in (1, 2):
         process = start(*command, launcher=TORCHRUN)
         wait_until(lambda n=wanted: last.exists() and checkpoint.load(last)["step"] >= n, process)
+        files = Path(f"/proc/{process.pid}/task").glob("*/children")
+        workers = [int(number) for file in files for number in file.read_text().split()]
         if wanted == 1:  # one of them alone: the other may not wait for it
-            workers = children(process.pid)
             os.kill(workers[1], signal.SIGKILL)
             process.communicate(timeout=20)
             assert process.returncode > 0 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
         else:
-            kill_with_children(process.pid)
+            for number in (process.pid, *workers):
+                os.kill(number, signal.SIGKILL)
             process.communicate()
     finish(start(*command, launcher=TORCHRUN))
     same(tmp_path / "my_model", of_two_processes[0])
@@ -106,17 +92,6 @@ def test_two_machines(array, tmp_path):
     for more, words in ({}, "this run has ended"), (given, "weights of "):
         again = two(*(flags(array, place, **FEW, **more) for place in places))
         assert words in "".join([finish(machine)[0] for machine in again])  # the second has to be told
-
-
-def test_processes_that_do_not_find_each_other(array, tmp_path):
-    _, err = finish(start(*flags(array, tmp_path, **FEW), WORLD_SIZE="2", RANK="0"), 1)
-    assert "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT are not set; use torchrun" in err
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        world = environment(taken.getsockname()[1], 0)
-        _, err = finish(start(*flags(array, tmp_path, **FEW), **world), 1)
-    assert "main.py, rank 0: the processes did not find each other: " in err
 
 
 def test_two_processes_of_two_precisions(array, tmp_path):

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import json
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
+from test_records import read
 
 import main
 import moving_mnist
@@ -96,30 +96,21 @@ def test_what_to_edit_exists():
             assert name.endswith(".py") or set(name.split(".")) <= defined, (name, file)
 
 
-def record(name):
-    return json.loads((ROOT / "records" / name / "metrics.json").read_text("utf-8"))
-
-
-def last_row(name, file):
-    header, *_, last = (ROOT / "records" / name / file).read_text("utf-8").split()
-    return dict(zip(header.split(","), last.split(","), strict=False))
-
-
 def test_results_are_those_of_the_records():
     rows = re.findall(r"^\| \[.*?\]\(records/(\w+)/\).*? \| (.*) \|$", README, re.M)
     assert len(rows) == 5
     for name, cells in rows:
-        results = record(name)
+        results = read(f"{name}/metrics.json")
         scores = results["scores"][results["model"]]
         *_, minutes, mse, mae, ssim = cells.split(" | ")
-        timed = last_row(name, "log.csv").get("minutes") or last_row(name, "timing.csv")["minutes"]
+        timed = read(f"{name}/log.csv").get("minutes") or read(f"{name}/timing.csv")["minutes"]
         assert minutes == f"{float(timed):.1f}", name
         found = [scores[metric]["mean"] for metric in ("mse_per_frame", "mae_per_frame", "ssim")]
         assert [mse, mae, ssim] == [f"{found[0]:.1f}", f"{found[1]:.1f}", f"{found[2]:.3f}"], name
-    assert f"{int(last_row('long', 'log.csv')['sequences']):,} fresh sequences" in README
-    assert f"{record('default')['scores']['black']['mse_per_frame']['mean']:.1f}" in README
-    seeds = [record(name)["scores"]["my_model"] for name in ("default", "seed_1", "seed_2")]
-    ends = [scores["mse_per_frame"]["mean"] for scores in seeds]
+    assert f"{int(read('long/log.csv')['sequences']):,} fresh sequences" in README
+    seeds = [read(f"{name}/metrics.json")["scores"] for name in ("default", "seed_1", "seed_2")]
+    assert f"{seeds[0]['black']['mse_per_frame']['mean']:.1f}" in README
+    ends = [scores["my_model"]["mse_per_frame"]["mean"] for scores in seeds]
     assert f"{np.mean(ends):.1f} ± {np.std(ends, ddof=1):.1f}" in README
 
 

@@ -78,9 +78,6 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
         assert content(folder / name) == content(reference / name), name
 
 
-# What a run leaves and prints
-
-
 def test_a_run_leaves_every_file(reference):
     folder, _ = reference
     assert {path.name for path in folder.iterdir()} == {*FILES, ".lock", "source"}
@@ -158,9 +155,6 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
     assert numbers == [f"sequence {n}" for n in (3, 5, 1, 4, 2)]
     assert errors == [error(level) for level in (10, 40, 90, 160, 200)]
     assert (truth[:, 0, 0, 0] * 255).round().tolist() == [10, 40, 90, 160, 200] and not last.any()
-
-
-# Stopped, killed, ended
 
 
 @pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
@@ -257,9 +251,6 @@ def test_minutes_instead_of_epochs(tmp_path):
     assert 1 < last["seconds"] < 9  # the pace is guessed from ten steps, and other work disturbs it
     assert evaluations(folder)[-1]["learning_rate"] < 0.1 * main.Knobs.learning_rate
     assert results(here(tmp_path / "long.npy", tmp_path, max_minutes=1e-6))["scores"]  # ends, too
-
-
-# Weights that are given
 
 
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
