@@ -1,4 +1,4 @@
-"""Whole runs: what they leave and print; that kills, processes and neighbors change nothing."""
+"""Whole runs: what they leave and print; that kills and given weights change nothing."""
 
 import csv
 import json
