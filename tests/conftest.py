@@ -1,11 +1,11 @@
 """What the tests share: a small array, and main.py in this process or in its own."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +25,10 @@ from support.run import Run
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
 FRAMES_IN, FRAMES_OUT = 6, 4
-TRAIN, VALIDATION, TEST = slice(0, 46), slice(46, 51), slice(51, 57)  # 81, 9 and 10 percent of 57 sequences
 STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
 # at Python's shutdown a thread of gloo's may abort the process: with this launcher it always would
-ABORTS_AT_SHUTDOWN = (str(ROOT / "tests" / "after.py"), "import atexit, os; atexit.register(os.abort)")
+AFTER = str(ROOT / "tests" / "after.py")  # runs code, then main.py
+ABORTS_AT_SHUTDOWN = (AFTER, "import atexit, os; atexit.register(os.abort)")
 
 
 def pytest_addoption(parser):
@@ -76,7 +76,6 @@ SMALL = {
     "head_channels": 8,
     "batch_size": 5,
     "epochs": 2,
-    "max_minutes": 0,
     "precision": "fp32",
     "device": "cpu",
     "overlay": 1,
@@ -107,13 +106,26 @@ def here(data, out, pictures=False, **changes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "start", noting_the_folder)
-        if not pictures:
-            for name in ("draw_loss", "draw_validation"):
-                patch.setattr(Run, name, lambda *_: None)
-            for name in ("draw_ranked", "draw_named", "compare_runs"):
-                patch.setattr(evaluation, name, lambda *_: None)
+        of_run = [(Run, name) for name in ("draw_loss", "draw_validation")]
+        of_scores = [(evaluation, name) for name in ("draw_ranked", "draw_named", "compare_runs")]
+        for place in [] if pictures else of_run + of_scores:
+            patch.setattr(*place, lambda *_: None)
         main.main(main.parse(flags(data, out, **changes)))
     return folders[-1]
+
+
+@contextmanager
+def stopped_after_a_checkpoint():
+    """What runs inside is interrupted as soon as it has saved last.pt."""
+    save = Run.save
+
+    def stop(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "save", stop)
+        yield
 
 
 def start(*arguments, launcher=(), stdout=subprocess.PIPE, script=ROOT / "main.py", cwd=None, **environment):
@@ -139,6 +151,16 @@ def content(path):
         return [{k: v for k, v in row.items() if k != "minutes"} for row in csv.DictReader(file)]
 
 
+def results(folder):
+    return json.loads((folder / "metrics.json").read_text("utf-8"))
+
+
+def state(folder):
+    """Content and time of each file."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 def wait_until(condition, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -155,35 +177,6 @@ def reference(array, tmp_path_factory):
     return out / "my_model", printed
 
 
-class Reader:
-    """tests/reader.py, started again whenever a file has ended it."""
-
-    process = None
-
-    def __call__(self, kind, path):
-        """How the reading ended: "read …" or "refused …"."""
-        if self.process is None or self.process.poll() is not None:
-            command = [sys.executable, str(ROOT / "tests" / "reader.py")]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        hung = threading.Timer(60, self.process.kill)
-        hung.start()
-        print(kind, path, file=self.process.stdin, flush=True)
-        ended = self.process.stdout.readline()
-        hung.cancel()
-        assert ended.startswith(("read", "refused")), (
-            ended or f"crashed or hung, status {self.process.wait()}"
-        )
-        return ended
-
-
-@pytest.fixture(scope="session")
-def reader():
-    reader = Reader()
-    yield reader
-    if reader.process:
-        reader.process.communicate()
-
-
 @contextmanager
 def largest_file(size):
     """A full disk, as good as: no file grows beyond size bytes."""
@@ -196,26 +189,11 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@contextmanager
-def mounted(folder, *commands):
-    """The folder after these options of mount, one mount each."""
-    try:
-        for options in commands:
-            if subprocess.run(["mount", *options, folder], capture_output=True).returncode:
-                pytest.skip("may not mount here")
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], capture_output=True)
-
-
 def clone(folder, **edits):
     """A copy of the code in the folder, raw/ linked; edits: module name → list of (old text, new text)."""
-    for name in ("support", "raw", "records"):
-        target = folder / name
-        if name == "support":
-            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            target.symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "support", folder / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("raw", "records"):
+        (folder / name).symlink_to(ROOT / name)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     edit(folder, **edits)

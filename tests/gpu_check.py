@@ -123,18 +123,7 @@ def resume(folder):  # on the other device, after a kill at the first evaluation
     return found
 
 
-def nccl(folder):  # a group of one process changes no gradient
-    options = {"init_method": f"file://{folder}/group", "rank": 0, "world_size": 1}
-    torch.distributed.init_process_group("nccl" if GPU else "gloo", **options)
-    model, gradients = main.build(main.parse([*map(str, SMALL)]), 1).to(DEVICE), []
-    for net in (model, torch.nn.parallel.DistributedDataParallel(model)):
-        model.zero_grad()
-        net(torch.ones(2, 4, 1, 64, 64, device=DEVICE), 2).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    return {"largest difference": (gradients[0] - gradients[1]).abs().max().item()}
-
-
-LIMITS = {numbers: 900, scores: 600, steps: 600, runs: 900, resume: 400, nccl: 100}  # seconds
+LIMITS = {numbers: 900, scores: 600, steps: 600, runs: 900, resume: 400}  # seconds
 if __name__ == "__main__":
     machine = torch.cuda.get_device_name() if GPU else "no GPU", torch.__version__, torch.version.cuda
     results = {"machine": {"GPU, torch, CUDA": machine}}

@@ -31,12 +31,6 @@ def test_bare_convolutions_are_those_of_a_training_step(hidden_channels):
     assert operations(step) == of_the_model - head - zeros
 
 
-def test_contenders_take_turns():
-    calls = []
-    bench.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, CPU)
-    assert calls == ["a", "b"] * 3  # one round warms up
-
-
 @pytest.fixture
 def small(monkeypatch):
     """Contenders of few channels."""

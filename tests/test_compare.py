@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import finish, flags, start, wait_until
+from conftest import finish, flags, results, start, wait_until
 from PIL import Image
 
 import metrics
@@ -16,15 +16,9 @@ from moving_mnist import generate
 from support import checkpoint, evaluation
 
 
-def results(folder):
-    return json.loads((folder / "metrics.json").read_text("utf-8"))
-
-
 def rows(path):
-    lines = [
-        line.strip("| ").split(" | ") for line in path.read_text("utf-8").splitlines() if line[:2] == "| "
-    ]
-    return {cells[0]: cells[1:] for cells in lines[1:]}
+    lines = [line for line in path.read_text("utf-8").splitlines() if line[:2] == "| "]
+    return {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines[1:])}
 
 
 BASELINES = {"black frame", "last frame copied", "optical flow"}
@@ -34,10 +28,8 @@ BASELINES = {"black frame", "last frame copied", "optical flow"}
 def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     """Held up until both want to write compare.md."""
     models = "my_model", "convlstm"
-    processes = [
-        start(*flags(array, tmp_path, model=model, epochs=1, max_minutes=0, train_sequences=10))
-        for model in models
-    ]
+    few = {"epochs": 1, "train_sequences": 10}
+    processes = [start(*flags(array, tmp_path, model=model, **few)) for model in models]
     for model, process in zip(models, processes, strict=True):
         wait_until((tmp_path / model / "best.pt").exists, process)
     with checkpoint.lock_folder(tmp_path):
@@ -49,39 +41,29 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     found = rows(tmp_path / "compare.md")
     assert set(found) == {*models, *BASELINES}
     for name in models:
-        folder = tmp_path / name
-        parameters, seen, _, error, *_ = found[name]
-        assert (parameters, seen) == (f"{results(folder)['parameters']:,}", "10")
-        assert error == f"{results(folder)['scores'][folder.name]['mse_per_frame']['mean']:#.4g}"
+        scored, (parameters, seen, _, error, *_) = results(tmp_path / name), found[name]
+        assert (parameters, seen) == (f"{scored['parameters']:,}", "10")
+        assert error == f"{scored['scores'][name]['mse_per_frame']['mean']:#.4g}"
     for picture in ("compare.png", "compare_strip.png"):
         with Image.open(tmp_path / picture) as image:
             image.load()
 
 
 def test_labels_name_what_not_all_runs_have(tmp_path):
-    """A knob in the code of the last run has another default, so that only its value shows the change."""
-    default, few = {"epochs": 2, "seed": 0}, {"train_sequences": 40}
+    """The first run of a model has knobs of its own, the second the defaults; 40 sequences are in all."""
+    cases = [
+        ("my_model", {"epochs": 3}, ["epochs 3"], "0 (epochs 3)"),
+        ("my_model", {}, [], "1 (epochs 2)"),
+        ("paper", {"seed": 1}, ["seed 1"], "2 (seed 1)"),
+        ("my_model", {"epochs": 3, "seed": 7}, ["epochs 3"], "3 (epochs 3, seed 7)"),
+    ]
     runs = []
-    for number, (model, changes, not_default) in enumerate(
-        [
-            ("my_model", {"epochs": 3}, ["epochs 3"]),
-            ("my_model", {}, []),
-            ("paper", {"seed": 1}, ["seed 1"]),
-            ("my_model", {"epochs": 3, "seed": 7}, ["epochs 3"]),
-        ]
-    ):
-        asked = {"knobs": {**default, **few, **changes}, "data": "array", "sources": {}}
-        run = {"label": f"run-{number}", "folder": tmp_path, "model": model, "is_trained": True}
-        runs.append(
-            {**run, "asked": asked, "started": number, "not_default": ["train_sequences 40", *not_default]}
-        )
+    for n, (model, changes, own, _) in enumerate(cases):
+        asked = {"knobs": {"epochs": 2, "seed": 0, **changes}, "data": "array", "sources": {}}
+        run = {"label": str(n), "started": n, "folder": tmp_path, "model": model, "is_trained": True}
+        runs.append({**run, "asked": asked, "not_default": ["train_sequences 40", *own]})
     evaluation.label_runs(runs)
-    expected = ["run-0 (epochs 3)", "run-1 (epochs 2)", "run-2 (seed 1)", "run-3 (epochs 3, seed 7)"]
-    assert [run["label"] for run in runs] == expected
-
-
-def text(name, content):
-    return lambda folder: (folder / name).write_text(content)
+    assert [run["label"] for run in runs] == [expected for *_, expected in cases]
 
 
 def edited(change):
@@ -95,14 +77,12 @@ def edited(change):
 
 
 DAMAGE = {
-    "half": text("metrics.json", "{"),
-    "nested": text("metrics.json", "[" * 100_000),
+    "half": lambda folder: (folder / "metrics.json").write_text("{"),
     "other data": edited(lambda found: found.update(first_sequence="0")),
     "scores of another": edited(lambda found: found["scores"].pop("my_model")),
     "shorter curve": edited(lambda found: found["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
     "parameters of text": edited(lambda found: found.update(parameters="many")),
     "other forecast": lambda folder: np.save(folder / "forecast.npy", np.zeros((4, 1, 8, 8), np.uint8)),
-    "empty log": text("log.csv", "step\n1\n"),
     "no config": lambda folder: (folder / "config.json").unlink(),
 }
 
@@ -134,9 +114,7 @@ def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
     found = beyond(noting)
     assert list(found) == ["as in training", "20 frames", "30 frames", "three digits", "96×96 pixels"]
     assert [len(curves["my_model"]) for curves in found.values()] == [10, 20, 30, 10, 10]
-    assert all(
-        curves["my_model"] == curves["copy_last"] for curves in found.values()
-    )  # the same frames for all
+    assert all(curves["my_model"] == curves["copy_last"] for curves in found.values())  # the same frames
     assert [(past.shape[-1], n) for past, n in seen] == [(64, 30), (64, 10), (96, 10)]
     usual, three, large = (past for past, _ in seen)
     digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")

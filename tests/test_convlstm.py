@@ -69,15 +69,6 @@ def test_official_checkpoints_load():
         assert [key for key, _ in model.named_parameters()] == list(shapes)
 
 
-def test_refuses_arguments_that_do_not_fit():
-    for kernel_size in (2, 0, (3, 4), (3, 3, 3)):
-        with pytest.raises(ValueError, match="odd"):
-            ConvLSTM(2, 3, kernel_size, 2)
-    for hidden, kernel_size, fault in ([4, 4, 4], 3, "hidden_dim lists 3"), (4, [3], "kernel_size lists 1"):
-        with pytest.raises(ValueError, match=f"{fault} values for num_layers=2"):
-            ConvLSTM(2, hidden, kernel_size, 2)
-
-
 def test_seq2seq_is_the_published_recurrence():
     model = EncoderDecoderConvLSTM(nf=3, in_chan=2)
     x = torch.randn(2, 4, 2, 5, 6)

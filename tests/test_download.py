@@ -127,8 +127,6 @@ FAULTS = {
     "stalled": (offer(GZ, 9_999, 9_999, hold=True), "timed out"),
     "truncated": (offer(GZ, 100_000, 100_000), "100000 bytes read"),
     "wrong bytes": (offer(WRONG), "300,000 bytes with md5"),
-    "longer": (offer(NPY + b"x", promise=False), "300,001 bytes with md5"),
-    "wrong gz": (offer(gzip.compress(WRONG)), "300,000 bytes with md5"),
     "short gz": (offer(GZ[:-20]), "ended before"),
     "damaged gz": (offer(GZ[:10] + b"\xff" + GZ[11:]), "invalid block type"),
     "bomb": (offer(BOMB), "300,001 bytes with md5"),
@@ -147,14 +145,6 @@ def test_fault_is_named_and_the_other_address_helps(server, folder, monkeypatch,
     if fault in ("stalled", "truncated"):
         server.answers["/a.npy.gz"] = offer(code=503)
     server.answers["/b.npy"] = offer(NPY)
-    assert_fetched(folder)
-
-
-def test_a_full_disk(server, folder):
-    server.answers["/a.npy.gz"] = offer(GZ)
-    for room in (HALF // 2, len(GZ) + 1000):  # for a part of the .gz, for all of it
-        with largest_file(room):
-            assert "File too large" in assert_refused(folder)
     assert_fetched(folder)
 
 
@@ -207,16 +197,12 @@ def test_training_digits(server, folder, monkeypatch):
     assert np.array_equal(held_out, digits[:2]) and np.array_equal(rest, digits[2:])
 
 
-def test_the_committed_digits_are_those_of_mnist(tmp_path):
+def test_the_committed_digits_are_those_of_mnist():
     """The first 10,000 for training, every fifth for the test."""
     md5s = {"train": "3b1134527863a2810c134121a397e522", "test": "12eb4ef43e36a7e8e7de269cc820c02e"}
     for name, md5 in md5s.items():
         digits = moving_mnist.read_digits(ROOT / "raw" / f"digits_{name}.png")
         assert hashlib.md5(digits.tobytes()).hexdigest() == md5
-    for content in (b"", (ROOT / "raw" / "digits_test.png").read_bytes()[:100_000]):
-        (tmp_path / "digits.png").write_bytes(content)
-        with pytest.raises(UserError, match=r"digits\.png is missing or damaged"):
-            moving_mnist.read_digits(tmp_path / "digits.png")
 
 
 def test_stand_in_is_the_law_with_the_committed_digits(monkeypatch, folder):
@@ -245,13 +231,10 @@ def test_two_first_starts_in_a_fresh_clone_without_internet(tmp_path):
         (folder / "raw" / name).symlink_to(ROOT / "raw" / name)
     _, err = finish(start(script=folder / "download.py", cwd=tmp_path), status=1)
     assert err.startswith("download.py: cannot fetch") and err.count("\n") == 1
-    code = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); import moving_mnist as m; generate = m.generate; "
-    )
-    code += (
-        "m.generate = lambda *a, **k: print('made') or generate(*a, **k); print(m.moving_mnist_array()[1])"
-    )
-    processes = [start(launcher=("-c", code), script="", cwd=tmp_path) for _ in "ab"]
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import moving_mnist as m; generate = m.generate; "
+    code += "m.generate = lambda *a, **k: print('made') or generate(*a, **k); "
+    code += "print(m.moving_mnist_array()[1])"
+    processes = [start(launcher=("-c", code), script=folder, cwd=tmp_path) for _ in "ab"]
     printed = [finish(process)[0] for process in processes]
     assert all(out.endswith("stand-in array\n") for out in printed)
     assert "".join(printed).count("made") == 10

@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import json
 import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, here, moving_squares
+from conftest import ROOT, flags, here, moving_squares, results
 from torch.nn import functional as F
 
 import main
@@ -21,10 +20,6 @@ from support.run import Run
 from support.start import fit_to_data
 
 FEW = {"epochs": 1, "train_sequences": 10}
-
-
-def weights(folder):
-    return json.loads((folder / "metrics.json").read_text("utf-8"))["weights"]
 
 
 def test_knobs_are_few_and_plain():
@@ -167,7 +162,7 @@ def test_ssim_joins_the_loss(array, tmp_path, monkeypatch):
         steps.clear()
         folder = here(array, tmp_path / str(ssim_from), epochs=1, train_sequences=20, ssim_from=ssim_from)
         assert steps == expected
-        ends.add(weights(folder))
+        ends.add(results(folder)["weights"])
     assert len(ends) == 3  # 1 and 0.9 are the same
 
 
@@ -237,5 +232,5 @@ def test_one_optimizer_is_enough(array, tmp_path, monkeypatch, precision, dtype)
 
 def test_the_seed_decides(array, tmp_path):
     few = {"epochs": 1, "train_sequences": 5, "precision": "auto", "frames_out": 2}
-    ends = [weights(here(array, tmp_path / str(k), seed=seed, **few)) for k, seed in enumerate((1, 1, 2))]
-    assert ends[0] == ends[1] != ends[2]
+    ends = [results(here(array, tmp_path / str(k), seed=seed, **few)) for k, seed in enumerate((1, 1, 2))]
+    assert ends[0]["weights"] == ends[1]["weights"] != ends[2]["weights"]

@@ -152,7 +152,7 @@ def header_only(header):
 
 
 VALID = npy(np.arange(48, dtype=np.uint8).reshape(2, 3, 2, 4))
-OF_SHAPE = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s, 1, 1)}\n"
+HUGE = "{'descr': '|u1', 'fortran_order': False, 'shape': (4294967296, 4294967296, 1, 1)}\n"
 NO_ARRAY = "is not a whole .npy array ("
 REFUSED = [
     (npy(np.zeros((2, 3, 4, 4))), "holds float64; expected uint8"),
@@ -161,11 +161,9 @@ REFUSED = [
     (npy(np.zeros((2, 0, 4, 4), np.uint8)), "shape (2, 0, 4, 4); expected (T, N, H, W)"),
     (VALID + b"x", "has 177 bytes; its header says 176"),
     (b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n" * 20, NO_ARRAY),
-    (header_only("__import__('os').abort()\n"), NO_ARRAY),
     (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{'descr': '|u1'", NO_ARRAY),  # a header of 4 GiB, it says
     (header_only("-" * 9000 + "1"), NO_ARRAY),  # too deep for the parser, which has no words for it
-    (header_only(OF_SHAPE % "4294967296, 4294967296"), NO_ARRAY),
-    (header_only(OF_SHAPE % "-1, -1"), NO_ARRAY),
+    (header_only(HUGE), NO_ARRAY),
 ]
 
 

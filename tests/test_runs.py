@@ -1,34 +1,28 @@
-"""Whole runs: what they leave and print; that kills, processes and neighbors change nothing."""
+"""Whole runs: what they leave and print; that kills and given weights change nothing."""
 
 import csv
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    ABORTS_AT_SHUTDOWN,
-    ENVIRONMENT,
     FRAMES_IN,
     FRAMES_OUT,
     ROOT,
     STEPS,
-    TEST,
-    VALIDATION,
     content,
     finish,
     flags,
     here,
     moving_squares,
+    results,
     start,
-    wait_until,
+    state,
+    stopped_after_a_checkpoint,
 )
 from PIL import Image
 
@@ -42,14 +36,11 @@ PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst
 PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
 RESULTS = [*PICTURES, "log.csv", "metrics.json", "forecast.npy"]
 FILES = [*RESULTS, "config.json", "last.pt", "best.pt"]
+VALIDATION, TEST = slice(46, 51), slice(51, 57)  # 9 and 10 percent of the 57 sequences
 SOURCES = ["main.py", "my_model.py", "motion.py", "convlstm.py", "moving_mnist.py", "metrics.py"]
-FEW = {"epochs": 1, "train_sequences": 10, "max_minutes": 0}
+FEW = {"epochs": 1, "train_sequences": 10}
 WIDE = {"hidden_channels": [32, 32], "patch_size": 2, **FEW}  # dilation, Winograd and the threads take part
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at other processes as Linux has them")
-
-
-def results(folder):
-    return json.loads((folder / "metrics.json").read_text("utf-8"))
 
 
 def mean(folder, metric="mse_per_frame", who="my_model"):
@@ -73,12 +64,6 @@ def mse(prediction, truth):
     return np.square(prediction - truth).sum((2, 3)).mean()
 
 
-def state(folder):
-    """Content and time of each file."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
 def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
     """The end of the uninterrupted run, bit for bit."""
     for name in ("last.pt", "best.pt"):
@@ -91,9 +76,6 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
             torch.testing.assert_close(ours.get(part), theirs.get(part), rtol=0, atol=0)
     for name in files:
         assert content(folder / name) == content(reference / name), name
-
-
-# What a run leaves and prints
 
 
 def test_a_run_leaves_every_file(reference):
@@ -151,20 +133,6 @@ def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path):
     assert mean(here(array, tmp_path, eval_only=True, weights=folder / "last.pt")) != mean(folder)
 
 
-def test_first_lines_say_what_runs(reference):
-    first, parameters = reference[1].split("epoch")[0], results(reference[0])["parameters"]
-    data = "squares.npy: 46 training, 5 validation, 6 test"
-    device = "fp32", "threads: 1, processes: 1", f"torch {torch.__version__}"
-    for fact in (
-        f"my_model, {parameters:,} parameters",
-        *device,
-        data,
-        "16×16, grey, values 0 to 255",
-        "last frame copied",
-    ):
-        assert fact in first
-
-
 def test_baselines_stand_beside_every_epoch(array, tmp_path, monkeypatch):
     drawn, loss = [], figures.loss
     monkeypatch.setattr(figures, "loss", lambda *given: drawn.append(given) or loss(*given))
@@ -198,12 +166,9 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
     assert (truth[:, 0, 0, 0] * 255).round().tolist() == [10, 40, 90, 160, 200] and not last.any()
 
 
-# Stopped, killed, ended
-
-
 @pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
-    """The references, and a network with dropout. Stopped after its first checkpoint, as by a crash."""
+    """The references, and a network with dropout. Stopped after its first checkpoint."""
     if model == "my_model":
         build = main.build
 
@@ -216,17 +181,7 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
     alone = here(array, tmp_path / "alone", model=model, **FEW)
     assert alone == tmp_path / "alone" / model
     assert set(results(alone)["scores"][model]) == set(metrics.METRICS)
-
-    class Crash(Exception):
-        pass
-
-    def crash(path, state, save=checkpoint.save):
-        save(path, state)
-        if path.name == "last.pt":
-            raise Crash
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(checkpoint, "save", crash)
+    with stopped_after_a_checkpoint():
         here(array, tmp_path, model=model, **FEW)
     assert checkpoint.load(tmp_path / model / "last.pt")["step"] == 1
     same(here(array, tmp_path, model=model, **FEW), alone)
@@ -234,14 +189,13 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
 
 def kill(kills, data, out, **changes):
     """How many runs were at work when tests/killer.py killed them, before the one that ended as if alone."""
-    environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"}  # two threads that spin disturb others' tests
-    command = [sys.executable, ROOT / "tests" / "killer.py", kills, data, *flags(data, out, **changes)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    words, script = flags(data, out, **changes), ROOT / "tests" / "killer.py"
+    # two threads that spin would disturb others' tests
+    printed, _ = finish(start(kills, data, *words, script=script, OMP_WAIT_POLICY="passive"), timeout=300)
     same(out / "my_model", out / "alone" / "my_model", RESULTS)
     config = json.loads((out / "my_model" / "config.json").read_text("utf-8"))
     assert config["threads"] == 2 and not list(out.rglob("*.tmp"))
-    return int(ran.stdout)
+    return int(printed)
 
 
 @linux
@@ -283,7 +237,7 @@ def test_resuming_elsewhere_says_that_it_is_not_exact(reference, array, tmp_path
     assert f"resuming at step {2 * STEPS - 1}" in printed
 
 
-def test_lost_files_of_a_run_that_has_ended_come_back(reference, array, tmp_path):
+def test_lost_and_damaged_files_of_a_run_that_has_ended_come_back(reference, array, tmp_path):
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
     for lost in ("log.csv",), ("loss.png",), RESULTS:  # the first two without an evaluation
         for name in lost:
@@ -292,6 +246,10 @@ def test_lost_files_of_a_run_that_has_ended_come_back(reference, array, tmp_path
         assert here(array, tmp_path, pictures=True) == folder
         same(folder, reference[0], lost)
         assert len(lost) > 1 or state(folder)["metrics.json"] == before["metrics.json"]
+    for damaged in (b"\xff", b"[]", b"{"):
+        (folder / "metrics.json").write_bytes(damaged)
+        here(array, tmp_path)
+        same(folder, reference[0])
 
 
 def test_minutes_instead_of_epochs(tmp_path):
@@ -302,91 +260,6 @@ def test_minutes_instead_of_epochs(tmp_path):
     assert 1 < last["seconds"] < 9  # the pace is guessed from ten steps, and other work disturbs it
     assert evaluations(folder)[-1]["learning_rate"] < 0.1 * main.Knobs.learning_rate
     assert results(here(tmp_path / "long.npy", tmp_path, max_minutes=1e-6))["scores"]  # ends, too
-
-
-# Processes
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-
-
-SHORT = {"epochs": 1, "train_sequences": 20}
-
-
-@pytest.fixture(scope="module")
-def of_two_processes(array, tmp_path_factory):
-    """(folder, stdout) of the uninterrupted run, shared by two. Read only."""
-    out = tmp_path_factory.mktemp("two")
-    printed, _ = finish(start(*flags(array, out, **SHORT), launcher=(*TORCHRUN, *ABORTS_AT_SHUTDOWN)))
-    return out / "my_model", printed
-
-
-def test_processes_share_the_batch(array, tmp_path, of_two_processes):
-    """Parts of 3 and 2, with the same sequences merged into them."""
-    (folder, printed), alone = of_two_processes, here(array, tmp_path, pictures=True, **SHORT)
-    assert printed.count("processes: 2") == 1
-    assert {p.name for p in folder.iterdir()} == {p.name for p in alone.iterdir()}
-    ours, theirs = (torch.load(f / "last.pt") for f in (folder, alone))
-    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=2e-6)  # the rounding of sums
-    for mine, other in zip(evaluations(folder), evaluations(alone), strict=True):
-        assert mine == pytest.approx(other, rel=1e-5)
-    for name in metrics.METRICS:
-        assert mean(folder, name) == pytest.approx(mean(alone, name), rel=1e-3)
-
-
-def children(number):
-    files = Path("/proc").glob(f"{number}/task/*/children")
-    return [int(n) for path in files for n in path.read_text().split()]
-
-
-def kill_with_children(number):
-    for child in children(number):
-        kill_with_children(child)
-    os.kill(number, signal.SIGKILL)
-
-
-@linux
-def test_killed_with_two_processes(of_two_processes, array, tmp_path):
-    command, last = flags(array, tmp_path, **SHORT), tmp_path / "my_model" / "last.pt"
-    for wanted in (1, 2):
-        process = start(*command, launcher=TORCHRUN)
-        wait_until(lambda n=wanted: last.exists() and checkpoint.load(last)["step"] >= n, process)
-        if wanted == 1:  # one of them alone: the other may not wait for it
-            workers = children(process.pid)
-            os.kill(workers[1], signal.SIGKILL)
-            process.communicate(timeout=20)
-            assert process.returncode > 0 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-        else:
-            kill_with_children(process.pid)
-            process.communicate()
-    finish(start(*command, launcher=TORCHRUN))
-    same(tmp_path / "my_model", of_two_processes[0])
-
-
-@linux
-def test_two_machines(array, tmp_path):
-    """The README's command, a machine on each of two addresses. Only the first has the file of weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rendezvous = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    rendezvous += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-    launcher = lambda k: (*rendezvous, f"--local_addr=127.0.0.{k}")
-    machines = [start(*flags(array, tmp_path / k, **FEW), launcher=launcher(k)) for k in "12"]
-    speaks = ["processes: 2" in finish(machine)[0] for machine in machines]
-    assert sorted(speaks) == [False, True]
-    assert [(tmp_path / k).exists() for k in "12"] == speaks  # the other writes nothing
-    assert [(tmp_path / k / "my_model" / "metrics.json").exists() for k in "12"] == speaks
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for eval_only, words in (False, "this run has ended"), (True, "weights of "):
-        more, ranks = {**FEW, "eval_only": eval_only}, "01" if speaks[0] else "10"
-        if eval_only:
-            more["weights"] = tmp_path / "12"[speaks.index(True)] / "my_model" / "best.pt"
-        pairs = zip("12", ranks, strict=True)
-        again = [start(*flags(array, tmp_path / k, **more), RANK=rank, **world) for k, rank in pairs]
-        assert words in "".join([finish(machine)[0] for machine in again])  # the other has to be told
-
-
-# Weights that are given
 
 
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
@@ -403,10 +276,8 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert (folder / "predict_worst.png").exists() and not (folder / "last.pt").exists()
     assert mean(folder) == pytest.approx(mean(trained), rel=1e-3) and mean(folder) != mean(trained)
     assert "| small-eval |" in (tmp_path / "compare.md").read_text("utf-8")
-    assert here(array, tmp_path, weights=given, eval_only=True, **brought) == folder
-    with pytest.raises(
-        UserError, match=r"has hidden_channels \(6, 4\), not \(8,\); leave out --hidden_channels"
-    ):
+    refusal = r"has hidden_channels \(6, 4\), not \(8,\); leave out --hidden_channels"
+    with pytest.raises(UserError, match=refusal):
         here(array, tmp_path, weights=given)
     scores = state(folder)
     tuned = here(array, tmp_path, weights=given, learning_rate=1e-9, epochs=1, **brought)
@@ -415,33 +286,24 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_evaluation_alone(reference, array, tmp_path):
-    """With the network and the frames of the weights, in a folder of its own. It trains nothing."""
+def test_evaluation_alone_replaces_no_scores(reference, array, tmp_path):
+    """With the network and the frames of the weights, in folders of its own. It trains nothing."""
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
-    before = state(folder)
-    words = ["--eval_only", "--weights", str(folder / "best.pt")]
-    words += ["--data", str(array), "--out", str(tmp_path)]
+    before, best = state(folder), str(folder / "best.pt")
+    words = ["--eval_only", "--weights", best, "--data", str(array), "--out", str(tmp_path)]
     for _ in range(2):  # the second time into the same folder
         main.main(main.parse([*words, "--device", "cpu", "--precision", "fp32"]))
         again = tmp_path / "my_model-eval"
-        assert results(again) == results(folder) and state(folder) == before
+        assert results(again) == results(folder)
     made = {path.name for path in again.iterdir()}
     assert {*PREDICTIONS, "predict.gif", "per_frame.png"} <= made and not {"last.pt", "loss.png"} & made
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["my_model", "my_model-eval"]
-
-
-def test_scores_of_a_training_are_not_replaced_by_others(reference, array, tmp_path):
-    folder = shutil.copytree(reference[0], tmp_path / "my_model")
-    before, scores = state(folder), results(folder)
-    np.save(tmp_path / "other.npy", moving_squares(57, seed=1))
-    evaluate = lambda file="best.pt", data=array, **changes: here(
-        data, tmp_path, weights=folder / file, eval_only=True, **changes
-    )
-    others = evaluate(frames_out=3), evaluate("last.pt"), evaluate(data=tmp_path / "other.npy")
-    assert [path.name for path in others] == ["my_model-eval", "my_model-eval-2", "my_model-eval-3"]
+    other = tmp_path / "other.npy"
+    np.save(other, moving_squares(57, seed=1))
+    of_best = {"data": array, "out": tmp_path, "weights": best, "eval_only": True}
+    changes = {"frames_out": 3}, {"weights": folder / "last.pt"}, {"data": other}, {"name": "mine"}
+    folders = fewer, _, others, _ = [here(**of_best | change) for change in changes]
+    names = ["my_model-eval-2", "my_model-eval-3", "my_model-eval-4", "mine"]
+    assert [path.name for path in folders] == names
+    assert results(fewer)["frames_out"] == 3 and mean(others) != mean(folder)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {*names, folder.name, again.name}
     assert state(folder) == before
-    assert results(others[0])["frames_out"] == 3
-    assert mean(others[2]) != mean(folder)
-    again = evaluate()
-    assert again.name == "my_model-eval-4" and results(again) == scores and state(folder) == before
-    assert (evaluate().name, evaluate(name="mine").name) == ("my_model-eval-4", "mine")
