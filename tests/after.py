@@ -1,7 +1,4 @@
-"""Runs a line of Python, then main.py in the same process.
-
-python tests/after.py CODE main.py [flags of main.py]
-"""
+"""after.py CODE main.py [flags]: runs a line of Python, then main.py in the same process."""
 
 import runpy
 import sys

@@ -25,10 +25,7 @@ def free_port():
 
 
 def two(first, second):
-    """Two processes of one run, without torchrun, which would stop the one where the other fails.
-
-    And without Python's shutdown, in which a thread of gloo's may abort.
-    """
+    """Two processes of one run, without torchrun, which would stop the one where the other fails."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     options = {"launcher": ABORTS_AT_SHUTDOWN, **world}
     ranked = zip("01", (first, second), strict=True)
