@@ -31,7 +31,7 @@ from support.start import load_model, start
 
 
 @dataclass(frozen=True)
-class Knobs:  # its docstring and comments are the text of --help
+class Knobs:  # its docstring and comments are the text of --help; see build for what each model reads
     """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
 
     # Data
@@ -40,7 +40,7 @@ class Knobs:  # its docstring and comments are the text of --help
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # most sequences merged into each one; -1 = 2 for Moving MNIST, else 0
+    overlay: int = -1  # up to so many sequences are merged into each; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -55,7 +55,7 @@ class Knobs:  # its docstring and comments are the text of --help
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast grows to all frames from … to … of training
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # between these parts of training, the forecast grows
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
@@ -112,7 +112,7 @@ def build(knobs, channels):
 def make_optimizers(model, knobs, dtype):
     """Muon for the kernels; AdamW for biases, peepholes and the layer that draws the pixels.
 
-    At each step, `train` sets each group's learning rate to the schedule times the group's "rate" (or 1).
+    At each step, `train` sets each group's learning rate: the schedule times the group's "rate" (default 1).
     """
     *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # the last one draws the pixels
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "rate": ADAMW_RATE}
@@ -157,7 +157,7 @@ def load_batch(run, n_past, n_future):
     my_share, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
     frames = training[index[my_share]]
     fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
-    # chosen for the whole batch, so that any number of processes merges the same sequences
+    # chosen for the whole batch, so that the number of processes changes nothing
     for others in rng.integers(len(training), size=(math.ceil(knobs.overlay * fraction_left), len(index))):
         frames = torch.maximum(frames, training[others[my_share]])
     frames = to_device(frames[:, : n_past + n_future], run.device).float() / 255

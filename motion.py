@@ -26,7 +26,7 @@ def advect(frames, weights, patch_size):
 
 
 def matching_costs(frames, before, patch_size, max_motion):
-    """For each patch and move, the squared difference to where it would come from → (N, H/P, W/P, K²)."""
+    """Squared difference of each patch to its source in `before`, for each move → (N, H/P, W/P, K²)."""
     H, W = frames.shape[-2:]
     K = 2 * max_motion + 1
     before = F.pad(before, [max_motion] * 4)

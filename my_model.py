@@ -6,10 +6,10 @@ states to a second stack (the forecaster), which unrolls the future. One convolu
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: untrained forecasts are nearly black or, with motion, the last frame, blurred.
-- `head_channels`: hidden layers in the head. A linear head cannot let the states decide how far to shift.
+- Initial output biases: untrained, it draws nearly black frames or, with motion, the blurred last frame.
+- `head_channels`: hidden layers in the head, which is linear without them.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. At a wall, a digit's far end must turn at the same time.
+- `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must turn.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -24,7 +24,7 @@ from torch import nn
 
 from motion import advect, block_match, matching_costs
 
-MOTION_CHANNELS = 16  # in which the encoder gets the measured motion
+MOTION_CHANNELS = 16  # channels of measured motion that the encoder reads
 
 
 def new_kernel(n_in, n_out, size):
@@ -40,7 +40,7 @@ class ConvLSTMCell(nn.Module):
     f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
     o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
 
-    A peephole Wc has one number per channel, as the paper's parameter counts say: any frame size works.
+    A peephole Wc has one number per channel (as the paper's counts imply), so any frame size works.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -207,16 +207,16 @@ class EncoderForecaster(nn.Module):
         start = past.shape[1] - 1 if draw_from is None else draw_from
         logits, frame = [self.draw([h[:, start:] for h in encoded], past[:, start:])], past[:, -1:]
         for _ in range(n_future - 1):  # the first forecast frame is already drawn
-            first_before, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
-            hidden_states, states = self.encode(frame, first_before, states)
+            previous, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
+            hidden_states, states = self.encode(frame, previous, states)
             logits.append(self.draw(hidden_states, frame))
         return torch.cat(logits, 1)
 
-    def encode(self, frames, first_before, states):
-        """Run the encoder over frames (B, T, C, H, W); first_before is the frame before them."""
+    def encode(self, frames, previous, states):
+        """Run the encoder over frames (B, T, C, H, W); previous is the frame before them."""
         x = F.pixel_unshuffle(frames, self.patch_size)  # (B, T, C·P², H/P, W/P)
         if self.max_motion:
-            before = torch.cat((first_before, frames[:, :-1]), 1).flatten(0, 1)
+            before = torch.cat((previous, frames[:, :-1]), 1).flatten(0, 1)
             options = self.patch_size, self.max_motion, self.matching_costs
             move_probabilities = block_match(frames.flatten(0, 1), before, *options)
             x = torch.cat((x, self.motion(move_probabilities).unflatten(0, frames.shape[:2])), 2)
@@ -253,10 +253,10 @@ class EncoderForecaster(nn.Module):
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # A flip of the frame also permutes channels: those of a patch's pixels, those of the moves, and hidden ones,
-# which come in groups of eight, one filter in eight orientations. Squares say which channel is where, so that
-# flipping the squares gives the permutation. A kernel is equivariant if a flip with it leaves it as it is.
+# which come in groups of eight, one filter in eight orientations. A square lays channels out in two
+# dimensions; flipping it gives their permutation. Flipping and permuting leaves an equivariant kernel as it is.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# Places of a group's eight hidden channels; -1: empty. All symmetries but the identity move all eight.
+# A group's eight hidden channels, laid out so that each symmetry but the identity moves all; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -279,7 +279,7 @@ def permutation(flip, squares):
 
 
 def symmetric_mean(kernel, permutations):
-    """The mean of the eight transformed copies of a kernel (n_out, n_in, k, k): one flip after the other."""
+    """The mean of a kernel's eight copies: (n_out, n_in, k, k), averaged with each of three flips in turn."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel
@@ -290,7 +290,7 @@ def make_equivariant(kernel, outputs, inputs):
     """Average a kernel over its eight copies, keep its norm, and let a hook average each of its gradients.
 
     outputs, inputs: the squares of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
-    rounding. A deep copy loses the hook: call this on it to train.
+    rounding. Deep copies lose the hook: call this again for them.
     """
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
     on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])

@@ -157,7 +157,7 @@ def encoder_forecaster(path):
     ours = "The default of main.py: feedback, motion, and more"
     for top, title in ((8.8, "The paper's network: EncoderForecaster()"), (4.15, ours)):
         axes.text(0.3, top, title, fontsize=14, weight="bold", va="center")
-    key = "in each diagram, the same layer has the same weights at every step"
+    key = "in a diagram, boxes with the same color and name have the same weights"
     axes.text(12.7, 8.8, key, fontsize=11, color=EDGE, ha="right", va="center")
     columns = {"$x_1$": 1.5, "$x_2$": 3.6, "$x_{10}$": 5.9}
     for y, forecaster, layers in ((5.6, True, 3), (1.85, False, 2)):
@@ -227,9 +227,9 @@ def encoder_forecaster(path):
         axes.text(11.95, head, "…  $\\hat{x}_{20}$", fontsize=11, va="center")
     shapes = (
         "frame (B, 1, 64, 64)  →  4×4-pixel patches (B, 16, 64/4, 64/4)  →  each $h$, $c$ (B, Ch, 16, 16)\n"
-        "→  head, of all $h$ together: (B, sum of Ch, 16, 16)  →  (B, 16, 16, 16)  →  logits (B, 1, 64, 64)\n"
+        "→  all $h$ concatenated (B, sum of Ch, 16, 16)  →  head (B, 4·4, 16, 16)  →  logits (B, 1, 64, 64)\n"
         "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 81 more outputs:\n"
-        "a factor for each pixel of the moved frame, and a weight for each of 9×9 moves"
+        "a factor for each pixel's logit in the moved frame, and a weight for each of 9×9 moves"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
