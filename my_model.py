@@ -254,7 +254,7 @@ class EncoderForecaster(nn.Module):
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # A flip of the frame also permutes channels: those of a patch's pixels, those of the moves, and hidden ones,
 # which come in groups of eight, one filter in eight orientations. A square lays channels out in two
-# dimensions; flipping it gives their permutation. Flipping and permuting leaves an equivariant kernel as it is.
+# dimensions; flipping it gives their permutation. Flipped and permuted, an equivariant kernel stays as it is.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # A group's eight hidden channels, laid out so that each symmetry but the identity moves all; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
