@@ -78,4 +78,4 @@ if __name__ == "__main__":
     for path in sys.argv[1:]:
         model = main.load(path)
         for row in (situation_row, identified_row):
-            print(" | ".join([path, *row(model)]))
+            print(" | ".join([row.__name__, path, *row(model)]))

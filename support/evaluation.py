@@ -17,7 +17,7 @@ import moving_mnist
 from support import UserError
 from support.checkpoint import lock_folder, remove_strays, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
-from support.folders import describe_changes
+from support.folders import describe_edits, read_configs, to_text
 
 CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
@@ -227,13 +227,12 @@ def score_beyond_training(folder, name, task, patch_size):
 SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
 
 
-def read_run(folder):
+def read_run(folder, config):
     """metrics.json of a folder, its first forecast, its label, and what its training cost."""
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    run |= {"label": folder.name, "folder": folder, "asked": config["asked"], "started": config["started"]}
-    run["not_default"] = config["not_default"] + []  # a list, or the run is of another version
+    run |= {"label": folder.name, "folder": folder, "asked": config["asked"]}
+    run["own_knobs"] = [change.split()[0] for change in config["not_default"]]
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
     run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
     lines = (folder / "log.csv").read_text("utf-8").splitlines() if run["is_trained"] else []
@@ -250,10 +249,10 @@ def compare_runs(out, latest, first_sequence):
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         remove_strays(out)
-        runs, left_out = [], []
+        runs, left_out, configs = [], [], read_configs(out)
         for path in sorted(out.glob("*/metrics.json")):
             try:
-                run = read_run(path.parent)
+                run = read_run(path.parent, configs[path.parent.name])
                 fits = all(run[key] == latest[key] for key in SAME_TASK)
                 shape = latest["frames_out"], *first_sequence.shape[1:]
                 fits = fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]
@@ -268,7 +267,7 @@ def compare_runs(out, latest, first_sequence):
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return
-        label_runs(runs)
+        label_runs([run for name in configs for run in runs if run["folder"].name == name])
         runs.sort(key=lambda run: run["curve"].mean())
         baselines = {who: latest["scores"][who] for who in figures.LABELS}
         write_atomic(out / "compare.md", comparison_table(runs, baselines, left_out).encode())
@@ -285,21 +284,23 @@ def compare_runs(out, latest, first_sequence):
 
 
 def label_runs(runs):
-    """Extend the label of each trained run by its knobs and edited lines.
+    """Extend the label of each trained run by its knobs and edited lines. The earliest run is the first.
 
-    These are knobs that are not the default, and what differs from the first run of its model. What all runs
-    share is left out.
+    A knob is shown if it is not the default, in this run or in the first of its model, or differs from that.
+    Knobs that all trained runs share are not shown.
     """
-    first = {}
-    trained = sorted((run for run in runs if run["is_trained"]), key=lambda run: run["started"])
+    trained, first = [run for run in runs if run["is_trained"]], {}
+    values = lambda name: {to_text(run["asked"]["knobs"].get(name)) for run in trained}
     for run in trained:
         reference = first.setdefault(run["model"], run)
-        others = reference["asked"], reference["folder"], run["folder"]
-        changes = run["not_default"] + describe_changes(run["asked"], *others, with_old=False)
-        run["changes"] = dict.fromkeys(changes)  # each once, in order
-    shared = set.intersection(*(set(run["changes"]) for run in trained)) if trained else set()
-    for run in trained:
-        if changes := [change for change in run["changes"] if change not in shared]:
+        now, then = run["asked"]["knobs"], reference["asked"]["knobs"]
+        names = dict.fromkeys((*reference["own_knobs"], *run["own_knobs"]))  # each once, in order
+        names |= dict.fromkeys(name for name in now if now[name] != then.get(name))
+        if not run["label"].startswith(run["model"]):
+            names["model"] = None
+        changes = [f"{name} {to_text(now.get(name))}" for name in names if len(values(name)) > 1]
+        changes += describe_edits(run["asked"], reference["asked"], reference["folder"], run["folder"])
+        if changes:
             run["label"] += f" ({', '.join(changes)})"
 
 

@@ -46,21 +46,26 @@ def to_text(value):
     return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value) or "none"
 
 
-def describe_changes(asked, before, old_folder, new_folder=None, with_old=True):
+def describe_changes(asked, before, old_folder):
     """What differs from the run in old_folder: ["epochs 3 (was 2)", "main.py: loss = 2 * loss", …]."""
-    old, new, changes = before["knobs"], asked["knobs"], []
-    for name in new:
-        if old.get(name) != new[name]:
-            was = f" (was {to_text(old.get(name))})" if with_old else ""
-            changes.append(f"{name} {to_text(new[name])}{was}")
-    if asked["data"] != before["data"]:
-        changes.append("other data")
-    if old.get("weights") == new.get("weights") and asked.get("weights") != before.get("weights"):
-        changes.append("other content of the file of weights")
+    old, new = before["knobs"], asked["knobs"]
+    names = [name for name in new if old.get(name) != new[name]]
+    knobs = [f"{name} {to_text(new[name])} (was {to_text(old.get(name))})" for name in names]
+    return knobs + describe_edits(asked, before, old_folder)
+
+
+def describe_edits(asked, before, old_folder, new_folder=None):
+    """What differs beside the knobs: ["other data", "main.py: loss = 2 * loss", …]."""
+    same = lambda name: asked["knobs"].get(name) == before["knobs"].get(name)
+    edits = []
+    if same("data") and asked["data"] != before["data"]:
+        edits.append("other data")
+    if same("weights") and asked.get("weights") != before.get("weights"):
+        edits.append("other content of the file of weights")
     for name, value in asked["sources"].items():
         if before["sources"].get(name) != value:
-            changes.append(describe_edit(name, read_source(old_folder, name), read_source(new_folder, name)))
-    return list(filter(None, changes))
+            edits.append(describe_edit(name, read_source(old_folder, name), read_source(new_folder, name)))
+    return list(filter(None, edits))
 
 
 def describe_edit(name, old, new):
@@ -113,7 +118,7 @@ def choose_folder(out, base, is_named, asked, stack):
                 checkpoint.remove_strays(out / name)
                 return out / name
         number, folder = 1, out / base
-        while folder.exists():
+        while is_taken(folder):
             number += 1
             folder = out / f"{base}-{number}"
         stack.enter_context(checkpoint.lock_folder(folder))
@@ -123,8 +128,14 @@ def choose_folder(out, base, is_named, asked, stack):
     if trained and not asked["knobs"]["eval_only"]:
         name, last = trained[-1]
         changes = describe_changes(asked, last, out / name) or ["only its name"]
-        print(f"new run   {out / name} is kept; this run differs in: {', '.join(changes)}", flush=True)
+        print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder
+
+
+def is_taken(folder):
+    if folder.is_dir():
+        return any(path.name != ".lock" for path in folder.iterdir())
+    return folder.exists()
 
 
 def read_configs(out):

@@ -75,7 +75,7 @@ class Run(Progress):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def frames_at(self, progress):
-        """The number of frames of a training step. Its time is proportional to it."""
+        """The number of frames of a training step."""
         return sum(self.horizon(self.knobs, progress))
 
     @property

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
 FRAMES_IN, FRAMES_OUT = 6, 4
 STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
-# at Python's shutdown a thread of gloo's may abort the process: with this launcher it always would
 AFTER = str(ROOT / "tests" / "after.py")  # runs code, then main.py
+# at Python's shutdown a thread of gloo's may abort the process: with this launcher it always would
 ABORTS_AT_SHUTDOWN = (AFTER, "import atexit, os; atexit.register(os.abort)")
 
 

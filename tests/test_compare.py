@@ -37,7 +37,7 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
             wait_until((tmp_path / model / "metrics.json").exists, process)
         assert not (tmp_path / "compare.md").exists()
     printed = [finish(process)[0] for process in processes]
-    assert sorted("this run differs in" in text for text in printed) == [False, True]
+    assert sorted("new run   compared with" in text for text in printed) == [False, True]
     found = rows(tmp_path / "compare.md")
     assert set(found) == {*models, *BASELINES}
     for name in models:
@@ -50,28 +50,29 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
 
 
 def test_labels_name_what_not_all_runs_have(tmp_path):
-    """The first run of a model has knobs of its own, the second the defaults; 40 sequences are in all."""
+    """All have 40 sequences. The default of the last was edited in the code, so it has no knob of its own."""
     cases = [
-        ("my_model", {"epochs": 3}, ["epochs 3"], "0 (epochs 3)"),
-        ("my_model", {}, [], "1 (epochs 2)"),
-        ("paper", {"seed": 1}, ["seed 1"], "2 (seed 1)"),
-        ("my_model", {"epochs": 3, "seed": 7}, ["epochs 3"], "3 (epochs 3, seed 7)"),
+        ("my_model", {"epochs": 3}, ["epochs"], "my_model (epochs 3)"),
+        ("my_model-2", {}, [], "my_model-2 (epochs 2)"),
+        ("mine", {"model": "paper", "seed": 1}, ["seed"], "mine (seed 1, model paper)"),
+        ("my_model-3", {"epochs": 3, "seed": 7}, ["seed"], "my_model-3 (epochs 3, seed 7)"),
     ]
     runs = []
-    for n, (model, changes, own, _) in enumerate(cases):
-        asked = {"knobs": {"epochs": 2, "seed": 0, **changes}, "data": "array", "sources": {}}
-        run = {"label": str(n), "started": n, "folder": tmp_path, "model": model, "is_trained": True}
-        runs.append({**run, "asked": asked, "not_default": ["train_sequences 40", *own]})
+    for name, changes, own, _ in cases:
+        knobs = {"model": "my_model", "epochs": 2, "seed": 0, "train_sequences": 40, **changes}
+        asked = {"knobs": knobs, "data": "array", "sources": {}}
+        run = {"label": name, "folder": tmp_path, "model": knobs["model"], "is_trained": True, "asked": asked}
+        runs.append({**run, "own_knobs": ["train_sequences", *own]})
     evaluation.label_runs(runs)
-    assert [run["label"] for run in runs] == [expected for *_, expected in cases]
+    assert [run["label"] for run in runs] == [label for *_, label in cases]
 
 
-def edited(change):
-    """metrics.json after change(its dict)."""
+def edited(change, name="metrics.json"):
+    """The file after change(its dict)."""
 
     def damage(folder):
-        change(found := results(folder))
-        (folder / "metrics.json").write_text(json.dumps(found))
+        change(found := json.loads((folder / name).read_text("utf-8")))
+        (folder / name).write_text(json.dumps(found))
 
     return damage
 
@@ -83,6 +84,7 @@ DAMAGE = {
     "shorter curve": edited(lambda found: found["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
     "parameters of text": edited(lambda found: found.update(parameters="many")),
     "other forecast": lambda folder: np.save(folder / "forecast.npy", np.zeros((4, 1, 8, 8), np.uint8)),
+    "other version": edited(lambda found: found.pop("not_default"), "config.json"),
     "no config": lambda folder: (folder / "config.json").unlink(),
 }
 

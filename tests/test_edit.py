@@ -56,7 +56,7 @@ def run_edited(code, edits, name, words):
 def test_edited_after_it_has_ended(code):
     what = "learning_rate 0.05"
     first = os.path.join("results", "my_model")
-    run_edited(code, KNOB, "my_model-2", f"{first} is kept; this run differs in: {what} (was 0.06)")
+    run_edited(code, KNOB, "my_model-2", f"compared with {first}, which is kept: {what} (was 0.06)")
     assert f"| my_model-2 ({what}) |" in (code / "results" / "compare.md").read_text("utf-8")
 
 
@@ -69,7 +69,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "differs in: my_model.py: … size // 2), nn.ReLU()")
+        run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: … size // 2), nn.ReLU()")
         assert "my_model is in use by another run" in finish(run(code), 1)[1]
         process.send_signal(signal.SIGCONT)
         finish(process)
@@ -77,7 +77,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
         process.terminate()
         process.send_signal(signal.SIGCONT)
         assert "stopped; to continue, run: " in finish(process, 128 + signal.SIGTERM)[1]
-        run_edited(code, CELL, "my_model-2", "differs in: my_model.py: ")
+        run_edited(code, CELL, "my_model-2", "which is kept: my_model.py: ")
         run_edited(code, LOSS, "my_model-3", "main.py: loss = ")
         printed, _ = finish(run(code))
         assert "resuming at step 1" in printed and "new run" not in printed
@@ -128,4 +128,6 @@ assert not events and settings() == before, events
 
 def test_an_import_touches_nothing(code, tmp_path):
     """From another folder: nothing is compiled or written, no handler or setting changes."""
-    subprocess.run([sys.executable, "-B", "-c", IMPORT, code], check=True, cwd=tmp_path)
+    (empty := tmp_path / "elsewhere").mkdir()
+    subprocess.run([sys.executable, "-B", "-c", IMPORT, code], check=True, cwd=empty)
+    assert not list(empty.iterdir())

@@ -66,7 +66,7 @@ def test_killed_with_two_processes(of_two_processes, array, tmp_path):
             process.communicate(timeout=20)
             assert process.returncode > 0 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
         else:
-            for number in (process.pid, *workers):
+            for number in (*workers, process.pid):
                 os.kill(number, signal.SIGKILL)
             process.communicate()
     finish(start(*command, launcher=TORCHRUN))
@@ -75,7 +75,7 @@ def test_killed_with_two_processes(of_two_processes, array, tmp_path):
 
 @linux
 def test_two_machines(array, tmp_path):
-    """The README's command, a machine on each of two addresses. Only the first has the file of weights."""
+    """A machine on each of two addresses. Only the first has the file of weights."""
     rendezvous = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     rendezvous += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     launcher = lambda k: (*rendezvous, f"--local_addr=127.0.0.{k}")

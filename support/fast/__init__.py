@@ -38,7 +38,7 @@ def attach(model, device, dtype):
         compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
         used.append("fast layer with compiled gates" if compiled else "fast layer")
         if on_cpu and not compiled:
-            used.append("slower, without gates.c: it needs a C compiler on Linux")
+            used.append("slower, as gates.c could not be built (it needs gcc on x86 Linux)")
     else:
         used.append("the edited ConvLSTMCell as it stands, which is slower")
     return ", ".join(used)
