@@ -292,7 +292,7 @@ class Run(Progress):
             return
         knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, []
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
-            words = ["forecasts 1 frame", "more and more frames", f"all {knobs.frames_out} frames"]
+            words = ["forecasts 1 frame", "more frames", f"all {knobs.frames_out} frames"]
             if knobs.overlay:
                 overlays = f"{knobs.overlay} merged in", "fewer merged in", "none merged in"
                 words = [", ".join(pair) for pair in zip(words, overlays, strict=True)]
