@@ -61,7 +61,7 @@ def loss(history, baselines, phases, title):
     names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
     evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
     phases = [(epoch, words) for epoch, words in phases if epoch <= epochs[-1]]
-    label = "training, on the task written in the plot" if phases else "training"
+    label = "training, easier task (see labels)" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
     lines = [[row[name] for row in some] for name in names]

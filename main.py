@@ -40,13 +40,13 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # up to so many sequences are merged into each; -1 = 2 for Moving MNIST, else 0
+    overlay: int = -1  # at most so many others merged into a sequence; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; each patch is one position of the states. Tried: 2 to 8
-    head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: none to 512
+    head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: up to 512
     max_motion: int = 4  # largest motion, in pixels per frame, that is measured and applied; 0 = none
     equivariant: bool = True  # kernels that respect flips and transposition. Use multiples of 8 channels
     # Training
@@ -55,11 +55,11 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # between these parts of training, the forecast grows
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast lengthens between these fractions
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
-    name: str = ""  # this run's folder in results/; empty = the name of the model or the weights
+    name: str = ""  # this run's folder in out; empty = the name of the model or the weights
     eval_only: bool = False  # train nothing: score and draw --weights
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
@@ -130,8 +130,8 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first. It costs less, too, as forecast frames are computed one by one. For
-    my_model, the sum of both is constant: a shorter horizon means a longer input.
+    A short horizon teaches motion first, and costs less. For my_model, the sum of both is constant: a shorter
+    horizon means a longer input.
     """
     start, end = knobs.grow_horizon
     n_future = knobs.frames_out
@@ -192,9 +192,9 @@ def train(run, optimizers):
         with run.autocast():
             logits = net(past, n_future, *draw_from).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
-        n_values = truth[0].numel() * knobs.batch_size  # of all processes
+        n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        loss = cross_entropy  # an added mean over this process's share counts by len(truth) / batch_size
+        loss = cross_entropy  # multiply a mean that you add by len(truth) / batch_size, as below
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes

@@ -1,19 +1,19 @@
 """The ConvLSTM encoder-forecaster of Shi et al. (2015), https://arxiv.org/abs/1506.04214, by hand.
 
-Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. The paper copies its
-states to a second stack (the forecaster), which unrolls the future. One convolution turns states into frames.
-`EncoderForecaster()` is that network.
+Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. In the paper, their
+last states are copied to a second stack (the forecaster), which unrolls the future. One convolution turns
+states into frames. `EncoderForecaster()` is that network.
 
 Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
 - Initial output biases: untrained, it draws nearly black frames or, with motion, the blurred last frame.
 - `head_channels`: hidden layers in the head, which is linear without them.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must turn.
+- `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must bounce.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch size.
+B batch, T frames, C channels, H height, W width (in a layer, of patches); Ch hidden channels, P patch size.
 """
 
 import functools
@@ -34,13 +34,13 @@ def new_kernel(n_in, n_out, size):
 
 
 class ConvLSTMCell(nn.Module):
-    """One time step. Gates in the order i, f, o, g; * convolves, ∘ multiplies element by element.
+    """One time step; * convolves, ∘ multiplies element by element.
 
-    i = σ(Wxi * x + Whi * h + Wci ∘ c + bi)          g = tanh(Wxg * x + Whg * h + bg)
-    f = σ(Wxf * x + Whf * h + Wcf ∘ c + bf)          c' = f ∘ c + i ∘ g
-    o = σ(Wxo * x + Who * h + Wco ∘ c' + bo)         h' = o ∘ tanh(c')
+    i, f, o, g = the quarters of Wx * x + Wh * h + b
+    c' = σ(f + Wcf ∘ c) ∘ c + σ(i + Wci ∘ c) ∘ tanh(g)
+    h' = σ(o + Wco ∘ c') ∘ tanh(c')
 
-    A peephole Wc has one number per channel (as the paper's counts imply), so any frame size works.
+    A peephole Wc has one number per channel (see the paper's parameter counts), so any frame size works.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -155,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with motion also a gain of the moved frame per pixel, and a weight per move
+        # logits; with motion also, per pixel, the moved frame's gain, and, per patch, a weight for each move
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -179,9 +179,10 @@ class EncoderForecaster(nn.Module):
         for stack in (self.encoder, self.forecaster or ()):
             for layer in stack:
                 hidden = directions(layer.cell.hidden_channels)
+                gates = hidden * 4  # a longer list
                 if layer.cell.input_to_state is not None:
-                    make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
-                make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
+                    make_equivariant(layer.cell.input_to_state, gates, below)
+                make_equivariant(layer.cell.state_to_state, gates, hidden)
                 below = hidden
         below = [s for layer in self.encoder for s in directions(layer.cell.hidden_channels)]
         *convolutions, draw = (layer for layer in self.head if isinstance(layer, nn.Conv2d))
@@ -252,11 +253,11 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also permutes channels: those of a patch's pixels, those of the moves, and hidden ones,
-# which come in groups of eight, one filter in eight orientations. A square lays channels out in two
-# dimensions; flipping it gives their permutation. Flipped and permuted, an equivariant kernel stays as it is.
+# A flip of the frame also reorders channels: the pixels of a patch, the moves, and hidden channels, whose
+# groups of eight are one filter in eight orientations. Channels are laid out on square grids. A flipped grid
+# has the new order. Flipped and reordered, an equivariant kernel is unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# A group's eight hidden channels, laid out so that each symmetry but the identity moves all; -1: empty.
+# A group's eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -279,7 +280,7 @@ def permutation(flip, squares):
 
 
 def symmetric_mean(kernel, permutations):
-    """The mean of a kernel's eight copies: (n_out, n_in, k, k), averaged with each of three flips in turn."""
+    """A kernel (n_out, n_in, k, k), averaged with each of three flips in turn: the mean of eight copies."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel

@@ -98,9 +98,7 @@ def cell(path):
     for name, (x, function, words) in gates.items():
         box(axes, x, gate, function, GATE, 0.75, 0.45)
         arrow(axes, (x, sums), (x, gate - 0.225))
-        axes.text(x + 0.08, sums + 0.2, words, fontsize=9, color=EDGE, va="center")
-        beside = (0.5, 0.15) if name == "o" else (0.12, 0.42)
-        axes.text(x + beside[0], gate + beside[1], f"${name}$", fontsize=11, va="center")
+        axes.text(x + 0.08, sums + 0.2, f"${name}$: {words}", fontsize=9, color=EDGE, va="center")
     # the cell state
     dot(axes, 3.1, rail, "∘")
     dot(axes, 6.0, rail, "+")
@@ -229,7 +227,7 @@ def encoder_forecaster(path):
         "frame (B, 1, 64, 64)  →  4×4-pixel patches (B, 16, 64/4, 64/4)  →  each $h$, $c$ (B, Ch, 16, 16)\n"
         "→  all $h$ concatenated (B, sum of Ch, 16, 16)  →  head (B, 4·4, 16, 16)  →  logits (B, 1, 64, 64)\n"
         "In the default, layer 1 also reads 16 channels of motion. The head has 16 + 81 more outputs:\n"
-        "a factor for each pixel's logit in the moved frame, and a weight for each of 9×9 moves"
+        "for each pixel, a factor on the moved frame's logit; for each patch, weights of 9×9 moves"
     )
     axes.text(6.5, -0.35, shapes, ha="center", va="bottom", fontsize=11, color=EDGE)
     plt.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})

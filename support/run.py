@@ -294,7 +294,7 @@ class Run(Progress):
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
             words = ["forecasts 1 frame", "more frames", f"all {knobs.frames_out} frames"]
             if knobs.overlay:
-                overlays = f"{knobs.overlay} merged in", "fewer merged in", "none merged in"
+                overlays = f"{knobs.overlay} overlays", "fewer overlays", "no overlays"
                 words = [", ".join(pair) for pair in zip(words, overlays, strict=True)]
             phases += zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True)
         if knobs.ssim_from < 1:
