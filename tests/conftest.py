@@ -69,17 +69,8 @@ def array(tmp_path_factory):
     return path
 
 
-SMALL = {
-    "frames_in": FRAMES_IN,
-    "frames_out": FRAMES_OUT,
-    "hidden_channels": 8,
-    "head_channels": 8,
-    "batch_size": 5,
-    "epochs": 2,
-    "precision": "fp32",
-    "device": "cpu",
-    "overlay": 1,
-}
+SMALL = {"frames_in": FRAMES_IN, "frames_out": FRAMES_OUT, "batch_size": 5, "epochs": 2, "overlay": 1}
+SMALL |= {"hidden_channels": 8, "head_channels": 8, "precision": "fp32", "device": "cpu"}
 
 
 def flags(data, out, **changes):

@@ -19,8 +19,7 @@ import moving_mnist
 from records import ablation
 
 README = (ROOT / "README.md").read_text("utf-8")
-SHORT = "--epochs 1 --max_minutes 0 --train_sequences 8 --batch_size 4"
-SHORT += " --frames_in 3 --frames_out 2 --device cpu"
+SHORT = "--epochs 1 --train_sequences 8 --batch_size 4 --frames_in 3 --frames_out 2 --device cpu"
 
 
 def fenced():
