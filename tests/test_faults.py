@@ -301,7 +301,7 @@ def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
 
 
 def test_a_bug_in_an_edited_cell_is_no_sentence(array, tmp_path):
-    folder = clone(tmp_path, my_model=[("i, f, o, g = ", "i, f, o = ")])
+    folder = clone(tmp_path, my_model=[("i, f, o, g = z", "i, f, o = z")])
     process = start(*flags(array, tmp_path / "out", **FEW), script=folder / "main.py")
     _, err = process.communicate()
     assert process.returncode == 1 and "main.py: " not in err
