@@ -111,10 +111,10 @@ def compare(histories, curves, title):
         losses = [row["val_loss"] for row in rows]
         by_time.plot([row["minutes"] for row in rows], losses, **style, label=name)
         by_sequences.plot([row["sequences"] / 1000 for row in rows], losses, **style, label=name)
-    by_time.set_title("validation loss over time")
-    by_sequences.set_title("validation loss over sequences")
-    for axes, xlabel in (by_time, "minutes of training"), (by_sequences, "training sequences (thousands)"):
-        axes.set(xlabel=xlabel, ylabel=CROSS_ENTROPY_LABEL, yscale="log", xlim=(0, None))
+    by_time.set(title="validation loss over time", xlabel="minutes of training")
+    by_sequences.set(title="validation loss over sequences", xlabel="training sequences (thousands)")
+    for axes in (by_time, by_sequences):
+        axes.set(ylabel=CROSS_ENTROPY_LABEL, yscale="log", xlim=(0, None))
         ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     draw_curves(by_frame, curves, fill(title, 40))

@@ -33,9 +33,9 @@ def by_situation():
         "Frame 3, free": ((gap[:, 6:13] >= 16).all(1) & (walls == 0), 3),
         "Frame 3, one wall": ((gap[:, 6:13] >= 16).all(1) & (walls == 1), 3),
     }
-    for name, (fits, frame) in situations.items():
+    for fits, frame in situations.values():
         index = np.flatnonzero(fits)[:400]
-        yield name, render(DIGITS[chosen[index]], positions[index]), frame
+        yield render(DIGITS[chosen[index]], positions[index]), frame
 
 
 def forecast(model, frames):
@@ -45,14 +45,13 @@ def forecast(model, frames):
 
 
 def situation_row(model):
-    errors = {}
-    for name, frames, frame in by_situation():
+    """MSE of each situation's frame, and of all ten frames of the first situation."""
+    curves, errors = [], []
+    for frames, frame in by_situation():
         squares = (forecast(model, frames) - frames[:, 10:, 0] / 255) ** 2
-        curve = squares.sum((2, 3)).mean(0)
-        errors[name] = curve[frame - 1]
-        errors.setdefault("All 10 frames", curve.mean())
-    errors["All 10 frames"] = errors.pop("All 10 frames")  # the last column
-    return [f"{error:.1f}" for error in errors.values()]
+        curves.append(squares.sum((2, 3)).mean(0))
+        errors.append(curves[-1][frame - 1])
+    return [f"{error:.1f}" for error in (*errors, curves[0].mean())]
 
 
 def identified_row(model):

@@ -232,6 +232,7 @@ def read_run(folder, config):
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     run |= {"label": folder.name, "folder": folder, "asked": config["asked"]}
+    run["started"] = float(config["started"])
     run["own_knobs"] = [change.split()[0] for change in config["not_default"]]
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
     run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
@@ -267,7 +268,7 @@ def compare_runs(out, latest, first_sequence):
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return
-        label_runs([run for name in configs for run in runs if run["folder"].name == name])
+        label_runs(sorted(runs, key=lambda run: run["started"]))
         runs.sort(key=lambda run: run["curve"].mean())
         baselines = {who: latest["scores"][who] for who in figures.LABELS}
         write_atomic(out / "compare.md", comparison_table(runs, baselines, left_out).encode())
