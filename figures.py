@@ -61,7 +61,7 @@ def loss(history, baselines, phases, title):
     names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
     evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
     phases = [(epoch, words) for epoch, words in phases if epoch <= epochs[-1]]
-    label = "training, easier task (see labels)" if phases else "training"
+    label = "training (its task changes: see labels)" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
     lines = [[row[name] for row in some] for name in names]
@@ -161,7 +161,7 @@ def grid(rows, title, most=10):
     scale = max(1, -(-128 // width))
     height, width = height * scale, width * scale
     labels = [fill(name, 24 if len(name) > 24 else 12, max_lines=6, placeholder=" …") for name in rows]
-    left = 20 + 11 * max(len(line) for label in labels for line in label.split("\n"))  # 11 pixels a character
+    left = 20 + 13 * max(len(line) for label in labels for line in label.split("\n"))  # 13 pixels a character
     wide = left + min(max(len(frames) for _, frames in rows.values()), most) * (width + 8)
     title = fill(title, max(20, wide // 13))
     top = 57 + 25 * len(title.split("\n"))

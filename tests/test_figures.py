@@ -44,6 +44,7 @@ DRAW = {
     "per_frame": lambda: figures.per_frame({TITLE: {RUN * 3: [1], "black": [2]}}),
     "beyond": lambda: figures.per_frame({title: {RUN: [1, 2] * 15} for title in ("a", TITLE, "c")}),
     "grid": lambda: figures.grid(ROWS, TITLE),
+    "strip": lambda: figures.grid({"my_model-3 (seed 1)": (1, flat(0, 10))}, "short labels"),
 }
 
 
