@@ -31,16 +31,16 @@ from support.start import load_model, start
 
 
 @dataclass(frozen=True)
-class Knobs:  # its docstring and comments are the text of --help; see build for what each model reads
+class Knobs:  # its docstring and comments are the text of --help; see build for the knobs each model uses
     """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
 
     # Data
     data: str = "array"  # "array", "fresh" (new sequences all the time), a .npy, or a folder of videos
-    train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 per epoch). Tried: 8 to 10000
+    train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 per epoch). Tried: 8 to 174960
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # at most so many others merged into a sequence; -1 = 2 for Moving MNIST, else 0
+    overlay: int = -1  # most other sequences merged into one; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -55,7 +55,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
-    grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast lengthens between these parts of training
+    grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast grows between these fractions of training
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
@@ -194,7 +194,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # multiply a mean that you add by len(truth) / batch_size, as below
+        # if you add a mean, multiply it by len(truth) / batch_size, as below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size

@@ -1,6 +1,6 @@
 """The ConvLSTM encoder-forecaster of Shi et al. (2015), https://arxiv.org/abs/1506.04214, by hand.
 
-Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. In the paper, their
+Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. In the paper, its
 last states are copied to a second stack (the forecaster), which unrolls the future. One convolution turns
 states into frames. `EncoderForecaster()` is that network.
 
@@ -13,7 +13,7 @@ Changes from the paper, and why. The first two are always on; `main.py` switches
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, H height, W width (in a layer, of patches); Ch hidden channels, P patch size.
+B batch, T frames, C channels, H height, W width (in a layer: in patches); Ch hidden channels, P patch size.
 """
 
 import functools
@@ -179,7 +179,7 @@ class EncoderForecaster(nn.Module):
         for stack in (self.encoder, self.forecaster or ()):
             for layer in stack:
                 hidden = directions(layer.cell.hidden_channels)
-                gates = hidden * 4  # a longer list
+                gates = hidden * 4  # the list four times
                 if layer.cell.input_to_state is not None:
                     make_equivariant(layer.cell.input_to_state, gates, below)
                 make_equivariant(layer.cell.state_to_state, gates, hidden)
@@ -253,9 +253,9 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also reorders channels: the pixels of a patch, the moves, and hidden channels, whose
-# groups of eight are one filter in eight orientations. Channels are laid out on square grids. A flipped grid
-# has the new order. Flipped and reordered, an equivariant kernel is unchanged.
+# A flip of the frame also reorders channels: the pixels of a patch, the moves, and hidden channels. Eight
+# hidden channels are one filter in eight orientations. To find the new order, channels are laid out on square
+# grids, and the grids are flipped. Flipped and reordered, an equivariant kernel is unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # A group's eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
