@@ -8,14 +8,13 @@ Checkpoints of two widely used models load into it by name and give the same out
 
 `ConvLSTMForecaster` is `my_model.EncoderForecaster`, built from the first of them.
 
-B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch.
+B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch. A state is (h, c), each
+(B, Ch, H, W).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-State = tuple[torch.Tensor, torch.Tensor]  # (h, c), each (B, Ch, H, W), with and without batch_first
 
 
 class ConvLSTMCell(nn.Module):
@@ -27,21 +26,13 @@ class ConvLSTMCell(nn.Module):
     g = tanh(W * [x, h] + b)           h' = o ∘ tanh(c')
     """
 
-    def __init__(
-        self, input_dim: int, hidden_dim: int, kernel_size: int | tuple[int, int], bias: bool = True
-    ):
+    def __init__(self, input_dim, hidden_dim, kernel_size, bias=True):
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in kernel):
-            raise ValueError(
-                f"kernel size is {kernel_size}; expected an odd number or a pair (kh, kw) of odd numbers, "
-                "so that frames keep their size"
-            )
         self.hidden_dim = hidden_dim
-        padding = (kernel[0] // 2, kernel[1] // 2)
-        self.conv = nn.Conv2d(input_dim + hidden_dim, 4 * hidden_dim, kernel, padding=padding, bias=bias)
+        n_in, n_out = input_dim + hidden_dim, 4 * hidden_dim
+        self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same", bias=bias)
 
-    def forward(self, x: torch.Tensor, state: State | None = None) -> State:
+    def forward(self, x, state=None):
         """x (B, C, H, W) and (h, c), None for zeros → the next (h, c)."""
         if state is None:
             zeros = x.new_zeros(x.shape[0], self.hidden_dim, *x.shape[2:])
@@ -63,29 +54,25 @@ class ConvLSTM(nn.Module):
 
     def __init__(
         self,
-        input_dim: int,
-        hidden_dim: int | list[int] | tuple[int, ...],
-        kernel_size: int | tuple[int, int] | list,
-        num_layers: int,
-        batch_first: bool = False,
-        bias: bool = True,
-        return_all_layers: bool = False,
+        input_dim,
+        hidden_dim,
+        kernel_size,
+        num_layers,
+        batch_first=False,
+        bias=True,
+        return_all_layers=False,
     ):
         super().__init__()
         hidden_dims = [hidden_dim] * num_layers if isinstance(hidden_dim, int) else list(hidden_dim)
         # a tuple is one kernel's height and width; only a list has one kernel for each layer
         kernel_sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size] * num_layers
-        for name, values in (("hidden_dim", hidden_dims), ("kernel_size", kernel_sizes)):
-            if len(values) != num_layers:
-                raise ValueError(f"{name} lists {len(values)} values for num_layers={num_layers}")
+        assert len(hidden_dims) == len(kernel_sizes) == num_layers
         self.time_dim = 1 if batch_first else 0
         self.return_all_layers = return_all_layers
         sizes = zip([input_dim, *hidden_dims[:-1]], hidden_dims, kernel_sizes, strict=True)
         self.cell_list = nn.ModuleList(ConvLSTMCell(n_in, n, k, bias) for n_in, n, k in sizes)
 
-    def forward(
-        self, input_tensor: torch.Tensor, hidden_state: list[State] | None = None
-    ) -> tuple[list[torch.Tensor], list[State]]:
+    def forward(self, input_tensor, hidden_state=None):
         """input_tensor (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (outputs, last states).
 
         `hidden_state`: a list with one (h, c) for each layer, or None for zeros. The results are lists, too:
@@ -93,11 +80,6 @@ class ConvLSTM(nn.Module):
         """
         if hidden_state is None:
             hidden_state = [None] * len(self.cell_list)
-        if len(hidden_state) != len(self.cell_list):
-            raise ValueError(
-                f"hidden_state has {len(hidden_state)} states for {len(self.cell_list)} layers; "
-                "return_all_layers=True returns the state of every layer"
-            )
         x, layer_outputs, last_states = input_tensor, [], []
         for cell, state in zip(self.cell_list, hidden_state, strict=True):
             outputs = []
@@ -119,7 +101,7 @@ class EncoderDecoderConvLSTM(nn.Module):
     before. As in the original, the h and c of the decoder start from zeros.
     """
 
-    def __init__(self, nf: int, in_chan: int):
+    def __init__(self, nf, in_chan):
         super().__init__()
         self.encoder_1_convlstm = ConvLSTMCell(in_chan, nf, 3)
         self.encoder_2_convlstm = ConvLSTMCell(nf, nf, 3)
@@ -127,7 +109,7 @@ class EncoderDecoderConvLSTM(nn.Module):
         self.decoder_2_convlstm = ConvLSTMCell(nf, nf, 3)
         self.decoder_CNN = nn.Conv3d(nf, 1, (1, 3, 3), padding=(0, 1, 1))
 
-    def forward(self, x: torch.Tensor, future_seq: int) -> torch.Tensor:
+    def forward(self, x, future_seq):
         state_1 = state_2 = None
         for frame in x.unbind(1):
             state_1 = self.encoder_1_convlstm(frame, state_1)
@@ -152,7 +134,7 @@ class ConvLSTMForecaster(nn.Module):
     has weights that do nothing: 204,800 of 7,788,560 with the defaults.
     """
 
-    def __init__(self, channels: int = 1, hidden=(128, 64, 64), kernel_size=5, patch: int = 4):
+    def __init__(self, channels=1, hidden=(128, 64, 64), kernel_size=5, patch=4):
         super().__init__()
         self.patch_size = patch
         pixels = channels * patch * patch
@@ -161,7 +143,7 @@ class ConvLSTMForecaster(nn.Module):
         self.forecaster = ConvLSTM(pixels, hidden, kernel_size, **options)
         self.head = nn.Conv2d(sum(hidden), pixels, 1)
 
-    def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
+    def forward(self, past, n_future):
         x = F.pixel_unshuffle(past, self.patch_size)  # (B, T, C·P², H/P, W/P)
         _, states = self.encoder(x)
         zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
@@ -174,12 +156,12 @@ class ConvLSTMForecaster(nn.Module):
 class Seq2SeqForecaster(nn.Module):
     """`EncoderDecoderConvLSTM` as a forecaster: past (B, T, C, H, W) → logits of n_future frames."""
 
-    def __init__(self, channels: int = 1, nf: int = 64):
+    def __init__(self, channels=1, nf=64):
         super().__init__()
         if channels != 1:
             raise ValueError(f"seq2seq draws grey frames only; the data have {channels} channels")
         self.seq2seq = EncoderDecoderConvLSTM(nf, channels)
 
-    def forward(self, past: torch.Tensor, n_future: int) -> torch.Tensor:
+    def forward(self, past, n_future):
         frames = self.seq2seq(past, n_future).transpose(1, 2)  # (B, 1, T, H, W) → (B, T, 1, H, W)
         return torch.logit(frames.float(), eps=1e-6)

@@ -23,10 +23,6 @@ RAW = Path(__file__).with_name("raw")
 TIMEOUT = 10  # seconds without an answer or a byte
 
 
-class DownloadError(UserError):
-    """Data that cannot be had."""
-
-
 class File(NamedTuple):
     name: str
     size: int  # bytes, once unzipped
@@ -64,7 +60,7 @@ def fetch(file, folder=None):
     if has_size(path, file.size):
         return path
     words = f"cannot fetch {file.name} ({file.size:,} bytes) {', '.join(dict.fromkeys(failures))}"
-    raise DownloadError(f"{words}; you can put it at {path.absolute()} yourself, or its .gz beside that")
+    raise UserError(f"{words}; you can put it at {path.absolute()} yourself, or its .gz beside that")
 
 
 def has_size(path, size):
@@ -85,13 +81,13 @@ def download(url, part):
 
 
 def read_verified(path, file):
-    """The content, unzipped if it is gzip. Raises DownloadError if its md5 is another."""
+    """The content, unzipped if it is gzip. Raises UserError if its md5 is another."""
     with open(path, "rb") as packed:
         zipped = packed.read(2) == b"\x1f\x8b"
     with (gzip.open if zipped else open)(path, "rb") as unpacked:
         content = unpacked.read(file.size + 1)  # one byte too many is enough to know
     if (md5 := hashlib.md5(content, usedforsecurity=False).hexdigest()) != file.md5:
-        raise DownloadError(f"{len(content):,} bytes with md5 {md5}, expected {file.md5}")
+        raise UserError(f"{len(content):,} bytes with md5 {md5}, expected {file.md5}")
     return content
 
 
@@ -101,8 +97,8 @@ def main():
     try:
         if os.path.exists(path):  # put there by hand, or your own
             read_verified(path, ARRAY)
-    except DownloadError as error:
-        raise DownloadError(f"{path} has {error}; move it away and start again") from error
+    except UserError as error:
+        raise UserError(f"{path} has {error}; move it away and start again") from error
     print(f"{fetch(ARRAY)} is complete")
 
 

@@ -241,11 +241,8 @@ def make_stand_in(path):
         for k in tqdm(range(10), "generating", disable=None):
             sequences = generate(test if k == 9 else train, tenth, seed=(150204681, k))  # (B, T, 1, H, W)
             array[:, k * tenth : (k + 1) * tenth] = sequences[:, :, 0].swapaxes(0, 1)
-        try:
-            with open_atomic(path) as out:
-                np.save(out, array)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; is the disk full?") from error
+        with open_atomic(path) as out:
+            np.save(out, array)
     return path
 
 

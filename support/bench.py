@@ -1,4 +1,4 @@
-"""Time the paper's network, the default of main.py, the reference, and the paper's convolutions alone.
+"""Time the paper's network, the default of main.py, and the reference.
 
     python -m support.bench    prints a table and writes bench.json
 
@@ -51,41 +51,6 @@ def make_step(name, dtype, device, batch, frames=10, training=True):
     return step
 
 
-def paper_convolutions(batch, frames=10, hidden_channels=PAPER["hidden_channels"], pixels=16):
-    """For each kernel: channels in, channels out, images, images per call, does its input need a gradient."""
-    n_all, found = batch * frames, []
-    for first in (pixels, 0):  # encoder, forecaster
-        for n_in, n in zip((first, *hidden_channels[:-1]), hidden_channels, strict=True):
-            # frame by frame; the first frame of the encoder has zeros as hidden state, and is left out
-            found.append((n, 4 * n, n_all - batch if first else n_all, batch, True))
-            if n_in:
-                found.append((n_in, 4 * n, n_all, n_all, n_in != pixels))
-    return found
-
-
-def bare_convolutions(convolutions, dtype, device, size=16, kernel_size=PAPER["kernel_size"]):
-    """A function that does these convolutions and nothing else: forward and both gradients, channels last."""
-    k, work = kernel_size, []
-    for n_in, n_out, images, at_once, needs_dx in convolutions:
-        shapes = (images, n_in, size, size), (images, n_out, size, size), (n_out, n_in, k, k)
-        tensors = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
-        work.append((*(t.to(memory_format=torch.channels_last) for t in tensors), at_once, needs_dx))
-
-    def backward(dz, x, w, wanted):
-        options = None, [1, 1], [k // 2] * 2, [1, 1], False, [0, 0], 1, wanted
-        torch.ops.aten.convolution_backward(dz, x, w, *options)
-
-    def step():
-        for x, dz, w, at_once, needs_dx in work:
-            for x_part, dz_part in zip(x.split(at_once), dz.split(at_once), strict=True):
-                F.conv2d(x_part, w, padding=k // 2)
-                if needs_dx:
-                    backward(dz_part, x_part, w, (True, False, False))
-            backward(dz, x, w, (False, True, False))
-
-    return step
-
-
 def take_turns(functions, rounds, device):
     """name → median seconds of a call. Every round calls each function once; one more round warms up."""
     seconds = {name: [] for name in functions}
@@ -114,8 +79,6 @@ def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)
         for label, d in dtypes.items():
             for name in CONTENDERS:
                 functions[f"{name}, {label}"] = make_step(name, d, device, n, training=training)
-            if training:
-                functions[f"bare convolutions, {label}"] = bare_convolutions(paper_convolutions(n), d, device)
         medians = take_turns(functions, rounds, device)
         first = next(iter(medians.values()))
         for name, seconds in medians.items():

@@ -31,27 +31,29 @@ def replace(source, target):
 
 @contextmanager
 def open_atomic(path):
-    """A file to write. It gets the name `path` only when the block ends well and all is safe on the disk."""
+    """A file to write. It gets the name `path` only when the block ends well and all is safe on the disk.
+
+    So a crash at any moment leaves the old file or the new one. Raises UserError.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or f"{error} (is the disk full?)"  # NumPy's
+        raise UserError(f"cannot write {path}: {reason}; nothing was overwritten") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path, content):
-    """Write bytes so that a crash at any moment leaves the old file or the new one. Raises UserError."""
-    try:
-        with open_atomic(Path(path)) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; the previous version of the file is intact"
-        ) from error
+    """Write bytes, as open_atomic does."""
+    with open_atomic(Path(path)) as file:
+        file.write(content)
 
 
 def save(path, state):
@@ -88,10 +90,9 @@ def load_weights(model, state, path):
     try:
         model.load_state_dict(state["model"])
     except Exception as error:  # untrusted file: anything may be in it
-        raise UserError(
-            f"{path} has other weights than this model: the network's code or the channels of the data have "
-            "changed; undo that, or give another --weights"
-        ) from error
+        reason = "the network's code or the channels of the data have changed"
+        advice = "undo that, or give another --weights"
+        raise UserError(f"{path} has other weights than this model: {reason}; {advice}") from error
 
 
 def report_edits(model, state, path):

@@ -44,19 +44,17 @@ def choose_device(wanted, precision):
 def check_gpu(device):
     """Whether the GPU multiplies bf16, and why. Raises UserError if it cannot be used."""
     if (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
-        raise UserError(
-            f"process {LOCAL_RANK + 1} finds {gpus} GPUs; start one process per GPU: --nproc_per_node={gpus}"
-        )
+        words = f"process {LOCAL_RANK + 1} finds {gpus} GPUs; start one process per GPU"
+        raise UserError(f"{words}: --nproc_per_node={gpus}")
     try:
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except RuntimeError as error:  # a driver that fails, or a GPU for which this torch has no kernels
         if "out of memory" in str(error):
             raise
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"torch cannot use the GPU: {reason}; install a torch for it (pytorch.org), or set device to cpu"
-        ) from error
+        words = f"torch cannot use the GPU: {str(error).partition(chr(10))[0]}"
+        advice = "install a torch for it (pytorch.org), or set device to cpu"
+        raise UserError(f"{words}; {advice}") from error
     major, minor = torch.cuda.get_device_capability()
     return (major, minor) >= (8, 0), f"compute capability {major}.{minor}"
 

@@ -35,8 +35,6 @@ class Task(NamedTuple):
 
 
 def make_forecast(model, autocast):
-    """The model as a forecast."""
-
     @torch.inference_mode()
     def forecast(past, n_future):
         model.eval()
@@ -150,9 +148,9 @@ def draw_ranked(folder, task, dataset, ranking, title):
     """
     n = len(ranking)
     ranks = {"best": 0, "median": n // 2, "worst": n - 1}
-    named = {
-        f"predict_{name}": (int(ranking[k]), f"the {name} of {n:,} sequences") for name, k in ranks.items()
-    }
+    named = {}
+    for name, k in ranks.items():
+        named[f"predict_{name}"] = int(ranking[k]), f"the {name} of {n:,} sequences"
     draw_named(folder, task, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
     past, truth = split_frames(dataset[index], task.frames_in, task.frames_out)
@@ -320,8 +318,6 @@ def comparison_table(runs, baselines, left_out):
     for who, scores in baselines.items():
         lines.append(f"| {figures.LABELS[who]} | – | – | – | {' | '.join(table_cells(scores, '–'))} |")
     if left_out:
-        lines += [
-            "",
-            f"Left out, as tested on something else, damaged, or of another version: {', '.join(left_out)}.",
-        ]
+        words = "Left out, as tested on something else, damaged, or of another version"
+        lines += ["", f"{words}: {', '.join(left_out)}."]
     return "\n".join([*lines, ""])

@@ -46,7 +46,7 @@ class Progress:
     loss_count: int = 0
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class Run(Progress):
     """What a run was asked for, where it computes, and how far it is."""
 
@@ -59,12 +59,11 @@ class Run(Progress):
     device: Any
     dtype: Any  # of the convolutions
     horizon: Callable  # knobs, part of training → (input frames, forecast frames) of a training step
-    scored_step: int = 0  # the training step at which the scored weights were saved
-    epoch: int = -1  # to which `order` belongs
-    order: Any = None  # of the training sequences
 
     def __post_init__(self):
         knobs = self.knobs
+        self.scored_step = 0  # the training step at which the scored weights were saved
+        self.epoch, self.order = -1, None  # of the training sequences, and to which epoch it belongs
         self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
         self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
         forecast = evaluation.make_forecast(self.model, self.autocast)
@@ -75,7 +74,6 @@ class Run(Progress):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def frames_at(self, progress):
-        """The number of frames of a training step."""
         return sum(self.horizon(self.knobs, progress))
 
     @property
@@ -96,7 +94,8 @@ class Run(Progress):
             try:
                 for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                     load_optimizer(optimizer, saved)
-                self.restore(state)
+                for field in dataclasses.fields(Progress):
+                    setattr(self, field.name, state[field.name])
             except Exception as error:  # untrusted file: anything may be in it
                 reason = f"it does not fit this code ({error})"
                 raise UserError(f"cannot resume from {path}: {reason}; delete it to start over") from error
@@ -104,10 +103,6 @@ class Run(Progress):
             changed = [f"{k} {now[k]} (was {then.get(k)})" for k in now if then.get(k) != now[k]]
             if changed and not self.has_ended:
                 print0(f"resuming with {', '.join(changed)}: no longer bit-exact")
-
-    def restore(self, state):
-        for field in dataclasses.fields(Progress):
-            setattr(self, field.name, state[field.name])
 
     def show_results(self):
         """Whether the run has ended and its results can be read: then print them."""
@@ -163,10 +158,9 @@ class Run(Progress):
             self.steps = self.bar.total = broadcast(steps)
         left = self.steps - self.step
         minutes, speed = left * seconds_a_step(self.progress) / 60, self.knobs.batch_size / self.step_seconds
+        words = f"pace      {speed:.0f} sequences/s: {left:,} more steps take about {minutes:.0f} min"
         if RANK == 0:
-            self.bar.write(
-                f"pace      {speed:.0f} sequences/s: {left:,} more steps take about {minutes:.0f} min"
-            )
+            self.bar.write(words)
 
     def evaluation_due(self):
         if not self.steps:
@@ -187,19 +181,11 @@ class Run(Progress):
 
     def add_row(self, rate):
         """A row of log.csv. Its loss is the mean of the steps since the row before."""
-        self.history.append(
-            {
-                "epoch": round(self.step / self.steps_per_epoch, 4),
-                "step": self.step,
-                "sequences": self.step * self.knobs.batch_size,
-                "minutes": round(self.seconds / 60, 3),
-                "learning_rate": rate,
-                "train_loss": self.loss_sum / self.loss_count,
-                "val_loss": None,
-                "val_mse_per_frame": None,
-                "val_sequences": None,
-            }
-        )
+        row = {"epoch": round(self.step / self.steps_per_epoch, 4), "step": self.step}
+        row |= {"sequences": self.step * self.knobs.batch_size, "minutes": round(self.seconds / 60, 3)}
+        row |= {"learning_rate": rate, "train_loss": self.loss_sum / self.loss_count}
+        row |= dict.fromkeys(("val_loss", "val_mse_per_frame", "val_sequences"))
+        self.history.append(row)
         self.loss_sum, self.loss_count = 0.0, 0
 
     def score_baselines(self):
@@ -270,7 +256,6 @@ class Run(Progress):
         return state | {"fixed_forecast": checkpoint.fixed_forecast(self.model, channels)}
 
     def save(self, optimizers):
-        """Write last.pt."""
         if RANK == 0:
             kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
             state = {**self.network(), **kept}
@@ -362,9 +347,8 @@ def write_npy(path, array):
 
 def load_optimizer(optimizer, saved):
     """Raises ValueError for other options, which would silently replace those in the code."""
-    options = lambda: [
-        {k: repr(v) for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups
-    ]
+    of_group = lambda group: {k: repr(v) for k, v in group.items() if k not in ("params", "lr")}
+    options = lambda: list(map(of_group, optimizer.param_groups))
     before = options()
     optimizer.load_state_dict(saved)
     if options() != before:

@@ -12,19 +12,12 @@ import torch
 from moving_mnist import load_data
 from support import UserError, checkpoint, evaluation, folders, sources
 from support.checkpoint import load_weights, report_edits
-from support.distributed import (
-    WORLD_SIZE,
-    broadcast,
-    choose_device,
-    init_distributed,
-    on_rank_0,
-    print0,
-)
+from support.distributed import WORLD_SIZE, broadcast, choose_device, init_distributed, on_rank_0, print0
 from support.run import Run
 
 # Knobs that a checkpoint brings along
-NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
-NETWORK += ("equivariant",)
+NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "equivariant"
+NETWORK += ("max_motion",)
 # the smallest and the largest value
 LIMITS = {
     (0, 1): ("weight_decay", "ssim_from"),
@@ -88,36 +81,17 @@ def start(knobs, build, horizon, recipe):
     if weights:
         load_weights(model, weights, knobs.weights)
         report_edits(model, weights, knobs.weights)
-    environment = {
-        "device": str(device),
-        "processes": WORLD_SIZE,
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "torch": str(torch.__version__),
-        "kernels": attach(knobs, model.train(not knobs.eval_only), device, dtype),
-    }
+    environment = {"device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads()}
+    environment |= {"precision": precision, "torch": str(torch.__version__)}
+    environment["kernels"] = attach(knobs, model.train(not knobs.eval_only), device, dtype)
     if not knobs.eval_only:
         data.training.fit_on_gpu(device)
     describe(knobs, data, model, environment)
     asked = on_rank_0(folders.describe_identity, knobs, data)
-    facts = {
-        "not_default": differing,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        **environment,
-    }
-    with folders.open_folder(knobs, asked, facts) as folder:
-        yield Run(
-            knobs=knobs,
-            folder=folder,
-            asked=asked,
-            environment=environment,
-            data=data,
-            model=model,
-            device=device,
-            dtype=dtype,
-            horizon=horizon,
-            scored_step=weights["step"] if weights else 0,
-        )
+    with folders.open_folder(knobs, asked, {"not_default": differing, **environment}) as folder:
+        run = Run(knobs, folder, asked, environment, data, model, device, dtype, horizon)
+        run.scored_step = weights["step"] if weights else 0
+        yield run
 
 
 def describe(knobs, data, model, environment):

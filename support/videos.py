@@ -74,8 +74,7 @@ def crop_and_resize(frame, height, width, channels):
     H, W = frame.shape[:2]
     tall, wide = max(1, min(H, W * height // width)), max(1, min(W, H * width // height))
     top, left = (H - tall) // 2, (W - wide) // 2
-    frame = cv2.resize(
-        frame[top : top + tall, left : left + wide], (width, height), interpolation=cv2.INTER_AREA
-    )
+    frame = frame[top : top + tall, left : left + wide]
+    frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGR2GRAY)
     return frame.reshape(height, width, -1).transpose(2, 0, 1)

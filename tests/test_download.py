@@ -88,7 +88,7 @@ def assert_fetched(folder):
 
 def assert_refused(folder):
     """A line with addresses, size and target, and no file but a .gz of one's own. → the line"""
-    with pytest.raises(download.DownloadError) as error:
+    with pytest.raises(UserError) as error:
         download.fetch(download.ARRAY)
     line = str(error.value)
     assert "\n" not in line and ". " not in line
@@ -158,7 +158,7 @@ def test_what_was_put_there_by_hand(server, folder):
     assert_fetched(folder)
     assert server.asked == [] and names(folder) == ["seq.npy", "seq.npy.gz"]
     (folder / "seq.npy").write_bytes(WRONG)  # of the right length
-    with pytest.raises(download.DownloadError, match=r"seq\.npy has .* with md5 .*; move it away"):
+    with pytest.raises(UserError, match=r"seq\.npy has .* with md5 .*; move it away"):
         download.main()
     assert (folder / "seq.npy").read_bytes() == WRONG
 

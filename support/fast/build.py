@@ -54,7 +54,5 @@ def agree(found, expected, dtype):
 
 def arguments(*values):
     """Numbers as long, tensors as pointers, None as the null pointer."""
-    of = lambda v: (
-        ctypes.c_long(v) if isinstance(v, int) else ctypes.c_void_p(None if v is None else v.data_ptr())
-    )
-    return map(of, values)
+    address = lambda v: None if v is None else v.data_ptr()
+    return (ctypes.c_long(v) if isinstance(v, int) else ctypes.c_void_p(address(v)) for v in values)

@@ -164,11 +164,8 @@ class FastConvLSTM(torch.autograd.Function):
         dx = d_input = None
         if x is not None:
             d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)
-            dx = (
-                convolution(flipped(input_weight), pixels)(dz).view(x.shape)
-                if ctx.needs_input_grad[0]
-                else None
-            )
+            if ctx.needs_input_grad[0]:
+                dx = convolution(flipped(input_weight), pixels)(dz).view(x.shape)
         sums = sums.sum(0)
         return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
 
@@ -189,16 +186,14 @@ def convolution(weight, pixels, bias=None, dilation=1):
         return functools.partial(winograd.convolve, winograd.to_points(weight), k, bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
     packed = torch.backends.mkldnn.enabled and can_prepack(weight.device.type, weight.dtype)
-    return (prepacked_convolution if packed else plain_convolution)(
-        weight, bias, dilation * (k // 2), dilation
-    )
+    kind = prepacked_convolution if packed else plain_convolution
+    return kind(weight, bias, dilation * (k // 2), dilation)
 
 
 def plain_convolution(weight, bias, padding, dilation):
     def convolve(x, y=None):
-        found = F.conv2d(
-            as_images(x), weight, bias if y is None else None, padding=padding, dilation=dilation
-        )
+        added = bias if y is None else None
+        found = F.conv2d(as_images(x), weight, added, padding=padding, dilation=dilation)
         found = found.permute(0, 2, 3, 1).contiguous()
         return found if y is None else y.add_(found)
 
@@ -230,13 +225,10 @@ def can_prepack(device_type, dtype):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     x, y, weight, bias = draw(2, 5, 4, 16), draw(2, 5, 4, 32), draw(32, 16, 3, 3) / 12, draw(32)
-    results = []
+    weight, results = weight.contiguous(memory_format=torch.channels_last), []
     try:
         for kind in (prepacked_convolution, plain_convolution):
-            convolve, added = (
-                kind(weight.contiguous(memory_format=torch.channels_last), bias, 2, 2),
-                y.clone(),
-            )
+            convolve, added = kind(weight, bias, 2, 2), y.clone()
             convolve(x, added)
             results.append((convolve(x), added))
     except (AttributeError, RuntimeError, TypeError):

@@ -37,9 +37,9 @@ def library(dtype, k):
 def is_supported(weight, pixels, dilation=1):
     """Whether to use it for a convolution with weight (C_out, C_in, k, k) of so many pixels, N·H·W."""
     n_out, n_in, k, _ = weight.shape
-    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not (
-        weight.dtype == torch.bfloat16 and has_amx()
-    )
+    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf)
+    if weight.dtype == torch.bfloat16 and has_amx():
+        pays = False
     fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
     return pays and fits and dilation == 1 and self_test(weight.dtype, k)
 
