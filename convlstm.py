@@ -66,7 +66,8 @@ class ConvLSTM(nn.Module):
         hidden_dims = [hidden_dim] * num_layers if isinstance(hidden_dim, int) else list(hidden_dim)
         # a tuple is one kernel's height and width; only a list has one kernel for each layer
         kernel_sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size] * num_layers
-        assert len(hidden_dims) == len(kernel_sizes) == num_layers
+        lengths = {len(hidden_dims), len(kernel_sizes), num_layers}
+        assert len(lengths) == 1, "give a hidden_dim and a kernel_size for each of num_layers"
         self.time_dim = 1 if batch_first else 0
         self.return_all_layers = return_all_layers
         sizes = zip([input_dim, *hidden_dims[:-1]], hidden_dims, kernel_sizes, strict=True)

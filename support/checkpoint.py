@@ -37,7 +37,6 @@ def open_atomic(path):
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -47,7 +46,8 @@ def open_atomic(path):
         reason = error.strerror or f"{error} (is the disk full?)"  # NumPy's
         raise UserError(f"cannot write {path}: {reason}; nothing was overwritten") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_atomic(path, content):

@@ -165,5 +165,6 @@ def write_facts(folder, facts):
     config |= {"commit": commit, "numpy": np.__version__, "python": platform.python_version()}
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
+    (folder / "source").mkdir(exist_ok=True)
     for name, text in sources.TEXTS.items():
         write_atomic(folder / "source" / Path(name).name, text.encode())

@@ -63,7 +63,7 @@ class Run(Progress):
     def __post_init__(self):
         knobs = self.knobs
         self.scored_step = 0  # the training step at which the scored weights were saved
-        self.epoch, self.order = -1, None  # of the training sequences, and to which epoch it belongs
+        self.order, self.epoch = None, -1  # the order of the training sequences, and the epoch that has it
         self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
         self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
         forecast = evaluation.make_forecast(self.model, self.autocast)

@@ -39,6 +39,8 @@ def check(knobs):
                 raise UserError(f"{name} is {getattr(knobs, name)}; it must be from {low} to {high}")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
+    if knobs.kernel_size % 2 == 0:
+        raise UserError(f"kernel_size is {knobs.kernel_size}; it must be odd, so that frames keep their size")
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")

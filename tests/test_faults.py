@@ -58,7 +58,7 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"data": "nowhere.npy"}, r"cannot read nowhere\.npy: No such file"),
         ({"weights": "nowhere.pt"}, r"cannot read nowhere\.pt: No such file"),
         ({"eval_only": True}, "eval_only needs weights"),
-        ({"kernel_size": 4}, "kernel size 4 is even"),
+        ({"kernel_size": 4, "model": "convlstm"}, "kernel_size is 4; it must be odd"),
         ({"patch_size": 5}, "16×16 cannot be cut into patches of 5"),
         ({"frames_in": 18}, "20 frames per sequence, too few for frames_in 18 and frames_out 4"),
         ({"batch_size": 47}, r"batch_size is 47; .*46 \(training sequences\)"),
