@@ -4,7 +4,7 @@ Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the inpu
 last states are copied to a second stack (the forecaster), which unrolls the future. One convolution turns
 states into frames. `EncoderForecaster()` is that network.
 
-Changes from the paper, and why. The first two are always on; `main.py` switches on the others.
+Changes from the paper, and why. The first two are always on; the default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
 - Initial output biases: untrained, it draws nearly black frames or, with motion, the blurred last frame.
 - `head_channels`: hidden layers in the head, which is linear without them.
@@ -155,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with motion also, per pixel, the moved frame's gain, and, per patch, a weight for each move
+        # of a pixel: a logit and, with motion, a factor on the moved frame; of a patch: weights of the moves
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -171,8 +171,8 @@ class EncoderForecaster(nn.Module):
 
     def make_kernels_equivariant(self):
         """Make all kernels equivariant (see FLIPS below). Biases and peepholes are not constrained."""
-        pixels = [square(self.patch_size)] * self.channels
-        moves, below = [square(2 * self.max_motion + 1)], pixels
+        pixels = [grid(self.patch_size)] * self.channels
+        moves, below = [grid(2 * self.max_motion + 1)], pixels
         if self.max_motion:
             below = pixels + directions(MOTION_CHANNELS)
             make_equivariant(self.motion.weight, directions(MOTION_CHANNELS), moves)
@@ -224,7 +224,7 @@ class EncoderForecaster(nn.Module):
         return unroll(self.encoder, x, states, frames.shape[1])
 
     def draw(self, hidden_states, frames=None):
-        """Hidden states of each layer (B, T, Ch, H/P, W/P), frames → logits of the next (B, T, C, H, W)."""
+        """Logits of what follows each of the frames (B, T, C, H, W). Hidden states: (B, T, Ch, H/P, W/P)."""
         B, T = hidden_states[0].shape[:2]
         # time before batch, as support/fast has them in memory: (T·B, sum of Ch, H/P, W/P)
         images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
@@ -257,23 +257,23 @@ class EncoderForecaster(nn.Module):
 # hidden channels are one filter in eight orientations. To find the new order, channels are laid out on square
 # grids, and the grids are flipped. Flipped and reordered, an equivariant kernel is unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# A group's eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
+# Eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
-def square(side):
+def grid(side):
     return torch.arange(side**2).view(side, side)
 
 
 def directions(n):
-    """Squares of n hidden channels, eight in each. A flip leaves the last n % 8 where they are."""
-    return [COMPASS] * (n // 8) + [square(1)] * (n % 8)
+    """Grids of n hidden channels, eight in each. A flip leaves the last n % 8 where they are."""
+    return [COMPASS] * (n // 8) + [grid(1)] * (n % 8)
 
 
-def permutation(flip, squares):
+def permutation(flip, grids):
     """For each channel, the index of the channel that replaces it in a flip."""
     channels, first = [], 0
-    for places in squares:
+    for places in grids:
         channels.append(first + flip(places)[places >= 0])
         first += len(channels[-1])
     return torch.cat(channels)
@@ -290,7 +290,7 @@ def symmetric_mean(kernel, permutations):
 def make_equivariant(kernel, outputs, inputs):
     """Average a kernel over its eight copies, keep its norm, and let a hook average each of its gradients.
 
-    outputs, inputs: the squares of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
+    outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
     rounding. Deep copies lose the hook: call this again for them.
     """
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
