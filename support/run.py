@@ -26,7 +26,7 @@ from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
 
 FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
 EVALUATIONS = 10  # evenly spaced over training
-LOSSES = 200  # points of the training loss's curve
+LOSSES = 200  # points of the training loss's curve, among them those of the evaluations
 TIMED = range(3, 13)  # steps after a start or resume that measure the speed; earlier ones are slower
 SAVE_EVERY = 120  # seconds between checkpoints
 
@@ -142,7 +142,7 @@ class Run(Progress):
             self.step_seconds += seconds / len(TIMED)
         if since_start == TIMED[-1]:
             self.estimate_time()
-        if self.loss_count >= max(1, self.steps // LOSSES):
+        if self.passes(LOSSES):
             self.add_row(rate)
         self.tick = time.perf_counter()
 
@@ -162,11 +162,12 @@ class Run(Progress):
         if RANK == 0:
             self.bar.write(words)
 
+    def passes(self, n):
+        """Whether the last step reached one of n even points of training. Of unknown length: True."""
+        return not self.steps or (self.step - 1) * n // self.steps < self.step * n // self.steps
+
     def evaluation_due(self):
-        if not self.steps:
-            return False
-        points = [step * EVALUATIONS // self.steps for step in (self.step - 1, self.step)]
-        return self.step == FIRST_LOOK or points[0] < points[1]
+        return self.steps > 0 and (self.step == FIRST_LOOK or self.passes(EVALUATIONS))
 
     def diverged(self, what, rate):
         """The error that stops a run whose numbers are not finite, before they reach a checkpoint."""

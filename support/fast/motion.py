@@ -27,12 +27,8 @@ def matching_costs(frames, before, patch_size, max_motion):
         with torch.autocast("cuda", enabled=False):  # under autocast, torch.compile would start anew
             images = frames.detach(), before.detach()
             return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
-    if not (is_compiled_for(frames) and is_supported(patch_size, max_motion)):
+    if not is_compiled_for(frames):
         return plain.matching_costs(frames, before, patch_size, max_motion)
-    return match(frames, before, patch_size, max_motion)
-
-
-def match(frames, before, patch_size, max_motion):
     N, _, H, W = frames.shape
     costs = frames.new_empty(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2)
     call("match", patch_size, before, costs, frames)
@@ -99,7 +95,7 @@ def is_supported(patch_size, max_motion):
         before = torch.rand(1, 2, 2 * patch_size, 2 * patch_size)
     found = []
     try:
-        for functions in ((advect, match), (plain.advect, plain.matching_costs)):
+        for functions in ((advect, matching_costs), (plain.advect, plain.matching_costs)):
             moved = functions[0](frames, weights, patch_size)
             gradients = torch.autograd.grad(moved.square().sum(), (frames, weights))
             found.append((moved, functions[1](frames.detach(), before, patch_size, max_motion), *gradients))
