@@ -155,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # of a pixel: a logit and, with motion, a factor on the moved frame; of a patch: weights of the moves
+        # per pixel: a logit and, with motion, a factor on the moved logit; per patch: weights of the moves
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -280,7 +280,7 @@ def permutation(flip, grids):
 
 
 def symmetric_mean(kernel, permutations):
-    """A kernel (n_out, n_in, k, k), averaged with each of three flips in turn: the mean of eight copies."""
+    """A kernel (n_out, n_in, k, k), averaged with its own flip, three times: the mean of eight copies."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel

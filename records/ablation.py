@@ -1,12 +1,20 @@
-"""The table of the ablation, from the logs in ablation/, and its picture:  python records/ablation.py"""
+"""The tables of the ablation, from the logs in ablation/ and ladder/, and two pictures in photos/.
+
+python records/ablation.py
+"""
 
 import csv
 import functools
 import json
+import sys
 from pathlib import Path
 from statistics import fmean as mean
 
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules of this repository
+
+import figures
 
 HERE = Path(__file__).parent
 LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
@@ -24,23 +32,38 @@ LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of th
     "no_decay": "weight decay",
     "sheets_1": "second motion layer",
     "no_peephole": "peepholes",
-    "forget_0": "forget gates that start open",
+    "forget_0": "forget biases of 1",
     "no_ssim": "SSIM in the loss",
+}
+LADDER = {  # folder → what it adds to the row above
+    "usual": "the usual script",  # AdamW with learning rate 0.001, all ten frames from the start
+    "muon": "+ Muon",
+    "feedback": "+ feedback",
+    "grow": "+ growing horizon",
+    "equivariant": "+ equivariant kernels",
+    "dense": "+ dense targets",
+    "motion": "+ advection, block matching",
+    "head": "+ hidden layers of the head",
+    "overlay": "+ overlays, dilation, weight decay",
+    "default": "+ SSIM in the loss (the default)",
+    "paper": "the paper's network, for comparison",  # --model paper: Muon, growing horizon
 }
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3, "validation MSE": 1}  # digits in the table
 
 
 @functools.cache
-def read(name):
+def read(name, group="ablation"):
     """The scores of a run with each seed that there is: seed → metric → mean."""
-    folders = {seed: HERE / "ablation" / f"{name}{f'_s{seed}' * (seed > 0)}" for seed in range(3)}
+    folders = {seed: HERE / group / f"{name}{f'_s{seed}' * (seed > 0)}" for seed in range(3)}
     found = {}
     for seed, folder in folders.items():
         if folder.exists():
-            scores = json.loads((folder / "metrics.json").read_text("utf-8"))["scores"]["my_model"]
+            results = json.loads((folder / "metrics.json").read_text("utf-8"))
+            scores = results["scores"][results["model"]]
             found[seed] = {metric: scores[metric]["mean"] for metric in METRICS if metric in scores}
             *_, last = csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())
             found[seed]["validation MSE"] = float(last["val_mse_per_frame"])
+            found[seed]["minutes"] = last.get("minutes")  # not in older logs
     return found
 
 
@@ -54,41 +77,72 @@ def ranking():
     return sorted(LABELS, key=lambda name: -mean(differences(name)))
 
 
+def cells_of(runs):
+    """A cell for each metric, with the values of all seeds."""
+    return [", ".join(f"{run[metric]:.{n}f}" for run in runs.values()) for metric, n in METRICS.items()]
+
+
 def table():
-    lines = ["Without | Seeds | Test MSE | adds | MAE | SSIM | Validation MSE"]
-    lines.append("---|---|---:|---:|---:|---:|---:")
+    lines = ["Without | Test MSE | adds | MAE | SSIM | Validation MSE"]
+    lines.append("---|---:|---:|---:|---:|---:")
     for name, label in {"default": "– (the default)", **{name: LABELS[name] for name in ranking()}}.items():
-        runs = read(name)
-        cells = [", ".join(map(str, runs))]
-        for metric, digits in METRICS.items():
-            cells.append(", ".join(f"{run[metric]:.{digits}f}" for run in runs.values()))
-        cells.insert(2, "–" if name == "default" else f"{mean(differences(name)):+.1f}")
-        lines.append(f"{label} | {' | '.join(cells)}")
+        mse, *others = cells_of(read(name))
+        adds = "–" if name == "default" else f"{mean(differences(name)):+.1f}".replace("-", "−")
+        lines.append(" | ".join((label, mse, adds, *others)))
+    return "\n".join(lines)
+
+
+def ladder():
+    lines = ["Script | Test MSE | MAE | SSIM | Validation MSE | Minutes", "---|---:|---:|---:|---:|---:"]
+    for name, label in LADDER.items():
+        runs = read(name, "ladder")
+        lines.append(" | ".join((label, *cells_of(runs), f"{float(runs[0]['minutes']):.1f}")))
     return "\n".join(lines)
 
 
 def draw(path, widest=15):
-    """A bar for each row: the mean over the seeds, a dot for each seed. Bars are cut at `widest`."""
+    """Left: the ladder. Right: the rise without each part, a dot for each seed, bars cut at `widest`."""
     names = ranking()[::-1]
-    figure = Figure(figsize=(9.5, 0.9 + 0.32 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    for y, name in enumerate(names):
-        worth = mean(differences(name))
-        axes.barh(y, min(worth, widest), color="#0b6e99")
+    figure = Figure(figsize=(15, 0.9 + 0.32 * len(names)), layout="constrained")
+    steps, axes = figure.subplots(1, 2)
+    worths = [read(name, "ladder")[0]["mse_per_frame"] for name in LADDER]
+    bars = steps.barh(list(LADDER.values())[::-1], worths[::-1], color="#0b6e99")
+    steps.bar_label(bars, fmt="{:.1f}", padding=3, fontsize=9)
+    steps.set(title="from the usual script to the default", xlabel="test MSE after one epoch")
+    rises = [mean(differences(name)) for name in names]
+    axes.barh([LABELS[name] for name in names], [min(rise, widest) for rise in rises], color="#0b6e99")
+    for y, (name, rise) in enumerate(zip(names, rises, strict=True)):
         seeds = [difference for difference in differences(name) if difference < widest]
         axes.plot(seeds, [y] * len(seeds), "o", color="#e08e0b", ms=4)
-        if worth < widest:
-            axes.text(max(0, *differences(name)) + 0.15, y, f"{worth:+.1f}", va="center", fontsize=9)
+        words = f"{rise:+.1f}".replace("-", "−")
+        if rise < widest:
+            axes.text(max(0, *seeds) + 0.2, y, words, va="center", fontsize=9)
         else:
-            look = {"va": "center", "ha": "right", "fontsize": 9, "color": "white"}
-            axes.text(widest - 0.15, y, f"{worth:+.1f} →", **look)
+            axes.text(widest - 0.2, y, f"{words} →", ha="right", va="center", fontsize=9, color="white")
     axes.axvline(0, color="black", lw=1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
-    axes.set(xlim=(None, widest), xlabel="what leaving a part out adds to the test MSE (dots: seeds)")
+    axes.set(xlim=(None, widest), title="the default without one part")
+    axes.set_xlabel("rise of the test MSE (dots: seeds)")
+    for some in (steps, axes):
+        some.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
+def draw_comparison(path, names=("usual", "muon", "feedback", "dense", "motion", "default")):
+    """Some rungs of the ladder side by side, as main.py draws several runs."""
+    histories, curves = {}, {}
+    for name in names:
+        folder, label = HERE / "ladder" / name, LADDER[name]
+        rows = csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())
+        keys = "sequences", "minutes", "val_loss"
+        histories[label] = [{key: float(row[key]) for key in keys} for row in rows if row["val_loss"]]
+        results = json.loads((folder / "metrics.json").read_text("utf-8"))
+        curves[label] = results["scores"]["my_model"]["mse_per_frame"]["per_frame"]
+    for name in figures.LABELS:
+        curves[name] = results["scores"][name]["mse_per_frame"]["per_frame"]
+    path.write_bytes(figures.compare(histories, curves, "stand-in array, test split, 1,000 sequences"))
+
+
 if __name__ == "__main__":
-    print(table())
+    print(f"{table()}\n\n{ladder()}")
     draw(HERE.parent / "photos" / "ablation.png")
+    draw_comparison(HERE.parent / "photos" / "compare.png")
