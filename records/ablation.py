@@ -30,7 +30,7 @@ LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of th
     "dilation_1": "dilation of the second layer",
     "head_1": "second hidden layer of the head",
     "no_decay": "weight decay",
-    "sheets_1": "second motion layer",
+    "sheets_1": "second moved copy",
     "no_peephole": "peepholes",
     "forget_0": "forget biases of 1",
     "no_ssim": "SSIM in the loss",
@@ -127,11 +127,15 @@ def draw(path, widest=15):
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def draw_comparison(path, names=("usual", "muon", "feedback", "dense", "motion", "default")):
+def draw_comparison(path, names=("usual", "muon", "dense", "head", "default")):
     """Some rungs of the ladder side by side, as main.py draws several runs."""
-    histories, curves = {}, {}
-    for name in names:
-        folder, label = HERE / "ladder" / name, LADDER[name]
+    histories, curves, added = {}, {}, []
+    for name, words in LADDER.items():
+        added.append(words.removeprefix("+ "))
+        if name not in names:
+            continue
+        folder, label = HERE / "ladder" / name, "+ " * bool(histories) + ", ".join(added)
+        added = []
         rows = csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())
         keys = "sequences", "minutes", "val_loss"
         histories[label] = [{key: float(row[key]) for key in keys} for row in rows if row["val_loss"]]

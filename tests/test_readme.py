@@ -121,7 +121,7 @@ def test_what_a_part_is_worth():
         assert worth == f"{ablation.mean(ablation.differences(folders[part])):+.1f}".replace("-", "−"), part
     for sentence, name in ("test MSE of {:.1f}. The", "default"), ("usual script has {:.1f}:", "usual"):
         assert sentence.format(ablation.read(name, "ladder")[0]["mse_per_frame"]) in README
-    assert f"(default then: {ablation.read('default')[0]['mse_per_frame']:.1f})" in README
+    assert f"earlier default ({ablation.read('default')[0]['mse_per_frame']:.1f})" in README
 
 
 def test_the_python_example_forecasts():
