@@ -224,7 +224,7 @@ def load(path):
 
 
 def main(knobs):
-    with start(knobs, build, horizon, RECIPES[knobs.model]) as run:
+    with start(knobs, build, horizon, RECIPES.get(knobs.model, {})) as run:
         if not run.knobs.eval_only:
             optimizers = make_optimizers(run.model, run.knobs, run.dtype)
             run.resume(optimizers)
@@ -238,7 +238,7 @@ def main(knobs):
 def parse(arguments):
     """The knobs of a command line. A model's recipe replaces the defaults."""
     model = tyro.cli(Knobs, args=arguments, use_underscores=True).model
-    default = replace(Knobs(), model=model, **RECIPES[model])
+    default = replace(Knobs(), model=model, **RECIPES.get(model, {}))
     return tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
 
 

@@ -130,7 +130,7 @@ def report(results):
         lines.append(" " * 18 + "".join(f"{figures.LABELS.get(name, name):>20}" for name in names))
         for case, curves in beyond.items():
             lines.append(f"{case:18}" + "".join(f"{np.mean(curves[name]):>20.1f}" for name in names))
-    return "\n".join([*lines, "", f"weights   {results['weights']}"])
+    return "\n".join([*lines, "", f"weights   {results['weights']}, of training step {results['step']:,}"])
 
 
 def draw_samples(folder, task, dataset, title):

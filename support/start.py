@@ -5,6 +5,7 @@ import os
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -31,8 +32,27 @@ LIMITS = {
 }
 
 
+def check_types(knobs):
+    """Refuse what an edit of main.py made of another type. Flags were checked by tyro. Raises UserError."""
+    for name, hint in get_type_hints(type(knobs)).items():
+        value, parts = getattr(knobs, name), get_args(hint)
+        if get_origin(hint) is Literal:
+            fits, wanted = value in parts, f"one of {', '.join(parts)}"
+        elif get_origin(hint) is tuple:
+            fits = isinstance(value, tuple) and (... in parts or len(value) == len(parts))
+            fits = fits and all(isinstance(v, (int, parts[0])) for v in value)
+            wanted = "numbers in brackets, as (64,) or (64, 64)"
+            wanted = wanted if ... in parts else f"{len(parts)} numbers in brackets"
+        else:
+            fits = isinstance(value, (int, float) if hint is float else hint)
+            wanted = f"a value of type {hint.__name__}"
+        if not fits:
+            raise UserError(f"{name} is {value!r}; expected {wanted}")
+
+
 def check(knobs):
     """Refuse what is out of range. Raises UserError."""
+    check_types(knobs)
     for (low, high), names in LIMITS.items():
         for name in names:
             if not low <= getattr(knobs, name) <= high:

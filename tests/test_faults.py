@@ -71,6 +71,30 @@ def test_a_knob_that_cannot_be(changes, sentence, array, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("= (96, 96)", "= (48)", "hidden_channels is 48; expected numbers in brackets, as (64,) or (64, 64)"),
+        ("= (0.4, 0.9)", "= (0.4,)", "grow_horizon is (0.4,); expected 2 numbers in brackets"),
+        ("int = 2 ", "int = 'two' ", "epochs is 'two'; expected a value of type int"),
+        ('= "auto"  # auto = bf16', '= "bf61"  #', "precision is 'bf61'; expected one of auto, bf16, fp32"),
+        (
+            '] = "my_model"',
+            '] = "papr"',
+            "model is 'papr'; expected one of my_model, paper, convlstm, seq2seq",
+        ),
+    ],
+)
+def test_a_knob_of_a_wrong_type_in_main(old, new, sentence, tmp_path):
+    """Flags are checked by tyro, an edit of main.py is not."""
+    text = (ROOT / "main.py").read_text("utf-8")
+    assert text.count(old) == 1
+    (tmp_path / "main.py").write_text(text.replace(old, new), "utf-8")
+    arguments = "--out", tmp_path / "out", "--device", "cpu"
+    _, err = finish(start(*arguments, script=tmp_path / "main.py", PYTHONPATH=str(ROOT)), 1)
+    assert err.endswith(f"main.py: {sentence}\n")
+
+
 def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     knobs = {"data": tmp_path / "mine.npy", "out": tmp_path / "out", **FEW}
     first = moving_squares(57)
