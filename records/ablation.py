@@ -73,6 +73,10 @@ def differences(name):
     return [run["mse_per_frame"] - default[seed]["mse_per_frame"] for seed, run in read(name).items()]
 
 
+def signed(rise):
+    return f"{rise:+.1f}".replace("-", "−")
+
+
 def ranking():
     return sorted(LABELS, key=lambda name: -mean(differences(name)))
 
@@ -87,7 +91,7 @@ def table():
     lines.append("---|---:|---:|---:|---:|---:")
     for name, label in {"default": "– (the default)", **{name: LABELS[name] for name in ranking()}}.items():
         mse, *others = cells_of(read(name))
-        adds = "–" if name == "default" else f"{mean(differences(name)):+.1f}".replace("-", "−")
+        adds = "–" if name == "default" else signed(mean(differences(name)))
         lines.append(" | ".join((label, mse, adds, *others)))
     return "\n".join(lines)
 
@@ -114,11 +118,11 @@ def draw(path, widest=15):
     for y, (name, rise) in enumerate(zip(names, rises, strict=True)):
         seeds = [difference for difference in differences(name) if difference < widest]
         axes.plot(seeds, [y] * len(seeds), "o", color="#e08e0b", ms=4)
-        words = f"{rise:+.1f}".replace("-", "−")
         if rise < widest:
-            axes.text(max(0, *seeds) + 0.2, y, words, va="center", fontsize=9)
+            axes.text(max(0, *seeds) + 0.2, y, signed(rise), va="center", fontsize=9)
         else:
-            axes.text(widest - 0.2, y, f"{words} →", ha="right", va="center", fontsize=9, color="white")
+            words = f"{signed(rise)} →"
+            axes.text(widest - 0.2, y, words, ha="right", va="center", fontsize=9, color="white")
     axes.axvline(0, color="black", lw=1)
     axes.set(xlim=(None, widest), title="the default without one part")
     axes.set_xlabel("rise of the test MSE (dots: seeds)")

@@ -17,8 +17,8 @@ from support.distributed import WORLD_SIZE, broadcast, choose_device, init_distr
 from support.run import Run
 
 # Knobs that a checkpoint brings along
-NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "equivariant"
-NETWORK += ("max_motion",)
+NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
+NETWORK += ("equivariant",)
 # the smallest and the largest value
 LIMITS = {
     (0, 1): ("weight_decay", "ssim_from"),
@@ -59,8 +59,6 @@ def check(knobs):
                 raise UserError(f"{name} is {getattr(knobs, name)}; it must be from {low} to {high}")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
-    if knobs.kernel_size % 2 == 0:
-        raise UserError(f"kernel_size is {knobs.kernel_size}; it must be odd, so that frames keep their size")
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")

@@ -118,7 +118,7 @@ def test_what_a_part_is_worth():
     folders = {label: folder for folder, label in ablation.LABELS.items()}
     assert len(rows) == 11
     for part, worth in rows:
-        assert worth == f"{ablation.mean(ablation.differences(folders[part])):+.1f}".replace("-", "−"), part
+        assert worth == ablation.signed(ablation.mean(ablation.differences(folders[part]))), part
     for sentence, name in ("test MSE of {:.1f}. The", "default"), ("usual script has {:.1f}:", "usual"):
         assert sentence.format(ablation.read(name, "ladder")[0]["mse_per_frame"]) in README
     assert f"earlier default ({ablation.read('default')[0]['mse_per_frame']:.1f})" in README
