@@ -2,9 +2,9 @@
 
 Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. In the paper, its
 last states are copied to a second stack (the forecaster), which unrolls the future. One convolution turns
-states into frames. `EncoderForecaster()` is that network.
+states into frames. `EncoderForecaster()` is that network, but for the first two changes below.
 
-Changes from the paper, and why. The first two are always on; the default of main.py has all.
+Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
 - Initial output biases: untrained, it draws nearly black frames or, with motion, the blurred last frame.
 - `head_channels`: hidden layers in the head, which is linear without them.
@@ -155,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # per pixel: a logit and, with motion, a factor on the moved logit; per patch: weights of the moves
+        # per pixel: a logit and, with motion, a factor on the moved frame's; per patch: weights of the moves
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -254,8 +254,8 @@ class EncoderForecaster(nn.Module):
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # A flip of the frame also reorders channels: the pixels of a patch, the moves, and hidden channels. Eight
-# hidden channels are one filter in eight orientations. To find the new order, channels are laid out on square
-# grids, and the grids are flipped. Flipped and reordered, an equivariant kernel is unchanged.
+# hidden channels are one filter in eight orientations. Each such group of channels is laid out on a square
+# grid; flipping the grid gives the new order. Flipped and reordered, an equivariant kernel is unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # Eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
@@ -280,7 +280,7 @@ def permutation(flip, grids):
 
 
 def symmetric_mean(kernel, permutations):
-    """A kernel (n_out, n_in, k, k), averaged with its own flip, three times: the mean of eight copies."""
+    """The mean of a kernel's eight copies: for each of three FLIPS, average it with its flipped self."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel

@@ -87,12 +87,12 @@ def cells_of(runs):
 
 
 def table():
-    lines = ["Without | Test MSE | adds | MAE | SSIM | Validation MSE"]
+    lines = ["Without | Test MSE | Rise | MAE | SSIM | Validation MSE"]
     lines.append("---|---:|---:|---:|---:|---:")
     for name, label in {"default": "– (the default)", **{name: LABELS[name] for name in ranking()}}.items():
         mse, *others = cells_of(read(name))
-        adds = "–" if name == "default" else signed(mean(differences(name)))
-        lines.append(" | ".join((label, mse, adds, *others)))
+        rise = "–" if name == "default" else signed(mean(differences(name)))
+        lines.append(" | ".join((label, mse, rise, *others)))
     return "\n".join(lines)
 
 
