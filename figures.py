@@ -72,7 +72,8 @@ def loss(history, baselines, phases, title):
         left.plot(evaluated[-1:], validation[-1:], **last, label=f"validation, all {numbers[-1]:,} sequences")
         right.plot(evaluated[-1:], errors[-1:], **last)
     for k, (epoch, words) in enumerate(phases):  # each has its own height, above the curves
-        text, side = (f"{words} → ", "right") if epoch > 0.6 * epochs[-1] else (f" → {words}", "left")
+        late = epoch > 0.6 * epochs[-1]
+        text, side = (f"from here: {words} → ", "right") if late else (f" → {words}", "left")
         left.axvline(epoch, lw=1, ls=":", color="black")
         look = {"ha": side, "va": "top", "fontsize": 7.5, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
         left.text(epoch, 0.98 - 0.055 * k, text, transform=left.get_xaxis_transform(), **look)

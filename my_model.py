@@ -13,7 +13,7 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, H height, W width (in a layer: in patches); Ch hidden channels, P patch size.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width; in a layer, of patches.
 """
 
 import functools
@@ -40,7 +40,7 @@ class ConvLSTMCell(nn.Module):
     c' = σ(f + Wcf ∘ c) ∘ c + σ(i + Wci ∘ c) ∘ tanh(g)
     h' = σ(o + Wco ∘ c') ∘ tanh(c')
 
-    A peephole Wc has one number per channel (see the paper's parameter counts), so any frame size works.
+    A peephole Wc has one number per channel, as the paper's parameter counts imply. Any frame size works.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -155,7 +155,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # per pixel: a logit and, with motion, a factor on the moved frame's; per patch: weights of the moves
+        # logits; with motion, also factors on the logits of the moved frame, and weights of the moves
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -254,8 +254,8 @@ class EncoderForecaster(nn.Module):
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # A flip of the frame also reorders channels: the pixels of a patch, the moves, and hidden channels. Eight
-# hidden channels are one filter in eight orientations. Each such group of channels is laid out on a square
-# grid; flipping the grid gives the new order. Flipped and reordered, an equivariant kernel is unchanged.
+# hidden channels are one filter in eight orientations. Each of these groups lies on a square grid; flipping
+# the grid gives the new order. Flipped and reordered, an equivariant kernel is unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # Eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
@@ -280,7 +280,7 @@ def permutation(flip, grids):
 
 
 def symmetric_mean(kernel, permutations):
-    """The mean of a kernel's eight copies: for each of three FLIPS, average it with its flipped self."""
+    """The mean of a kernel over all eight symmetries: three times, average it with its flipped self."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel

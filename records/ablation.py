@@ -19,7 +19,7 @@ import figures
 HERE = Path(__file__).parent
 LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
     "adamw": "Muon",  # AdamW with learning rate 0.001 instead
-    "no_feedback": "feedback + motion",
+    "no_feedback": "feedback + advection + block matching",
     "no_grow": "growing horizon + dense targets + overlays",  # all ten frames from the start
     "free": "equivariant kernels",  # and learning rate 0.04, which suits the others
     "no_dense": "dense targets",

@@ -50,7 +50,7 @@ LAYERS = {  # in_channels, hidden, two kernel sizes, (B, T, H, W); dilation, sca
 
 
 def run_layer(layer, x, state, n_frames, dtype):
-    """Outputs and all gradients by name, a weighted sum of the outputs, leaves. bfloat16 means autocast."""
+    """Outputs and all gradients by name. bfloat16 means autocast."""
     leaves = {"x": x, "h0": state[0], "c0": state[1], **dict(layer.cell.named_parameters())}
     leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
@@ -63,23 +63,23 @@ def run_layer(layer, x, state, n_frames, dtype):
         gradients = torch.autograd.grad(total, list(leaves.values()))
     for name, leaf in leaves.items():
         assert torch.equal(leaf, before[name]), f"{name} was overwritten"
-    return outputs | dict(zip(leaves, gradients, strict=True)), total, leaves
+    return outputs | dict(zip(leaves, gradients, strict=True))
 
 
-def make_layer(exact, peephole, n_in, hidden, k, state_k, shape, dilation=1, h=1):
-    (B, T, H, W), leaf = shape, lambda *size: torch.randn(size, dtype=exact).to(DEVICE)
-    layer = randomized(ConvLSTM(n_in, hidden, k, state_k, peephole, dilation)).to(DEVICE, exact)
-    x = torch.rand(T, B, n_in, H, W, dtype=exact).to(DEVICE)
+def make_layer(peephole, n_in, hidden, k, state_k, shape, dilation=1, h=1):
+    (B, T, H, W), leaf = shape, lambda *size: torch.randn(size).to(DEVICE)
+    layer = randomized(ConvLSTM(n_in, hidden, k, state_k, peephole, dilation)).to(DEVICE)
+    x = torch.rand(T, B, n_in, H, W).to(DEVICE)
     x = x.transpose(0, 1)  # time before batch in memory, as the layer below leaves it
     state = [(scale * leaf(B, hidden, H, W)).requires_grad_() for scale in (h, 1)]
     return layer, x.requires_grad_() if n_in else None, state, T
 
 
 def assert_layer_is_plain(dtype, *arguments):
-    layer, *given = make_layer(torch.float32, *arguments)
-    plain, *_ = run_layer(layer, *given, dtype)
+    layer, *given = make_layer(*arguments)
+    plain = run_layer(layer, *given, dtype)
     layer.fast = fast.layer.fast_layer
-    found, *_ = run_layer(layer, *given, dtype)
+    found = run_layer(layer, *given, dtype)
     assert_close(found, plain, TOLERANCE[dtype])
 
 
@@ -112,22 +112,6 @@ def test_fast_layer_refuses_other_channels():
     layer.fast = fast.layer.fast_layer
     with pytest.raises(ValueError, match="the input has 4 channels; expected 3"):
         layer(torch.rand(1, 2, 4, 5, 5), None, 2)
-
-
-@pytest.mark.parametrize("n_in", [2, 0], ids=["input", "no_input"])
-def test_fast_gradients_are_finite_differences(n_in):
-    """Of each leaf, in three random directions."""
-    layer, *given = make_layer(torch.float64, True, n_in, 2, 3, 3, (1, 3, 3, 3), 2)
-    layer.fast = fast.layer.fast_layer
-    gradients, _, leaves = run_layer(layer, *given, torch.float64)
-    for (name, leaf), _ in product(leaves.items(), range(3)):
-        direction, totals, value = 1e-5 * torch.randn_like(leaf), [], leaf.detach().clone()
-        for sign in (1, -1):
-            leaf.data = value + sign * direction
-            totals.append(run_layer(layer, *given, torch.float64)[1].item())
-        leaf.data = value
-        expected = (gradients[name] * direction).sum().item()
-        assert (totals[0] - totals[1]) / 2 == pytest.approx(expected, rel=1e-5, abs=1e-12), name
 
 
 def gate_arguments(dtype, N, C, scale=1.0):
