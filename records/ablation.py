@@ -97,10 +97,12 @@ def table():
 
 
 def ladder():
-    lines = ["Script | Test MSE | MAE | SSIM | Validation MSE | Minutes", "---|---:|---:|---:|---:|---:"]
+    lines = ["| Script | Test MSE | MAE | SSIM | Validation MSE | Minutes |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
     for name, label in LADDER.items():
         runs = read(name, "ladder")
-        lines.append(" | ".join((label, *cells_of(runs), f"{float(runs[0]['minutes']):.1f}")))
+        cells = " | ".join((label, *cells_of(runs), f"{float(runs[0]['minutes']):.1f}"))
+        lines.append(f"| {cells} |")  # a line that begins with + would be an item of a list
     return "\n".join(lines)
 
 
