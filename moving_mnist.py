@@ -61,6 +61,11 @@ class Sequences:
     def __init__(self, frames):
         self.frames = frames
 
+    @property
+    def content(self):
+        """All that the sequences are made of."""
+        return self.frames
+
     def start_epoch(self, epoch):
         """Nothing to do: every epoch has the same sequences."""
 
@@ -109,6 +114,7 @@ class FreshMovingMNIST:
 
     def __init__(self, digits, n, seed):
         self.digits, self.n, self.seed = digits, n, seed
+        self.content = digits
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
@@ -209,7 +215,7 @@ def find_oddities(array):
     some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
     along_time, along_sequences = (np.abs(np.diff(some, axis=axis)).mean() for axis in (0, 1))
     if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
-        yield f"read as {T:,} frames of {N:,} sequences: is N first? Expected time first, (T, N, H, W)"
+        yield f"read as {N:,} sequences of {T:,} frames: are these two axes in the right order?"
     if some.max() <= 1:
         yield f"no value is above {some.max()}: expected grey levels from 0 to 255"
     elif along_time < 0.05:

@@ -101,7 +101,9 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     before = state(folder)
     # training and the first to be validated stay
     longer = np.concatenate((first, moving_squares(1, seed=1)), 1)
-    for other, number in (moving_squares(57, seed=1), "-2"), (longer, "-3"):
+    middle = first.copy()
+    middle[:, 5] //= 2
+    for other, number in (moving_squares(57, seed=1), "-2"), (longer, "-3"), (middle, "-4"):
         np.save(knobs["data"], other)
         assert here(**knobs) == folder.with_name(f"my_model{number}")
         assert "other data\n" in capsys.readouterr().out

@@ -63,6 +63,7 @@ def agrees():
             x.requires_grad_(), state.requires_grad_()
             try:
                 plain = my_model.ConvLSTM(in_channels, 4, 3, 3, peephole, dilation).double()
+                plain.eval().cell.train()  # dropout after the cell is not what is compared
                 for parameter in plain.parameters():
                     nn.init.uniform_(parameter, -1, 1)
                 leaves = [*plain.parameters(), state, *([x] if in_channels else [])]
