@@ -15,6 +15,7 @@ import tyro
 
 import figures
 import main
+from moving_mnist import find_oddities
 from support import UserError
 from support.checkpoint import write_atomic
 from support.distributed import run_script
@@ -32,10 +33,10 @@ def read_frames(path, most):
         files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
         files.sort(key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])  # 2 < 10
         contents = [np.fromfile(file, np.uint8) for file in files[:most]]
-        images = [cv2.imdecode(c, cv2.IMREAD_COLOR_RGB) if c.size else None for c in contents]
+        images = [cv2.imdecode(c, cv2.IMREAD_COLOR) if c.size else None for c in contents]
         if not images or any(image is None or image.shape != images[0].shape for image in images):
             raise UserError(f"{path} needs images of one size; {len(files)} files have an image suffix")
-        frames = np.stack(images)
+        frames = np.stack(images)[..., ::-1]  # OpenCV's order is blue, green, red
     elif path.suffix.lower() in VIDEOS:
         some = itertools.islice(decode(path), most)
         frames = np.stack([frame[..., ::-1] for frame in some] or [np.zeros((0, 0, 3))])
@@ -94,7 +95,12 @@ def predict(
     if frames < 1:
         raise UserError(f"frames is {frames}; expected at least 1")
     model = main.load(weights)
-    given = fit_to_model(read_frames(source, model.frames_in + frames), model)
+    if model.channels not in (1, 3):
+        raise UserError(f"{weights} is for {model.channels} channels; predict.py draws 1 or 3")
+    given = read_frames(source, model.frames_in + frames)
+    for words in find_oddities(given.swapaxes(0, 1) * 255) if len(given) > 1 else ():
+        print(f"warning   {words}")
+    given = fit_to_model(given, model)
     past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
     forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
     n, n_frames, _, height, width = given.shape

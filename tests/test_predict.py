@@ -1,5 +1,6 @@
 """predict.py: frames of one's own, in every documented form."""
 
+import copy
 from pathlib import Path
 
 import cv2
@@ -67,10 +68,19 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("shape", ARRAYS)
-def test_arrays(shape, frames, trained, tmp_path):
+def test_arrays(shape, frames, trained, tmp_path, capsys):
     found = forecast(ARRAYS[shape](frames), trained, tmp_path, n=6)
     assert found.shape == (9 if shape[0] == "N" else 1, 6, 16, 16)
     assert np.abs(found - drawn(trained, frames, 6)).max() <= 1
+    # nine equal sequences look as if time were first
+    assert ("axes in the right order?" in capsys.readouterr().out) == (shape[0] == "N")
+
+
+def test_a_copy_forecasts_with_its_own_weights(trained):
+    model = main.load(trained)
+    twin, past = copy.deepcopy(model), torch.rand(1, 3, 1, 16, 16)
+    torch.nn.init.zeros_(twin.head[-1].weight)
+    assert (twin.forecast(past, 2) - model.forecast(past, 2)).abs().max() > 0.01
 
 
 def test_odd_sizes_are_resized(trained, tmp_path, capsys):
