@@ -237,7 +237,8 @@ def main(knobs):
 
 def parse(arguments):
     """The knobs of a command line. A model's recipe replaces the defaults."""
-    model = tyro.cli(Knobs, args=arguments, use_underscores=True).model
+    without_help = [word for word in arguments if word not in ("-h", "--help")]
+    model = tyro.cli(Knobs, args=without_help, use_underscores=True).model
     default = replace(Knobs(), model=model, **RECIPES.get(model, {}))
     return tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -146,8 +147,8 @@ def lock_folder(folder, wait=False):
 
 def remove_strays(folder):
     """Remove half-written files that killed runs left behind."""
-    for pattern in ("*.[0-9]*.tmp", "source/*.[0-9]*.tmp"):
-        for stray in Path(folder).glob(pattern):
+    for stray in (*Path(folder).glob("*.tmp"), *Path(folder).glob("source/*.tmp")):
+        if re.fullmatch(r".+\.\d+\.tmp", stray.name):
             with suppress(OSError):
                 stray.unlink()
 

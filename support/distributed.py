@@ -141,7 +141,8 @@ def stop(signum, frame):
 def run_script(function, out_of_memory_advice=""):
     """Call a function. A signal or a foreseeable fault ends it with one sentence, a bug with a traceback."""
     name = f"main.py, rank {RANK}" if WORLD_SIZE > 1 else os.path.basename(sys.argv[0])
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    with suppress(AttributeError):  # a notebook's stdout has no such method
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:

@@ -173,7 +173,8 @@ class Run(Progress):
         """The error that stops a run whose numbers are not finite, before they reach a checkpoint."""
         last = f"{self.history[-1]['train_loss']:.4g}" if self.history else "none yet"
         where = f"epoch {self.step // self.steps_per_epoch + 1}, step {self.step + 1}"
-        advice = f"use a lower --learning_rate, perhaps with --weights {self.folder / 'best.pt'}"
+        advice, best = "use a lower --learning_rate", self.folder / "best.pt"
+        advice += f", perhaps with --weights {best}" if best.exists() else ""
         words = f"{what} in {where}, learning rate {rate:.4g} (last logged loss: {last})"
         return FloatingPointError(f"{words}. The step was not saved; {advice}")
 

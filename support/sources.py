@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and SCRIPT.name != "predict.py"
+IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and "main" not in sys.modules
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
 NAMES = MAIN, "my_model.py", "motion.py", "convlstm.py", "moving_mnist.py", "metrics.py", "support/muon.py"
 TEXTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}

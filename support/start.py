@@ -3,6 +3,7 @@
 import contextlib
 import os
 import traceback
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -88,7 +89,7 @@ def start(knobs, build, horizon, recipe):
         raise UserError(f"{words}; set precision to fp32")
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
     if weights:
-        knobs = with_knobs_of(knobs, weights)
+        knobs = with_knobs_of(knobs, weights, recipe)
     if knobs.eval_only:
         words = f"{knobs.frames_in} in, {knobs.frames_out} out; trained on {weights['knobs'].get('data')}"
         print0(f"weights   {knobs.weights}: {words}")
@@ -104,21 +105,24 @@ def start(knobs, build, horizon, recipe):
     environment = {"device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads()}
     environment |= {"precision": precision, "torch": str(torch.__version__)}
     environment["kernels"] = attach(knobs, model.train(not knobs.eval_only), device, dtype)
+    asked = on_rank_0(folders.describe_identity, knobs, data)
     if not knobs.eval_only:
         data.training.fit_on_gpu(device)
-    describe(knobs, data, model, environment)
-    asked = on_rank_0(folders.describe_identity, knobs, data)
+    describe(knobs, data, model, environment, recipe)
     with folders.open_folder(knobs, asked, {"not_default": differing, **environment}) as folder:
         run = Run(knobs, folder, asked, environment, data, model, device, dtype, horizon)
         run.scored_step = weights["step"] if weights else 0
         yield run
 
 
-def describe(knobs, data, model, environment):
+def describe(knobs, data, model, environment, recipe):
     """Print what will run."""
     parameters = sum(p.numel() for p in model.parameters())
     words = f", weights of {knobs.weights}" if knobs.weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{words}")
+    used = [f"{k} {folders.to_text(v)}" for k, v in recipe.items() if getattr(knobs, k) == v]
+    if used and not knobs.eval_only:
+        print0(f"recipe    {', '.join(used)} (RECIPES of main.py)")
     words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
     on_gpu = " on the GPU" if isinstance(getattr(data.training, "frames", None), torch.Tensor) else ""
@@ -130,7 +134,7 @@ def describe(knobs, data, model, environment):
     print0(f"          sequences of {T} frames of {H}×{W}, {color}, values {some.min()} to {some.max()}")
 
 
-def with_knobs_of(knobs, weights):
+def with_knobs_of(knobs, weights, recipe):
     """The knobs, with those of the network from a checkpoint. Refuses other values, but for the defaults.
 
     Weights that are only scored also bring their number of frames, unless a flag differs from its default.
@@ -141,7 +145,7 @@ def with_knobs_of(knobs, weights):
             raise UserError(f"{knobs.weights} is of an earlier version of this script, without {name}")
         then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
         then = tuple(then) if isinstance(then, list) else then
-        if now in (then, default):
+        if now in (then, default, recipe.get(name)):
             found[name] = then
         elif name in NETWORK:
             raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
@@ -201,18 +205,20 @@ def attach(knobs, model, device, dtype):
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
-    knobs = with_knobs_of(replace(knobs, weights=str(path)), weights)
+    knobs = with_knobs_of(replace(knobs, weights=str(path)), weights, {})
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()
     load_weights(model, weights, path)
     report_edits(model, weights, path)
     attach(knobs, model, device, torch.float32)
     model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
-    forecast = evaluation.make_forecast(model, contextlib.nullcontext)
-
-    def forecast_frames(past, n):
-        past = torch.as_tensor(past, dtype=torch.float32)
-        return forecast(past.to(device), n)[0].to(past.device)
-
-    model.forecast = forecast_frames
+    model.forecast = types.MethodType(forecast, model)
     return model
+
+
+@torch.no_grad()
+def forecast(model, past, n):
+    """The n frames after past, both (B, T, C, H, W) in [0, 1], on the device of past."""
+    past = torch.as_tensor(past, dtype=torch.float32)
+    logits = model.eval()(past.to(next(model.parameters()).device), n)
+    return torch.sigmoid(logits).to(past.device)

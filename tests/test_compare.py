@@ -95,10 +95,11 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
         shutil.copytree(folder, tmp_path / name)
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
-    (tmp_path / "compare.md.123.tmp").write_bytes(b"half")  # of a run that was killed
+    for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
+        (tmp_path / name).write_bytes(b"half")
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     assert set(rows(tmp_path / "compare.md")) == {"one", "two", *BASELINES}
-    assert not list(tmp_path.glob("*.tmp"))
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 
 

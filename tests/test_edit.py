@@ -127,7 +127,8 @@ assert not events and settings() == before, events
 
 
 def test_an_import_touches_nothing(code, tmp_path):
-    """From another folder: nothing is compiled or written, no handler or setting changes."""
+    """By a script beside it: nothing is compiled or written, no handler or setting changes."""
     (empty := tmp_path / "elsewhere").mkdir()
-    subprocess.run([sys.executable, "-B", "-c", IMPORT, code], check=True, cwd=empty)
+    (code / "mine.py").write_text(IMPORT)
+    subprocess.run([sys.executable, "-B", code / "mine.py", code], check=True, cwd=empty)
     assert not list(empty.iterdir())

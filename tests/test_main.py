@@ -17,7 +17,7 @@ import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import Data, Sequences
 from support.run import Run
-from support.start import fit_to_data
+from support.start import fit_to_data, with_knobs_of
 
 FEW = {"epochs": 1, "train_sequences": 10}
 
@@ -49,6 +49,15 @@ def test_knobs_reach_the_network():
     papers = main.build(parse(["--model", "paper"]), 1)
     assert sum(p.numel() for p in papers.parameters()) == 7_585_296
     assert parse(["--learning_rate", "0.5", "--model", "paper"]).learning_rate == 0.5  # not the recipe's
+
+
+def test_a_recipe_replaces_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--model", "paper", "--help"])
+    assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
+    weights = {"knobs": {**asdict(parse(["--model", "paper"])), "hidden_channels": [32, 32]}}
+    knobs = with_knobs_of(parse(["--model", "paper"]), weights, main.RECIPES["paper"])
+    assert knobs.hidden_channels == (32, 32)
 
 
 def test_knobs_that_follow_from_the_data():
