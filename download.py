@@ -44,7 +44,9 @@ def fetch(file, folder=None):
     path, by_hand, part = (folder / f"{file.name}{suffix}" for suffix in ("", ".gz", ".part"))
     if has_size(path, file.size):
         return path
-    failures = []
+    import pooch  # here, as few runs download
+
+    download, failures = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**16, timeout=TIMEOUT), []
     with lock_folder(folder, wait=True):
         remove_strays(folder)
         sources = [by_hand] * os.path.exists(by_hand) + list(file.urls)
@@ -52,7 +54,7 @@ def fetch(file, folder=None):
             source = sources.pop(0)
             try:
                 if source is not by_hand:
-                    download(source, part)
+                    download(source, part, None)
                 write_atomic(path, read_verified(by_hand if source is by_hand else part, file))
             except (OSError, ValueError, EOFError, zlib.error, UserError) as error:
                 failures.append(f"from {source} ({describe(error)})")
@@ -72,12 +74,6 @@ def describe(error):
     while error.__context__:
         error = error.__context__
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def download(url, part):
-    import pooch  # here, as few runs download
-
-    pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**16, timeout=TIMEOUT)(url, part, None)
 
 
 def read_verified(path, file):

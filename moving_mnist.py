@@ -1,6 +1,6 @@
 """The data: the Moving MNIST array and its splits, its generator, and data of your own.
 
-Sequences are uint8 (B, T, C, H, W): B batch, T frames, C channels, H height, W width.
+A batch of sequences is uint8 (B, T, C, H, W): B batch, T frames, C channels, H height, W width.
 raw/digits_train.png and raw/digits_test.png hold MNIST's first 10,000 training digits and every fifth test
 digit (Y. LeCun, C. Cortes, CC BY-SA 3.0), 100 a row. Without internet, they make a stand-in for the array.
 """
@@ -53,47 +53,13 @@ def open_array(path):
     return array[:, :, None] if array.ndim == 4 else np.moveaxis(array, -1, 2)
 
 
-class Sequences:
-    """frames (T, N, C, H, W), uint8: `dataset[index array]` → uint8 tensor (B, T, C, H, W)."""
-
-    split = "all"  # which part of the data
-
-    def __init__(self, frames):
-        self.frames = frames
-
-    @property
-    def content(self):
-        """All that the sequences are made of."""
-        return self.frames
-
-    def start_epoch(self, epoch):
-        """Nothing to do: every epoch has the same sequences."""
-
-    def fit_on_gpu(self, device):
-        """Move to an NVIDIA GPU if its free memory is five times the data."""
-        if device.type == "cuda" and 5 * self.frames.nbytes < torch.cuda.mem_get_info(device)[0]:
-            self.frames = torch.from_numpy(self.frames).to(device)
-
-    @property
-    def shape(self):
-        return self.frames.shape[:1] + self.frames.shape[2:]  # (T, C, H, W)
-
-    def __len__(self):
-        return self.frames.shape[1]
-
-    def __getitem__(self, index):
-        if isinstance(self.frames, torch.Tensor):
-            return self.frames[:, to_device(torch.from_numpy(index), self.frames.device)].transpose(0, 1)
-        return torch.from_numpy(self.frames[:, index].swapaxes(0, 1))
-
-
-class MovingMNIST(Sequences):
-    """One split of an array (T, N, C, H, W), or of the array at a path.
+class MovingMNIST:
+    """One split of an array (T, N, C, H, W), or of the array at a path: `dataset[index array]` → a batch.
 
     The official array's splits have 8,100, 900 and 1,000 sequences, as in Earthformer's protocol.
     """
 
-    def __init__(self, array, split, sequences=0, name="this data"):
+    def __init__(self, array, split="all", sequences=0, name="this data"):
         array = array if isinstance(array, np.ndarray) else open_array(array)
         n = array.shape[1]
         first, last = (n * percent // 100 for percent in SPLITS[split])
@@ -102,34 +68,47 @@ class MovingMNIST(Sequences):
             raise UserError(f"{name} has {n} sequences, too few for a {split} split; it needs at least 6")
         self.split = split
         try:  # in memory: a file that shrinks under a memory map kills the process
-            super().__init__(np.array(array[:, first:last], order="C"))
+            self.content = np.array(array[:, first:last], order="C")
         except MemoryError as error:
             raise UserError(f"no memory for the {split} split of {name}; lower train_sequences") from error
+        self.shape = self.content.shape[:1] + self.content.shape[2:]  # (T, C, H, W)
+
+    def start_epoch(self, epoch):
+        """Nothing to do: every epoch has the same sequences."""
+
+    def fit_on_gpu(self, device):
+        """Move to an NVIDIA GPU if its free memory is five times the data."""
+        if device.type == "cuda" and 5 * self.content.nbytes < torch.cuda.mem_get_info(device)[0]:
+            self.content = torch.from_numpy(self.content).to(device)
+
+    def __len__(self):
+        return self.content.shape[1]
+
+    def __getitem__(self, index):
+        if isinstance(self.content, torch.Tensor):
+            return self.content[:, to_device(torch.from_numpy(index), self.content.device)].transpose(0, 1)
+        return torch.from_numpy(self.content[:, index].swapaxes(0, 1))
 
 
 class FreshMovingMNIST:
-    """n new sequences per epoch, generated from `digits` as by `generate`; the interface of Sequences."""
+    """n new sequences per epoch, generated from `digits` as by `generate`; used like MovingMNIST."""
 
     shape = (20, 1, 64, 64)
 
     def __init__(self, digits, n, seed):
-        self.digits, self.n, self.seed = digits, n, seed
-        self.content = digits
+        self.content, self.n, self.seed = digits, n, seed
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
         rng = np.random.default_rng((self.seed, epoch, FRESH))
-        self.chosen = rng.integers(len(self.digits), size=(self.n, 2))
+        self.chosen = rng.integers(len(self.content), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
-
-    def fit_on_gpu(self, device):
-        """Nothing to do: frames are made on the CPU."""
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, index):
-        return torch.from_numpy(render(self.digits[self.chosen[index]], self.positions[index]))
+        return torch.from_numpy(render(self.content[self.chosen[index]], self.positions[index]))
 
 
 def trajectories(rng, n, n_frames=20, n_digits=2, step=0.1):
@@ -174,9 +153,9 @@ def generate(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1):
 
 
 class Data(NamedTuple):
-    training: Sequences | FreshMovingMNIST
-    validation: Sequences | FreshMovingMNIST
-    test: Sequences
+    training: MovingMNIST | FreshMovingMNIST
+    validation: MovingMNIST | FreshMovingMNIST
+    test: MovingMNIST
     name: str
 
     @property

@@ -17,9 +17,8 @@ import figures
 import main
 from moving_mnist import find_oddities
 from support import UserError
-from support.checkpoint import write_atomic
+from support.checkpoint import open_atomic, write_atomic
 from support.distributed import run_script
-from support.run import write_npy
 from support.videos import VIDEOS, decode
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -115,7 +114,8 @@ def predict(
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
     array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
-    write_npy(out / "forecast.npy", array[..., 0] if model.channels == 1 else array)
+    with open_atomic(out / "forecast.npy") as file:
+        np.save(file, array[..., 0] if model.channels == 1 else array)
     shrink = -(-past.shape[-1] // 256)  # large frames, in the pictures only
     past, truth, shown = (some[0, ..., ::shrink, ::shrink] for some in (past, truth, forecast))
     write_atomic(out / "forecast.png", figures.prediction(past, truth if len(truth) else None, shown, words))

@@ -34,15 +34,13 @@ class Task(NamedTuple):
     device: torch.device
 
 
-def make_forecast(model, autocast):
-    @torch.inference_mode()
-    def forecast(past, n_future):
-        model.eval()
-        with autocast():
-            logits = model(past, n_future).float()
-        return torch.sigmoid(logits), logits
-
-    return forecast
+@torch.inference_mode()
+def run_model(model, autocast, past, n_future):
+    """Its forecast."""
+    model.eval()
+    with autocast():
+        logits = model(past, n_future).float()
+    return torch.sigmoid(logits), logits
 
 
 def split_frames(frames, frames_in, frames_out, device="cpu"):
@@ -200,7 +198,7 @@ def score_beyond_training(folder, name, task, patch_size):
     for case, changes in cases.items():
         options = {"n_frames": task.frames_in + task.frames_out, **changes}
         frames = moving_mnist.generate(digits, N_BEYOND, seed=0, **options).swapaxes(0, 1)
-        dataset, n = moving_mnist.Sequences(frames), options["n_frames"] - task.frames_in
+        dataset, n = moving_mnist.MovingMNIST(frames), options["n_frames"] - task.frames_in
         longer = task._replace(frames_out=n)
         try:
             forecasts = {name: task.forecast, **BASELINES}
@@ -225,8 +223,11 @@ def score_beyond_training(folder, name, task, patch_size):
 SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
 
 
-def read_run(folder, config):
-    """metrics.json of a folder, its first forecast, its label, and what its training cost."""
+def read_run(folder, config, latest, shape):
+    """metrics.json of a folder, its first forecast of this shape, its label, and what its training cost.
+
+    Raises an error if it was tested on something else than the latest run, or cannot stand in a table.
+    """
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     run |= {"label": folder.name, "folder": folder, "asked": config["asked"]}
@@ -237,6 +238,10 @@ def read_run(folder, config):
     lines = (folder / "log.csv").read_text("utf-8").splitlines() if run["is_trained"] else []
     rows = (row for row in csv.DictReader(lines) if row["val_loss"])
     run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
+    fits = all(run[key] == latest[key] for key in SAME_TASK)
+    if not (fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]):
+        raise ValueError("tested on something else")
+    comparison_table([run], {}, [])
     return run
 
 
@@ -249,18 +254,11 @@ def compare_runs(out, latest, first_sequence):
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         remove_strays(out)
         runs, left_out, configs = [], [], read_configs(out)
+        shape = latest["frames_out"], *first_sequence.shape[1:]
         for path in sorted(out.glob("*/metrics.json")):
             try:
-                run = read_run(path.parent, configs[path.parent.name])
-                fits = all(run[key] == latest[key] for key in SAME_TASK)
-                shape = latest["frames_out"], *first_sequence.shape[1:]
-                fits = fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]
-                comparison_table([run], {}, [])  # it can be written
+                runs.append(read_run(path.parent, configs[path.parent.name], latest, shape))
             except Exception:  # half there, of another version, or damaged: reading may raise anything
-                fits = False
-            if fits:
-                runs.append(run)
-            else:
                 left_out.append(path.parent.name)
         trained = {run["weights"] for run in runs if run["is_trained"]}
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]

@@ -9,14 +9,12 @@ import re
 import subprocess
 import textwrap
 import time
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from support import checkpoint, sources
 from support.checkpoint import write_atomic
-from support.distributed import on_rank_0
 
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that may change when a run resumes
 
@@ -92,31 +90,24 @@ def read_source(folder, name):
     return path.read_text("utf-8") if path.exists() else ""
 
 
-@contextmanager
-def open_folder(knobs, asked, facts):
-    """Hold the folder of the run that was asked for: an earlier one, or a new one named base, base-2, …
+def choose_folder(knobs, asked, stack):
+    """The folder of the run that was asked for: an earlier one, or a new one named base, base-2, …
 
-    If weights are only scored, base is their folder or file, and "-eval". facts: for config.json.
+    It is locked until the stack unwinds. Nothing in knobs.out is overwritten. If weights are only scored,
+    base is their folder or file, and "-eval".
     """
-    base, path = knobs.name or knobs.model, Path(knobs.weights).resolve()
+    out, base, path = Path(knobs.out), knobs.name or knobs.model, Path(knobs.weights).resolve()
     if knobs.eval_only and not knobs.name:
         base = f"{path.parent.name if path.stem in ('best', 'last') else path.stem}-eval"
-    with ExitStack() as stack:
-        folder = on_rank_0(choose_folder, Path(knobs.out), base, bool(knobs.name), asked, stack)
-        on_rank_0(write_facts, folder, facts)
-        yield folder
-
-
-def choose_folder(out, base, is_named, asked, stack):
-    """The folder, locked until the stack unwinds. Nothing in `out` is overwritten."""
     with checkpoint.lock_folder(out, wait=True):  # of two runs that start at once, each gets its own
         configs = read_configs(out)
         for name, config in configs.items():
-            fits = not is_named or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
+            fits = not knobs.name or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
             if config["asked"] == asked and fits:
                 stack.enter_context(checkpoint.lock_folder(out / name))
                 checkpoint.remove_strays(out / name)
                 return out / name
+        is_taken = lambda f: any(p.name != ".lock" for p in f.iterdir()) if f.is_dir() else f.exists()
         number, folder = 1, out / base
         while is_taken(folder):
             number += 1
@@ -125,17 +116,11 @@ def choose_folder(out, base, is_named, asked, stack):
         config = {"asked": asked, "started": time.time()}
         write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
-    if trained and not asked["knobs"]["eval_only"]:
+    if trained and not knobs.eval_only:
         name, last = trained[-1]
         changes = describe_changes(asked, last, out / name) or ["only its name"]
         print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder
-
-
-def is_taken(folder):
-    if folder.is_dir():
-        return any(path.name != ".lock" for path in folder.iterdir())
-    return folder.exists()
 
 
 def read_configs(out):

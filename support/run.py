@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import figures
 from support import UserError, checkpoint, evaluation
-from support.checkpoint import load_weights, write_atomic
+from support.checkpoint import load_weights, open_atomic, write_atomic
 from support.distributed import RANK, broadcast, on_rank_0, print0
 from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
 
@@ -66,15 +66,12 @@ class Run(Progress):
         self.order, self.epoch = None, -1  # the order of the training sequences, and the epoch that has it
         self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
         self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
-        forecast = evaluation.make_forecast(self.model, self.autocast)
+        forecast = lambda past, n: evaluation.run_model(self.model, self.autocast, past, n)
         self.task = Task(forecast, knobs.frames_in, knobs.frames_out, self.device)
 
     def autocast(self):
         """The context in which the model computes in its dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def frames_at(self, progress):
-        return sum(self.horizon(self.knobs, progress))
 
     @property
     def has_ended(self):
@@ -148,11 +145,9 @@ class Run(Progress):
 
     def estimate_time(self):
         """Turn max_minutes into a number of steps, once, and print how long the rest takes."""
-        per_frame = self.step_seconds / self.frames_at(self.progress)
-
-        def seconds_a_step(start):
-            return per_frame * np.mean([self.frames_at(p) for p in np.linspace(start, 1, 1000)])
-
+        frames = lambda progress: sum(self.horizon(self.knobs, progress))
+        per_frame = self.step_seconds / frames(self.progress)
+        seconds_a_step = lambda start: per_frame * np.mean([frames(p) for p in np.linspace(start, 1, 1000)])
         if not self.steps:
             steps = max(self.step, int(self.knobs.max_minutes * 60 / seconds_a_step(0)))
             self.steps = self.bar.total = broadcast(steps)
@@ -332,19 +327,14 @@ class Run(Progress):
             evaluation.draw_ranked(folder, self.task, test, ranking, title)
             past, _ = evaluation.split_frames(first, *self.task[1:])
             forecast = self.task.forecast(past, knobs.frames_out)[0][0].cpu()
-            write_npy(folder / "forecast.npy", (forecast * 255).round().byte().numpy())
+            with open_atomic(folder / "forecast.npy") as file:
+                np.save(file, (forecast * 255).round().byte().numpy())
             curves = {who: values["mse_per_frame"]["per_frame"] for who, values in scores.items()}
             picture = figures.per_frame({evaluation.describe_split(results): curves})
             write_atomic(folder / "per_frame.png", picture)
             write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
             evaluation.compare_runs(folder.parent, results, first[0].numpy())
         print0(f"\n{evaluation.report(results)}\noutput    {folder}")
-
-
-def write_npy(path, array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_atomic(path, buffer.getvalue())
 
 
 def load_optimizer(optimizer, saved):

@@ -106,10 +106,12 @@ def start(knobs, build, horizon, recipe):
     environment |= {"precision": precision, "torch": str(torch.__version__)}
     environment["kernels"] = attach(knobs, model.train(not knobs.eval_only), device, dtype)
     asked = on_rank_0(folders.describe_identity, knobs, data)
-    if not knobs.eval_only:
+    if not knobs.eval_only and knobs.data != "fresh":  # fresh sequences are made on the CPU
         data.training.fit_on_gpu(device)
     describe(knobs, data, model, environment, recipe)
-    with folders.open_folder(knobs, asked, {"not_default": differing, **environment}) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = on_rank_0(folders.choose_folder, knobs, asked, stack)
+        on_rank_0(folders.write_facts, folder, {"not_default": differing, **environment})
         run = Run(knobs, folder, asked, environment, data, model, device, dtype, horizon)
         run.scored_step = weights["step"] if weights else 0
         yield run
@@ -125,7 +127,7 @@ def describe(knobs, data, model, environment, recipe):
         print0(f"recipe    {', '.join(used)} (RECIPES of main.py)")
     words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
-    on_gpu = " on the GPU" if isinstance(getattr(data.training, "frames", None), torch.Tensor) else ""
+    on_gpu = " on the GPU" if isinstance(data.training.content, torch.Tensor) else ""
     splits = (f"training{on_gpu}", data.training), ("validation", data.validation), ("test", data.test)
     print0(f"data      {data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits)}")
     T, C, H, W = data.training.shape

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import main
 import motion
-from moving_mnist import Data, Sequences
+from moving_mnist import Data, MovingMNIST
 from support.run import Run
 
 fast = pytest.importorskip("support.fast")
@@ -50,7 +50,8 @@ def test_a_training_step_reads_once_and_copies_its_batch(monkeypatch, tmp_path, 
     for kernel, hook in zip([p for p in model.parameters() if p.ndim == 4], hooks, strict=True):
         kernel.register_hook(hook)
     frames = torch.zeros(20, 64, 1, 64, 64, dtype=torch.uint8)
-    sequences = Sequences(frames.to("meta") if on_gpu else frames.numpy())
+    sequences = MovingMNIST(frames.numpy())
+    sequences.content = frames.to("meta") if on_gpu else sequences.content
     options = {"knobs": KNOBS, "folder": tmp_path, "asked": {}, "environment": {}, "dtype": torch.float32}
     options |= {"data": Data(sequences, None, None, ""), "device": torch.device("meta")}
     run = Run(**options, model=model, horizon=main.horizon)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import main
 import metrics
 from main import Knobs, Muon, parse
-from moving_mnist import Data, Sequences
+from moving_mnist import Data, MovingMNIST
 from support.run import Run
 from support.start import fit_to_data, with_knobs_of
 
@@ -62,7 +62,7 @@ def test_a_recipe_replaces_defaults(capsys):
 
 def test_knobs_that_follow_from_the_data():
     def fitted(n_frames, name, **knobs):
-        sequences = Sequences(np.zeros((n_frames, 1, 1, 16, 16), np.uint8))
+        sequences = MovingMNIST(np.zeros((n_frames, 1, 1, 16, 16), np.uint8))
         knobs = fit_to_data(Knobs(**knobs), Data(sequences, sequences, sequences, name))
         return knobs.frames_in, knobs.frames_out, knobs.overlay
 
@@ -98,7 +98,7 @@ def test_evaluations_are_neither_too_few_nor_too_many():
     assert not any(due(step, 0) for step in range(1, 100))  # as the clock will tell
 
 
-class Noting(Sequences):
+class Noting(MovingMNIST):
     def __getitem__(self, index):
         self.fetched.append(index)
         return super().__getitem__(index)

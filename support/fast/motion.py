@@ -12,13 +12,9 @@ LARGEST_PATCH = 32  # the compiled code keeps a whole patch on its stack
 
 def advect(frames, weights, patch_size):
     """`motion.advect`, many times as fast on a CPU."""
-    if is_compiled_for(frames) and weights.dtype == torch.float32:
+    if frames.device.type == "cpu" and frames.dtype == weights.dtype == torch.float32:
         return Advect.apply(frames, weights, patch_size)
     return plain.advect(frames, weights, patch_size)
-
-
-def is_compiled_for(frames):
-    return frames.device.type == "cpu" and frames.dtype == torch.float32
 
 
 def matching_costs(frames, before, patch_size, max_motion):
@@ -27,7 +23,7 @@ def matching_costs(frames, before, patch_size, max_motion):
         with torch.autocast("cuda", enabled=False):  # under autocast, torch.compile would start anew
             images = frames.detach(), before.detach()
             return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
-    if not is_compiled_for(frames):
+    if frames.device.type != "cpu" or frames.dtype != torch.float32:
         return plain.matching_costs(frames, before, patch_size, max_motion)
     N, _, H, W = frames.shape
     costs = frames.new_empty(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2)

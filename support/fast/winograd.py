@@ -68,11 +68,8 @@ def has_amx():
 def maps(k):
     """Matrices that map inputs (SIDE, SIDE), outputs (SIDE, TILE) and 2-D kernels (P, k²) to points."""
     points = torch.tensor(POINTS[: TILE + k - 2], dtype=torch.float64)
-
-    def evaluate(n):
-        at_infinity = torch.eye(n, dtype=torch.float64)[-1:]
-        return torch.cat((points[:, None] ** torch.arange(n), at_infinity))
-
+    # the last row is the point at infinity
+    evaluate = lambda n: torch.cat((points[:, None] ** torch.arange(n), torch.eye(n).double()[-1:]))
     kernel = evaluate(k)
     found = torch.linalg.inv(evaluate(TILE + k - 1)).T, evaluate(TILE), torch.kron(kernel, kernel)
     return [m.float().contiguous() for m in found]
