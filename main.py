@@ -40,7 +40,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # most sequences merged into another; -1 = automatic: 2 for Moving MNIST, else 0
+    overlay: int = -1  # how many sequences are merged into each, at most; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -194,7 +194,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # if your loss is a mean, multiply it by len(truth) / knobs.batch_size, as the SSIM below
+        # truth may be a part of the batch: multiply a mean by len(truth) / batch_size, as below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size

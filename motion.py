@@ -26,7 +26,7 @@ def advect(frames, weights, patch_size):
 
 
 def matching_costs(frames, before, patch_size, max_motion):
-    """For each move, squared difference of a patch and its source in `before` → (N, H/P, W/P, K²)."""
+    """For each move, squared differences to `before`, summed over a patch → (N, H/P, W/P, K²)."""
     H, W = frames.shape[-2:]
     K = 2 * max_motion + 1
     before = F.pad(before, [max_motion] * 4)

@@ -13,7 +13,7 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width; in a layer, of patches.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width; in a layer, in patches.
 """
 
 import functools
@@ -193,7 +193,7 @@ class EncoderForecaster(nn.Module):
         make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
 
     def forward(self, past, n_future, draw_from=None):
-        """With draw_from, also draw the frame that follows each input frame t ≥ draw_from (t from 0).
+        """With draw_from, also draw input frames draw_from + 1 to T - 1 (of 0 to T - 1), from those before.
 
         Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
@@ -253,9 +253,9 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also reorders channels: the pixels of a patch, the moves, and hidden channels. Eight
-# hidden channels are one filter in eight orientations. Each of these groups lies on a square grid; flipping
-# the grid gives the new order. Flipped and reordered, an equivariant kernel is unchanged.
+# A flip of the frame also permutes channels. Three groups of channels are placed on square grids: the pixels
+# of a patch, the moves, and each eight hidden channels (one filter in eight orientations). Flipping the grid
+# gives the permutation. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # Eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
@@ -280,7 +280,7 @@ def permutation(flip, grids):
 
 
 def symmetric_mean(kernel, permutations):
-    """The mean of a kernel over all eight symmetries: three times, average it with its flipped self."""
+    """Average a kernel with its flipped self, for each of FLIPS in turn: the mean of all eight copies."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel
@@ -288,7 +288,7 @@ def symmetric_mean(kernel, permutations):
 
 @torch.no_grad()
 def make_equivariant(kernel, outputs, inputs):
-    """Average a kernel over its eight copies, keep its norm, and let a hook average each of its gradients.
+    """Average a kernel over all eight symmetries, keep its norm; a hook averages its gradients likewise.
 
     outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
     rounding. Deep copies lose the hook: call this again for them.
