@@ -46,18 +46,18 @@ def test_knobs_reach_the_network():
     assert main.build(Knobs(patch_size=2, max_motion=0), 3).outputs == [12]
     kernels = [main.build(Knobs(equivariant=tied), 1).motion.weight for tied in (True, False)]
     assert [bool(kernel._backward_hooks) for kernel in kernels] == [True, False]
-    papers = main.build(parse(["--model", "paper"]), 1)
-    assert sum(p.numel() for p in papers.parameters()) == 7_585_296
-    assert parse(["--learning_rate", "0.5", "--model", "paper"]).learning_rate == 0.5  # not the recipe's
 
 
 def test_a_recipe_replaces_defaults(capsys):
+    """And gives way to flags and to weights."""
+    paper = parse(["--model", "paper"])
+    assert sum(p.numel() for p in main.build(paper, 1).parameters()) == 7_585_296
+    assert parse(["--learning_rate", "0.5", "--model", "paper"]).learning_rate == 0.5
+    weights = {"knobs": {**asdict(paper), "hidden_channels": [32, 32]}}
+    assert with_knobs_of(paper, weights, main.RECIPES["paper"]).hidden_channels == (32, 32)
     with pytest.raises(SystemExit):
         parse(["--model", "paper", "--help"])
     assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
-    weights = {"knobs": {**asdict(parse(["--model", "paper"])), "hidden_channels": [32, 32]}}
-    knobs = with_knobs_of(parse(["--model", "paper"]), weights, main.RECIPES["paper"])
-    assert knobs.hidden_channels == (32, 32)
 
 
 def test_knobs_that_follow_from_the_data():
