@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import gradients
 from test_my_model import convolve_by_hand
 
 import my_model
@@ -20,13 +21,6 @@ def step_by_hand(cell, x, h, c):
     i, f, o = (torch.sigmoid(z[:, k * n : (k + 1) * n]) for k in range(3))
     c = f * c + i * torch.tanh(z[:, 3 * n :])
     return o * torch.tanh(c), c
-
-
-def gradients(outputs, inputs):
-    """Of a random weighted sum of the outputs, the same weights at every call."""
-    generator = torch.Generator().manual_seed(1)
-    loss = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs)
-    return torch.autograd.grad(loss, inputs)
 
 
 @pytest.mark.parametrize("all_layers", [True, False])

@@ -70,7 +70,10 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     process.send_signal(signal.SIGSTOP)
     if goes_on:
         run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: … size // 2), nn.ReLU()")
-        assert "my_model is in use by another run" in finish(run(code), 1)[1]
+        before = state(first)
+        _, refusal = finish(run(code), 1)
+        assert "my_model is in use by another run; wait for it, or give this one a --name\n" in refusal
+        assert state(first) == before
         process.send_signal(signal.SIGCONT)
         finish(process)
     else:

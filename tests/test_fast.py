@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_without_compiler
+from conftest import gradients, skip_without_compiler
 from test_my_model import DEVICE, MOTION, randomized, relative_error, seeded, small  # noqa: F401
 
 import motion
@@ -55,29 +55,22 @@ def run_layer(layer, x, state, n_frames, dtype):
     with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden_states, (h, c) = layer(x, state, n_frames)
         outputs = {"hidden states": hidden_states, "h": h, "c": c}
-        generator = torch.Generator().manual_seed(1)  # the same weights at every call
-        weights = [torch.randn(y.shape, generator=generator).to(DEVICE) for y in outputs.values()]
-        total = sum((y * w).sum() for y, w in zip(outputs.values(), weights, strict=True))
-        gradients = torch.autograd.grad(total, list(leaves.values()))
+        found = gradients(outputs.values(), list(leaves.values()))
     for name, leaf in leaves.items():
         assert torch.equal(leaf, before[name]), f"{name} was overwritten"
-    return outputs | dict(zip(leaves, gradients, strict=True))
+    return outputs | dict(zip(leaves, found, strict=True))
 
 
-def make_layer(peephole, n_in, hidden, k, state_k, shape, dilation=1, h=1):
-    (B, T, H, W), leaf = shape, lambda *size: torch.randn(size).to(DEVICE)
+def assert_layer_is_plain(dtype, peephole, n_in, hidden, k, state_k, shape, dilation=1, h=1):
+    B, T, H, W = shape
     layer = randomized(ConvLSTM(n_in, hidden, k, state_k, peephole, dilation)).to(DEVICE)
     x = torch.rand(T, B, n_in, H, W).to(DEVICE)
     x = x.transpose(0, 1)  # time before batch in memory, as the layer below leaves it
-    state = [(scale * leaf(B, hidden, H, W)).requires_grad_() for scale in (h, 1)]
-    return layer, x.requires_grad_() if n_in else None, state, T
-
-
-def assert_layer_is_plain(dtype, *arguments):
-    layer, *given = make_layer(*arguments)
-    plain = run_layer(layer, *given, dtype)
+    x = x.requires_grad_() if n_in else None
+    state = [(scale * torch.randn(B, hidden, H, W).to(DEVICE)).requires_grad_() for scale in (h, 1)]
+    plain = run_layer(layer, x, state, T, dtype)
     layer.fast = fast.layer.fast_layer
-    found = run_layer(layer, *given, dtype)
+    found = run_layer(layer, x, state, T, dtype)
     assert_close(found, plain, TOLERANCE[dtype])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT
-from test_records import read
+from test_records import TABLES, means, read
 
 import main
 import moving_mnist
@@ -22,15 +22,15 @@ README = (ROOT / "README.md").read_text("utf-8")
 SHORT = "--epochs 1 --train_sequences 8 --batch_size 4 --frames_in 3 --frames_out 2 --device cpu"
 
 
-def fenced():
-    """The lines of code blocks without a language, which are commands."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
-    return [line for language, block in blocks if not language for line in block.splitlines()]
+def shell(line, folder):
+    """Type a line in the folder, in a real shell whose python is this one."""
+    environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"}
+    ran = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """What git would clone, with a small stand-in array, so that nothing is fetched."""
+def test_commands_do_their_job(tmp_path):
+    """In what git would clone, with a small stand-in array, so that nothing is fetched."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if files.returncode:
@@ -43,26 +43,17 @@ def copy(tmp_path):
     sequences = moving_mnist.generate(digits, 60, 0)[:, :, 0]
     np.save(tmp_path / "raw" / "moving_mnist_standin.npy", np.ascontiguousarray(sequences.swapaxes(0, 1)))
     np.save(tmp_path / "my_frames.npy", sequences[0, :12])
-    return tmp_path
-
-
-def shell(line, folder):
-    """Type a line in the folder, in a real shell whose python is this one."""
-    environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"}
-    ran = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}"
-
-
-def test_commands_do_their_job(copy):
-    commands = [line.rpartition(" && ")[2] for line in fenced()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    commands = [line.rpartition(" && ")[2] for line in lines]
     trainings = [line for line in commands if line.startswith("python main.py")]
     assert len(trainings) >= 4
     for line in trainings:
         narrow = "" if "convlstm" in line else "--hidden_channels 8"
-        shell(f"{line} {SHORT} {narrow}", copy)
+        shell(f"{line} {SHORT} {narrow}", tmp_path)
     (predict,) = (line for line in commands if line.startswith("python predict.py"))
-    shell(predict, copy)
-    folders = copy / "results", copy / "results" / "my_model", copy / "forecast"
+    shell(predict, tmp_path)
+    folders = (tmp_path / name for name in ("results", "results/my_model", "forecast"))
     made = {path.name for folder in folders for path in folder.iterdir()}
     named = set(re.findall(r"`([\w*]+\.(?:png|gif|csv|json|pt|npy|md))`", README))
     for name in named - {"my.npy", "my_frames.npy"}:
@@ -100,17 +91,13 @@ def test_results_are_those_of_the_records():
     assert len(rows) == 5
     for name, cells in rows:
         results = read(f"{name}/metrics.json")
-        scores = results["scores"][results["model"]]
         *_, minutes, mse, mae, ssim = cells.split(" | ")
         timed = read(f"{name}/log.csv").get("minutes") or read(f"{name}/timing.csv")["minutes"]
         assert minutes == f"{float(timed):.1f}", name
-        found = [scores[metric]["mean"] for metric in ("mse_per_frame", "mae_per_frame", "ssim")]
-        assert [mse, mae, ssim] == [f"{found[0]:.1f}", f"{found[1]:.1f}", f"{found[2]:.3f}"], name
+        assert [mse, mae, ssim] == means(results["scores"][results["model"]]), name
     assert f"{int(read('long/log.csv')['sequences']):,} fresh sequences" in README
-    seeds = [read(f"{name}/metrics.json")["scores"] for name in ("default", "seed_1", "seed_2")]
-    assert f"{seeds[0]['black']['mse_per_frame']['mean']:.1f}" in README
-    ends = [scores["my_model"]["mse_per_frame"]["mean"] for scores in seeds]
-    assert f"{np.mean(ends):.1f} ± {np.std(ends, ddof=1):.1f}" in README
+    black, *_, seeds = TABLES["Reference value", "MSE"]
+    assert black["MSE"] in README and seeds["MSE"] in README
 
 
 def test_what_each_part_adds():
