@@ -27,7 +27,8 @@ def describe_identity(knobs, data):
     values = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
     shape = "×".join(map(str, data.training.shape))
     words = f"{data.name}, sequences of {shape}, sha256 {sha.hexdigest()[:16]}"
-    asked = {"knobs": values, "data": words, "sources": sources.HASHES}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in sources.used().items()}
+    asked = {"knobs": values, "data": words, "sources": hashes}
     if knobs.weights:
         asked["weights"] = hashlib.sha256(Path(knobs.weights).read_bytes()).hexdigest()
     return json.loads(json.dumps(asked))  # as it comes back from config.json
@@ -151,5 +152,5 @@ def write_facts(folder, facts):
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
     (folder / "source").mkdir(exist_ok=True)
-    for name, text in sources.TEXTS.items():
+    for name, text in sources.used().items():
         write_atomic(folder / "source" / Path(name).name, text.encode())

@@ -3,7 +3,6 @@
 main.py imports this first, before the imports that take seconds.
 """
 
-import hashlib
 import signal
 import sys
 from pathlib import Path
@@ -12,9 +11,16 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
 IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and "main" not in sys.modules
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
-NAMES = MAIN, "my_model.py", "motion.py", "convlstm.py", "moving_mnist.py", "metrics.py", "support/muon.py"
-TEXTS = {name: (ROOT / name).read_text("utf-8") for name in NAMES}
-HASHES = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in TEXTS.items()}
+NO_RESULTS = MAIN, "predict.py", "download.py", "figures.py"  # these do not affect results, but for MAIN
+OTHERS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in NO_RESULTS)
+NAMES = MAIN, *OTHERS, "support/muon.py"
+TEXTS = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in NAMES}
+
+
+def used():
+    """name → text of the sources of this run: MAIN and what has been imported, files of your own among it."""
+    module = lambda name: name.removesuffix(".py").replace("/", ".")
+    return {name: text for name, text in TEXTS.items() if name == MAIN or module(name) in sys.modules}
 
 
 if IS_RUNNING:

@@ -44,6 +44,8 @@ def check_types(knobs):
             fits = fits and all(isinstance(v, (int, parts[0])) for v in value)
             wanted = "numbers in brackets, as (64,) or (64, 64)"
             wanted = wanted if ... in parts else f"{len(parts)} numbers in brackets"
+        elif parts:  # another type, of a knob of your own
+            continue
         else:
             fits = isinstance(value, (int, float) if hint is float else hint)
             wanted = f"a value of type {hint.__name__}"
@@ -155,12 +157,13 @@ def with_knobs_of(knobs, weights, recipe):
 
 
 def fit_to_data(knobs, data):
-    """Choose overlay if it is -1. Of 3 to 19 frames, the first half is the input, or as knobs say."""
+    """Choose overlay if it is -1. If the default frames are too many, half of a sequence is input."""
     n = data.training.shape[0]
     if knobs.overlay < 0:
         knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
     default = type(knobs)
-    if (knobs.frames_in, knobs.frames_out) == (default.frames_in, default.frames_out) and 3 <= n < 20:
+    is_default = (knobs.frames_in, knobs.frames_out) == (default.frames_in, default.frames_out)
+    if is_default and 3 <= n < knobs.frames_in + knobs.frames_out:
         knobs = replace(knobs, frames_in=n - n // 2, frames_out=n // 2)
         print0(f"frames    the data has {n} a sequence: {knobs.frames_in} in, {knobs.frames_out} out")
     return knobs
@@ -185,6 +188,8 @@ def build_checked(knobs, build, data, device):
         with torch.no_grad():  # a dry run on one sequence
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
+        task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
+        evaluation.evaluate(task, data.validation, evaluation.CURVES, np.arange(1))  # the metrics, too
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         if Path(where.filename).parent != sources.ROOT or not (where.line or "").startswith("raise"):
@@ -207,7 +212,9 @@ def attach(knobs, model, device, dtype):
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
-    knobs = with_knobs_of(replace(knobs, weights=str(path)), weights, {})
+    saved = {k: v for k, v in weights["knobs"].items() if hasattr(knobs, k)} | {"weights": str(path)}
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    knobs = with_knobs_of(replace(knobs, **saved), weights, {})
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()
     load_weights(model, weights, path)
@@ -222,5 +229,7 @@ def load_model(path, knobs, build):
 def forecast(model, past, n):
     """The n frames after past, both (B, T, C, H, W) in [0, 1], on the device of past."""
     past = torch.as_tensor(past, dtype=torch.float32)
+    if not (past.min() >= 0 and past.max() <= 1):
+        raise ValueError(f"frames go from {past.min():.4g} to {past.max():.4g}; expected 0 to 1")
     logits = model.eval()(past.to(next(model.parameters()).device), n)
     return torch.sigmoid(logits).to(past.device)
