@@ -114,10 +114,12 @@ def make_optimizers(model, knobs, dtype):
 
     At each step, `train` sets each group's learning rate: the schedule times the group's "rate" (default 1).
     """
-    *kernels, output = [p for p in model.parameters() if p.ndim >= 4]  # the last one draws the pixels
-    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + [output], "rate": ADAMW_RATE}
+    kernels = [p for p in model.parameters() if p.ndim >= 4]
+    kernels, output = kernels[:-1], kernels[-1:]  # the last one draws the pixels
+    kernels = [kernel for kernel in kernels if kernel.requires_grad]
+    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + output, "rate": ADAMW_RATE}
     adamw = torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(kernels, dtype, knobs.weight_decay), adamw]
+    return [Muon(kernels, dtype, knobs.weight_decay), adamw] if kernels else [adamw]
 
 
 def learning_rate(knobs, progress):
@@ -200,7 +202,7 @@ def train(run, optimizers):
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert not unused, f"no gradient reaches {', '.join(unused)}; every parameter has to take part"
+        assert not unused, f"no gradient reaches {', '.join(unused)}; each step needs all parameters"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         # the only GPU synchronization in a step
         loss_and_norm = torch.stack((all_reduce(cross_entropy.detach(), device), norm)).tolist()

@@ -185,7 +185,7 @@ class EncoderForecaster(nn.Module):
                 make_equivariant(layer.cell.state_to_state, gates, hidden)
                 below = hidden
         below = [s for layer in self.encoder for s in directions(layer.cell.hidden_channels)]
-        *convolutions, draw = (layer for layer in self.head if isinstance(layer, nn.Conv2d))
+        *convolutions, draw = (m for m in self.head.modules() if isinstance(m, nn.Conv2d))
         for convolution in convolutions:
             hidden = directions(convolution.out_channels)
             make_equivariant(convolution.weight, hidden, below)

@@ -230,7 +230,8 @@ def read_run(folder, config, latest, shape):
     """
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
-    run |= {"label": folder.name, "folder": folder, "asked": config["asked"]}
+    # pictures would leave out a label that begins with _
+    run |= {"label": folder.name.lstrip("_"), "folder": folder, "asked": config["asked"]}
     run["started"] = float(config["started"])
     run["own_knobs"] = [change.split()[0] for change in config["not_default"]]
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
@@ -260,7 +261,10 @@ def compare_runs(out, latest, first_sequence):
                 runs.append(read_run(path.parent, configs[path.parent.name], latest, shape))
             except Exception:  # half there, of another version, or damaged: reading may raise anything
                 left_out.append(path.parent.name)
-        trained = {run["weights"] for run in runs if run["is_trained"]}
+        trained = {run["weights"]: run for run in runs if run["is_trained"]}
+        for run in runs:  # a metric that was added after the training
+            own = trained.get(run["weights"], run)["scores"]
+            own[run["model"]] = {**run["scores"][run["model"]], **own[run["model"]]}
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return
@@ -312,7 +316,8 @@ def comparison_table(runs, baselines, left_out):
         if run["history"]:
             seen, minutes = f"{run['history'][-1]['sequences']:,.0f}", f"{run['history'][-1]['minutes']:.1f}"
         cells = [f"{run['parameters']:,}", seen, minutes, *table_cells(run["scores"][run["model"]], "–")]
-        lines.append(f"| {run['label']} | {' | '.join(cells)} |")
+        label = run["label"].replace("|", "\\|")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     for who, scores in baselines.items():
         lines.append(f"| {figures.LABELS[who]} | – | – | – | {' | '.join(table_cells(scores, '–'))} |")
     if left_out:

@@ -13,8 +13,8 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(self, kernels, dtype, weight_decay):
-        self.kernels, self.dtype = [k for k in kernels if k.requires_grad], dtype  # the others are frozen
-        matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in self.kernels]  # views, no copies
+        self.kernels, self.dtype = kernels, dtype
+        matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in kernels]  # views, no copies
         super().__init__(matrices, weight_decay=weight_decay)
 
     @torch.no_grad()

@@ -106,7 +106,7 @@ class Run(Progress):
         files = self.folder / "log.csv", self.folder / "loss.png"
         if self.history and RANK == 0 and not all(file.exists() for file in files):
             self.write_log()
-        if words := on_rank_0(self.read_report) if self.has_ended else None:
+        if words := on_rank_0(self.read_report) if self.has_ended or not self.step else None:
             print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
             return True
         words = f", resuming at step {self.step:,}" if self.step and not self.has_ended else ""

@@ -99,6 +99,14 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
         (tmp_path / name).write_bytes(b"half")
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     assert set(rows(tmp_path / "compare.md")) == {"one", "two", *BASELINES}
+    edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")  # a metric of later
+    edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / "two")
+    shutil.copytree(tmp_path / "two", tmp_path / "_a|b")
+    edited(lambda found: found.update(weights="others"))(tmp_path / "_a|b")
+    evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
+    found = rows(tmp_path / "compare.md")
+    assert set(found) == {"one", "a\\|b", *BASELINES}
+    assert found["one"][7] == found["a\\|b"][7] != "–"
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 

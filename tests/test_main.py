@@ -3,7 +3,7 @@
 import ast
 import csv
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, make_dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +17,7 @@ import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import Data, MovingMNIST
 from support.run import Run
-from support.start import fit_to_data, with_knobs_of
+from support.start import check, fit_to_data, with_knobs_of
 
 FEW = {"epochs": 1, "train_sequences": 10}
 
@@ -60,7 +60,7 @@ def test_a_recipe_replaces_defaults(capsys):
     assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_knobs_that_follow_from_the_data():
+def test_knobs_that_follow_from_the_data(monkeypatch):
     def fitted(n_frames, name, **knobs):
         sequences = MovingMNIST(np.zeros((n_frames, 1, 1, 16, 16), np.uint8))
         knobs = fit_to_data(Knobs(**knobs), Data(sequences, sequences, sequences, name))
@@ -68,6 +68,9 @@ def test_knobs_that_follow_from_the_data():
 
     assert [fitted(n, "own.npy") for n in (20, 16, 7)] == [(10, 10, 0), (8, 8, 0), (4, 3, 0)]
     assert fitted(16, "own.npy", frames_in=5, overlay=3) == (5, 10, 3)
+    check(make_dataclass("Edited", [("mine", float | None, None)], bases=(Knobs,), frozen=True)())
+    monkeypatch.setattr(Knobs, "frames_out", 4)  # edited
+    assert fitted(14, "own.npy", frames_out=4) == (10, 4, 0)
     for name in ("Moving MNIST array", "stand-in array", "stand-in array, trained on fresh sequences"):
         assert fitted(20, name) == (10, 10, 2)
         assert fitted(20, name, overlay=0) == (10, 10, 0)
@@ -213,6 +216,7 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
     model = build(Knobs(hidden_channels=(8,), head_channels=(8,)), 1)
     muon, adamw = main.make_optimizers(model, Knobs(), torch.bfloat16)
     assert muon.dtype == torch.bfloat16
+    assert len(main.make_optimizers(torch.nn.Linear(2, 2), Knobs(), torch.bfloat16)) == 1
     (rest,) = adamw.param_groups
     assert {id(p) for p in [*muon.kernels, *rest["params"]]} == {id(p) for p in model.parameters()}
     assert any(p is model.head[-1].weight for p in rest["params"]) and all(p.ndim == 4 for p in muon.kernels)

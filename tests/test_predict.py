@@ -79,6 +79,11 @@ def test_arrays(shape, frames, trained, tmp_path, capsys):
     assert ("axes in the right order?" in capsys.readouterr().out) == (shape[0] == "N")
 
 
+def test_frames_of_another_range_are_refused(trained):
+    with pytest.raises(ValueError, match="frames go from 0 to 255; expected 0 to 1"):
+        main.load(trained).forecast(torch.tensor([0, 255]).expand(1, 3, 1, 16, 2), 1)
+
+
 def test_odd_sizes_are_resized(trained, tmp_path, capsys):
     assert forecast(np.full((T, 17, 30), True), trained, tmp_path).shape == (1, 4, 16, 32)
     assert "resized   from 17×30 to 16×32" in capsys.readouterr().out

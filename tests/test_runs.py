@@ -227,6 +227,14 @@ def test_a_finished_run_stays_as_it_is(reference, array, capsys):
     assert printed.split("\n\n")[1] in again  # the table
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_trained_again(reference, array, tmp_path, capsys):
+    folder = shutil.copytree(reference[0], tmp_path / "my_model")
+    (folder / "last.pt").unlink()
+    before = state(folder)
+    here(array, tmp_path)
+    assert state(folder) == before and "this run has ended" in capsys.readouterr().out
+
+
 def test_resuming_elsewhere_says_that_it_is_not_exact(reference, array, tmp_path, capsys):
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
     state = checkpoint.load(folder / "last.pt")
