@@ -190,11 +190,11 @@ def load_data(data, train_sequences, seed, n_frames, video):
 
 def find_oddities(array):
     """Sentences on what is probably wrong with an array (T, N, C, H, W) of your own."""
-    T, N = array.shape[:2]
+    N = array.shape[1]
     some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
     along_time, along_sequences = (np.abs(np.diff(some, axis=axis)).mean() for axis in (0, 1))
     if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
-        yield f"read as {N:,} sequences of {T:,} frames: are these two axes in the right order?"
+        yield "frames differ more than sequences do: are time and sequences in the right order?"
     if some.max() <= 1:
         yield f"no value is above {some.max()}: expected grey levels from 0 to 255"
     elif along_time < 0.05:

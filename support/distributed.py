@@ -141,8 +141,9 @@ def stop(signum, frame):
 def run_script(function, out_of_memory_advice=""):
     """Call a function. A signal or a foreseeable fault ends it with one sentence, a bug with a traceback."""
     name = f"main.py, rank {RANK}" if WORLD_SIZE > 1 else os.path.basename(sys.argv[0])
-    with suppress(AttributeError):  # a notebook's stdout has no such method
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if not hasattr(sys.stdout, "reconfigure"):  # %run would not notice edits
+        exit_process(1, f"in a notebook, type !python {name}")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:

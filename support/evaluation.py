@@ -230,8 +230,8 @@ def read_run(folder, config, latest, shape):
     """
     run = json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
-    # pictures would leave out a label that begins with _
-    run |= {"label": folder.name.lstrip("_"), "folder": folder, "asked": config["asked"]}
+    label = f"run {folder.name}" if folder.name[0] == "_" else folder.name  # matplotlib hides the former
+    run |= {"label": label, "folder": folder, "asked": config["asked"]}
     run["started"] = float(config["started"])
     run["own_knobs"] = [change.split()[0] for change in config["not_default"]]
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
@@ -262,9 +262,9 @@ def compare_runs(out, latest, first_sequence):
             except Exception:  # half there, of another version, or damaged: reading may raise anything
                 left_out.append(path.parent.name)
         trained = {run["weights"]: run for run in runs if run["is_trained"]}
-        for run in runs:  # a metric that was added after the training
-            own = trained.get(run["weights"], run)["scores"]
-            own[run["model"]] = {**run["scores"][run["model"]], **own[run["model"]]}
+        for run in sorted(runs, key=lambda run: -run["started"]):  # later metrics
+            scores, name = trained.get(run["weights"], run)["scores"], run["model"]
+            scores[name] = {**run["scores"][name], **scores.get(name, {})}
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return

@@ -85,7 +85,8 @@ class Run(Progress):
     def resume(self, optimizers):
         """Continue from last.pt, if it is there. Raises UserError if it cannot be used."""
         path = self.folder / "last.pt"
-        state = on_rank_0(lambda: checkpoint.load(path, "delete it to start over") if path.exists() else None)
+        advice = "delete it" if (self.folder / "metrics.json").exists() else "delete it to start over"
+        state = on_rank_0(lambda: checkpoint.load(path, advice) if path.exists() else None)
         if state:
             load_weights(self.model, state, path)
             try:
@@ -95,7 +96,7 @@ class Run(Progress):
                     setattr(self, field.name, state[field.name])
             except Exception as error:  # untrusted file: anything may be in it
                 reason = f"it does not fit this code ({error})"
-                raise UserError(f"cannot resume from {path}: {reason}; delete it to start over") from error
+                raise UserError(f"cannot resume from {path}: {reason}; {advice}") from error
             then, now = state["environment"], self.environment
             changed = [f"{k} {now[k]} (was {then.get(k)})" for k in now if then.get(k) != now[k]]
             if changed and not self.has_ended:

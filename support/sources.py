@@ -12,8 +12,8 @@ SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve(
 IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and "main" not in sys.modules
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
 NO_RESULTS = MAIN, "predict.py", "download.py", "figures.py"  # these do not affect results, but for MAIN
-OTHERS = sorted(path.name for path in ROOT.glob("*.py") if path.name not in NO_RESULTS)
-NAMES = MAIN, *OTHERS, "support/muon.py"
+FILES = (path for path in sorted(ROOT.glob("[!.]*.py")) if path.is_file())
+NAMES = MAIN, *(path.name for path in FILES if path.name not in NO_RESULTS), "support/muon.py"
 TEXTS = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in NAMES}
 
 

@@ -212,7 +212,7 @@ def attach(knobs, model, device, dtype):
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
-    saved = {k: v for k, v in weights["knobs"].items() if hasattr(knobs, k)} | {"weights": str(path)}
+    saved = {k: v for k, v in weights["knobs"].items() if k in vars(knobs)} | {"weights": str(path)}
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     knobs = with_knobs_of(replace(knobs, **saved), weights, {})
     device, _, _ = choose_device(knobs.device, "fp32")

@@ -105,8 +105,8 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
     edited(lambda found: found.update(weights="others"))(tmp_path / "_a|b")
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
-    assert set(found) == {"one", "a\\|b", *BASELINES}
-    assert found["one"][7] == found["a\\|b"][7] != "–"
+    assert set(found) == {"one", "run _a\\|b", *BASELINES}
+    assert found["one"][7] == found["run _a\\|b"][7] != "–"
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 
