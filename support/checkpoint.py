@@ -81,7 +81,9 @@ def load(path, advice="give another file to --weights"):
         raise UserError(f"{path} is damaged, or no checkpoint of this script; {advice}")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return {**state, "knobs": dict(state["knobs"]), "model": dict(state["model"])}
+        # knobs were saved as JSON has them: tuples as lists
+        knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in state["knobs"].items()}
+        return {**state, "knobs": knobs, "model": dict(state["model"])}
     except Exception as error:  # untrusted file: loading may raise anything
         raise UserError(f"{path} is no checkpoint of this script, and was not loaded; {advice}") from error
 

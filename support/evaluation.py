@@ -36,7 +36,7 @@ class Task(NamedTuple):
 
 @torch.inference_mode()
 def run_model(model, autocast, past, n_future):
-    """Its forecast."""
+    """A model's forecast, in the context that autocast() gives."""
     model.eval()
     with autocast():
         logits = model(past, n_future).float()

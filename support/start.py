@@ -148,7 +148,6 @@ def with_knobs_of(knobs, weights, recipe):
         if name not in weights["knobs"]:
             raise UserError(f"{knobs.weights} is of an earlier version of this script, without {name}")
         then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
-        then = tuple(then) if isinstance(then, list) else then
         if now in (then, default, recipe.get(name)):
             found[name] = then
         elif name in NETWORK:
@@ -213,7 +212,6 @@ def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
     saved = {k: v for k, v in weights["knobs"].items() if k in vars(knobs)} | {"weights": str(path)}
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     knobs = with_knobs_of(replace(knobs, **saved), weights, {})
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()

@@ -53,7 +53,7 @@ def test_a_recipe_replaces_defaults(capsys):
     paper = parse(["--model", "paper"])
     assert sum(p.numel() for p in main.build(paper, 1).parameters()) == 7_585_296
     assert parse(["--learning_rate", "0.5", "--model", "paper"]).learning_rate == 0.5
-    weights = {"knobs": {**asdict(paper), "hidden_channels": [32, 32]}}
+    weights = {"knobs": {**asdict(paper), "hidden_channels": (32, 32)}}
     assert with_knobs_of(paper, weights, main.RECIPES["paper"]).hidden_channels == (32, 32)
     with pytest.raises(SystemExit):
         parse(["--model", "paper", "--help"])
