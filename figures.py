@@ -73,7 +73,7 @@ def loss(history, baselines, phases, title):
         right.plot(evaluated[-1:], errors[-1:], **last)
     for k, (epoch, words) in enumerate(phases):  # each has its own height, above the curves
         late = epoch > 0.6 * epochs[-1]
-        text, side = (f"from here: {words} → ", "right") if late else (f" → {words}", "left")
+        text, side = (f"after this line: {words} ", "right") if late else (f" → {words}", "left")
         left.axvline(epoch, lw=1, ls=":", color="black")
         look = {"ha": side, "va": "top", "fontsize": 7.5, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
         left.text(epoch, 0.98 - 0.055 * k, text, transform=left.get_xaxis_transform(), **look)

@@ -196,7 +196,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # truth may be a part of the batch: multiply a mean by len(truth) / batch_size, as below
+        # with several processes, truth is a part of the batch: a mean needs the factor below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size

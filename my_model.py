@@ -13,7 +13,8 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width; in a layer, in patches.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width: of frames in pixels, of
+layers in patches.
 """
 
 import functools
@@ -155,7 +156,7 @@ class EncoderForecaster(nn.Module):
             size = 1 if head else 3
             head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.GELU()
             n_in = n
-        # logits; with motion, also factors on the logits of the moved frame, and weights of the moves
+        # logits; with motion, also a gain for each pixel of the moved frame, and weights of the moves
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
@@ -193,7 +194,7 @@ class EncoderForecaster(nn.Module):
         make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
 
     def forward(self, past, n_future, draw_from=None):
-        """With draw_from, also draw input frames draw_from + 1 to T - 1 (of 0 to T - 1), from those before.
+        """With draw_from, input frames draw_from + 1 to T - 1 are predicted, too, each from those before it.
 
         Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
@@ -253,11 +254,11 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also permutes channels. Three groups of channels are placed on square grids: the pixels
-# of a patch, the moves, and each eight hidden channels (one filter in eight orientations). Flipping the grid
-# gives the permutation. A kernel is equivariant if flip and permutation together leave it unchanged.
+# A flip of the frame also permutes channels. To find the permutation, lay channels out on square grids, and
+# flip these: the pixels of a patch; the moves; each block of eight hidden channels, one filter in eight
+# orientations. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# Eight hidden channels, placed so that all eight symmetries give different orders; -1: empty.
+# A block of eight hidden channels lies on one place and its mirror images; -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -280,7 +281,7 @@ def permutation(flip, grids):
 
 
 def symmetric_mean(kernel, permutations):
-    """Average a kernel with its flipped self, for each of FLIPS in turn: the mean of all eight copies."""
+    """Average a kernel with its flipped self for each of FLIPS: the mean of two, then four, eight copies."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel

@@ -27,11 +27,11 @@ def by_situation():
     contacts = ((positions == 0) | (positions == 1)).sum((2, 3))
     walls = contacts[:, 10:13].sum(1)
     situations = {
-        "Frame 1, all": (np.arange(6000) < 400, 1),
-        "Frame 1, apart": ((gap[:, 5:11] >= 20).all(1) & (contacts[:, 8:11] == 0).all(1), 1),
-        "Frame 1, closer": (gap[:, 9] < 20, 1),
-        "Frame 3, free": ((gap[:, 6:13] >= 16).all(1) & (walls == 0), 3),
-        "Frame 3, one wall": ((gap[:, 6:13] >= 16).all(1) & (walls == 1), 3),
+        "Frame 11, all": (np.arange(6000) < 400, 1),
+        "Frame 11, apart": ((gap[:, 5:11] >= 20).all(1) & (contacts[:, 8:11] == 0).all(1), 1),
+        "Frame 11, closer": (gap[:, 9] < 20, 1),
+        "Frame 13, free": ((gap[:, 6:13] >= 16).all(1) & (walls == 0), 3),
+        "Frame 13, one wall": ((gap[:, 6:13] >= 16).all(1) & (walls == 1), 3),
     }
     for fits, frame in situations.values():
         index = np.flatnonzero(fits)[:400]

@@ -89,13 +89,6 @@ def test_sequences_a_second():
         assert rows[timed["name"]][work] == f"{timed['batch'] / timed['seconds']:.1f}"
 
 
-def test_growth_of_a_step():
-    for row, grows in zip(TABLES["Grows", "From"], ("batch", "frames", "size", "hidden"), strict=True):
-        first, *_, last = [timed for timed in read("scaling.json")["rows"] if timed["grows"] == grows]
-        sizes = [str(np.ravel(timed[grows])[0]) for timed in (first, last)]
-        assert [*row.values()][1:] == sizes + [f"{last[k] / first[k]:.1f}" for k in ("seconds", "bytes")]
-
-
 def test_long_pt_is_the_fresh_run():
     text = (RECORDS / "README.md").read_text("utf-8")
     ((step, mse, hash),) = re.findall(r"step ([\d,]+), validation MSE ([\d.]+), hash (\w+)", text)
