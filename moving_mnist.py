@@ -145,7 +145,7 @@ def render(digits, positions, size=64):
 def generate(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1):
     """n sequences (n, n_frames, 1, size, size), uint8, of digits drawn from `digits` (m, 28, 28), uint8.
 
-    The generator of the official array, https://arxiv.org/abs/1502.04681. Same arguments, same sequences.
+    By the rules of the official array, https://arxiv.org/abs/1502.04681. Same arguments, same sequences.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(digits), size=(n, n_digits))
@@ -212,7 +212,7 @@ def moving_mnist_array():
     try:
         return open_array(fetch(ARRAY)), OFFICIAL
     except UserError as error:
-        print0(f"{error}\ncontinuing with a stand-in array: the same generator, with the digits in raw/")
+        print0(f"{error}\ncontinuing with a stand-in array: the same rules, with the digits in raw/")
         return open_array(make_stand_in(stand_in)), STAND_IN
 
 

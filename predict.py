@@ -1,4 +1,4 @@
-"""Forecast how your own frames go on: a .npy, a video, or a folder of images. No ground truth is needed.
+"""Forecast what follows the first frames of your own: a .npy, a video, or a folder of images.
 
 python predict.py my_frames.npy
 python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
@@ -83,7 +83,7 @@ def predict(
     frames: int = 10,
     out: Path = Path("forecast"),
 ):
-    """Forecast how your own frames go on: a .npy, a video, or a folder of images.
+    """Forecast what follows the first frames of your own. Later frames, if there are any, are only compared.
 
     Args:
         source: .npy of (T, H, W), (T, H, W, C) or (N, T, H, W); a video; a folder of images in order.

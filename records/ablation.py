@@ -6,6 +6,7 @@ python records/ablation.py
 import csv
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import fmean as mean
@@ -18,7 +19,7 @@ import figures
 
 HERE = Path(__file__).parent
 LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of the default
-    "adamw": "Muon",  # AdamW with learning rate 0.001 instead
+    "adamw": "Muon",  # AdamW with learning rate 0.001 instead, without weight decay
     "no_feedback": "feedback + advection + block matching",
     "no_grow": "growing horizon + dense targets + overlays",  # all ten frames from the start
     "free": "equivariant kernels",  # and learning rate 0.04, which suits the others
@@ -62,7 +63,8 @@ def read(name, group="ablation"):
             scores = results["scores"][results["model"]]
             found[seed] = {metric: scores[metric]["mean"] for metric in METRICS if metric in scores}
             *_, last = csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())
-            found[seed]["validation MSE"] = float(last["val_mse_per_frame"])
+            is_last = results.get("step", int(last["step"])) == int(last["step"])
+            found[seed]["validation MSE"] = float(last["val_mse_per_frame"]) if is_last else math.nan
             found[seed]["minutes"] = last.get("minutes")  # not in older logs
     return found
 
@@ -83,7 +85,8 @@ def ranking():
 
 def cells_of(runs):
     """A cell for each metric, with the values of all seeds."""
-    return [", ".join(f"{run[metric]:.{n}f}" for run in runs.values()) for metric, n in METRICS.items()]
+    cells = (", ".join(f"{run[metric]:.{n}f}" for run in runs.values()) for metric, n in METRICS.items())
+    return [cell.replace("nan", "–") for cell in cells]
 
 
 def table():

@@ -16,7 +16,7 @@ import numpy as np
 from support import checkpoint, sources
 from support.checkpoint import write_atomic
 
-NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that may change when a run resumes
+NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that do not make another experiment
 
 
 def describe_identity(knobs, data):

@@ -275,7 +275,7 @@ class Run(Progress):
             return
         knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, []
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
-            words = ["forecasts 1 frame", "more frames", f"all {knobs.frames_out} frames"]
+            words = ["forecasts 1 frame", "gradually more frames", f"all {knobs.frames_out} frames"]
             if knobs.overlay:
                 overlays = f"{knobs.overlay} overlays", "fewer overlays", "no overlays"
                 words = [", ".join(pair) for pair in zip(words, overlays, strict=True)]

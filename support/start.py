@@ -139,7 +139,8 @@ def describe(knobs, data, model, environment, recipe):
 
 
 def with_knobs_of(knobs, weights, recipe):
-    """The knobs, with those of the network from a checkpoint. Refuses other values, but for the defaults.
+    """The knobs, with those of the network from a checkpoint. Refuses other values, but for defaults and
+    the recipe's.
 
     Weights that are only scored also bring their number of frames, unless a flag differs from its default.
     """
