@@ -60,8 +60,11 @@ def loss(history, baselines, phases, title):
     epochs, training = ([row[name] for row in history] for name in ("epoch", "train_loss"))
     names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
     evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
-    phases = [(epoch, words) for epoch, words in phases if epoch <= epochs[-1]]
-    label = "training (its task changes: see labels)" if phases else "training"
+    changes = {}
+    for epoch, words in phases:
+        if epoch <= epochs[-1]:
+            changes[epoch] = f"{changes[epoch]}, {words}" if epoch in changes else words
+    label = "training (its task changes at the dotted lines)" if changes else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
     lines = [[row[name] for row in some] for name in names]
@@ -71,14 +74,10 @@ def loss(history, baselines, phases, title):
         last = {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
         left.plot(evaluated[-1:], validation[-1:], **last, label=f"validation, all {numbers[-1]:,} sequences")
         right.plot(evaluated[-1:], errors[-1:], **last)
-    for k, (epoch, words) in enumerate(phases):  # each has its own height, above the curves
-        late = epoch > 0.6 * epochs[-1]
-        text, side = (f"after this line: {words} ", "right") if late else (f" → {words}", "left")
-        left.axvline(epoch, lw=1, ls=":", color="black")
-        look = {"ha": side, "va": "top", "fontsize": 7.5, "bbox": {"fc": "white", "ec": "none", "pad": 0}}
-        left.text(epoch, 0.98 - 0.055 * k, text, transform=left.get_xaxis_transform(), **look)
-    top = 1.05 * max(*training, *validation) / (0.97 - 0.055 * len(phases))
-    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, top))
+    for k, (epoch, words) in enumerate(changes.items(), 1):
+        left.axvline(epoch, lw=1, ls=":", color="black", label=f"from {k}: {words}")
+        left.text(epoch, 0.98, f" {k}", va="top", transform=left.get_xaxis_transform())
+    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, 1.1 * max(*training, *validation)))
     left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")

@@ -13,8 +13,8 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width: of frames in pixels, of
-layers in patches.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width: in pixels; in ConvLSTM and
+its cell, in patches.
 """
 
 import functools
@@ -194,7 +194,7 @@ class EncoderForecaster(nn.Module):
         make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
 
     def forward(self, past, n_future, draw_from=None):
-        """With draw_from, input frames draw_from + 1 to T - 1 are predicted, too, each from those before it.
+        """With draw_from, input frames after that index are predicted, too, each from those before it.
 
         Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
@@ -254,11 +254,12 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also permutes channels. To find the permutation, lay channels out on square grids, and
-# flip these: the pixels of a patch; the moves; each block of eight hidden channels, one filter in eight
-# orientations. A kernel is equivariant if flip and permutation together leave it unchanged.
+# A flip of the frame also permutes channels. To find the permutation, write channel numbers on a square grid
+# and flip it. There are three kinds of grids: the pixels of a patch, the moves, and COMPASS, for eight hidden
+# channels that are one filter in eight orientations. A kernel is equivariant if flip and permutation together
+# leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# A block of eight hidden channels lies on one place and its mirror images; -1: empty.
+# The eight symmetries move one cell of this grid to eight cells. Each has a channel; -1: none.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 

@@ -100,7 +100,7 @@ def table():
 
 
 def ladder():
-    lines = ["| Script | Test MSE | MAE | SSIM | Validation MSE | Minutes |"]
+    lines = ["| Variant | Test MSE | MAE | SSIM | Validation MSE | Minutes |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for name, label in LADDER.items():
         runs = read(name, "ladder")

@@ -86,7 +86,8 @@ def test_losses_are_those_of_the_history(drawn):
     left, right = drawn("loss 2").axes
     # the last point is of all validation sequences, and stands apart
     assert lines(left)[:3] == [[[1, 2], [0.5, 0.25]], [[1], [0.4]], [[2], [0.2]]]
-    assert [x[0] for x, _ in lines(left)[3:]] == [0, 0.8, 1.8, 1.8]  # the phases that have begun
+    assert [x[0] for x, _ in lines(left)[3:]] == [0, 0.8, 1.8]  # the phases that have begun
+    assert left.lines[-1].get_label() == "from 3: all frames, SSIM"
     assert lines(right)[:2] == [[[1], [90]], [[2], [45]]]
     assert [y[0] for _, y in lines(right)[2:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences
