@@ -64,7 +64,7 @@ def loss(history, baselines, phases, title):
     for epoch, words in phases:
         if epoch <= epochs[-1]:
             changes[epoch] = f"{changes[epoch]}, {words}" if epoch in changes else words
-    label = "training (its task changes at the dotted lines)" if changes else "training"
+    label = "training (its task changes: see numbers)" if changes else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
     lines = [[row[name] for row in some] for name in names]

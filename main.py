@@ -40,7 +40,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # so many sequences at most are merged into each; -1 = 2 for Moving MNIST, 0 for others
+    overlay: int = -1  # up to this many are merged into each sequence; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -132,7 +132,7 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first, and costs less than forecasting frame by frame. For my_model, a
+    A short horizon teaches motion first, and is cheap, as forecasts go frame by frame. For my_model, a
     shorter horizon means a longer input: the sum of both is constant.
     """
     start, end = knobs.grow_horizon
@@ -196,7 +196,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # a process has a part of the batch: multiply a mean by len(truth) / knobs.batch_size, as below
+        # a term of your own: if it is a mean, multiply it by this process's share of the batch, as below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
