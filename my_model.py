@@ -255,9 +255,9 @@ class EncoderForecaster(nn.Module):
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # A flip of the frame also permutes channels. To find the permutation, write channel numbers on a square grid
-# and flip it. Three kinds of channels have grids: a patch's pixels, the moves, and each eight hidden channels,
-# which are one filter in eight orientations (COMPASS).
-# A kernel is equivariant if flip and permutation together leave it unchanged.
+# and flip it. Three kinds of channels have grids: a patch's pixels, the moves, and blocks of eight hidden
+# channels, which are one filter in eight orientations (COMPASS). A kernel is equivariant if flip and
+# permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # Each of the eight symmetries takes channel 0 to the place of another channel; -1: no channel.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
