@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tyro
 
 from support import UserError
-from support.checkpoint import lock_folder, remove_strays, write_atomic
+from support.checkpoint import lock_folder, write_atomic
 from support.distributed import run_script
 
 RAW = Path(__file__).with_name("raw")
@@ -38,17 +38,15 @@ URLS = tuple(f"{host}/train-images-idx3-ubyte.gz" for host in HOSTS)
 DIGITS = File("train-images-idx3-ubyte", 47_040_016, "6bbc9ace898e44ae57da46a324031adb", URLS)
 
 
-def fetch(file, folder=None):
-    """Path of the file in the folder (raw/): already there, unzipped, or downloaded. Raises UserError."""
-    folder = Path(folder or RAW)
-    path, by_hand, part = (folder / f"{file.name}{suffix}" for suffix in ("", ".gz", ".part"))
+def fetch(file):
+    """Path of the file in raw/: already there, unzipped, or downloaded. Raises UserError."""
+    path, by_hand, part = (RAW / f"{file.name}{suffix}" for suffix in ("", ".gz", ".part"))
     if has_size(path, file.size):
         return path
     import pooch  # here, as few runs download
 
     download, failures = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**16, timeout=TIMEOUT), []
-    with lock_folder(folder, wait=True):
-        remove_strays(folder)
+    with lock_folder(RAW, wait=True):
         sources = [by_hand] * os.path.exists(by_hand) + list(file.urls)
         while sources and not has_size(path, file.size):  # another process may have been faster
             source = sources.pop(0)

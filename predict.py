@@ -110,10 +110,6 @@ def predict(
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
     print(words)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
     array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
     with open_atomic(out / "forecast.npy") as file:
         np.save(file, array[..., 0] if model.channels == 1 else array)

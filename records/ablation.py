@@ -1,19 +1,16 @@
 """The tables of the ablation, from the logs in ablation/ and ladder/, and two pictures in photos/.
 
-python records/ablation.py
+python -m records.ablation
 """
 
 import csv
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 from statistics import fmean as mean
 
 from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules of this repository
 
 import figures
 

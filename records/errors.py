@@ -1,15 +1,12 @@
-"""Where a forecast errs, and how recognizable its digits are:  python records/errors.py records/long.pt
+"""Where a forecast errs, and how recognizable its digits are:  python -m records.errors records/long.pt
 
 For each file of weights, a row of either table of the error analysis in README.md.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules of this repository
 
 import main
 from moving_mnist import RAW, read_digits, render, trajectories

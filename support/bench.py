@@ -10,9 +10,7 @@ import json
 import platform
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,12 +32,12 @@ def make_step(name, dtype, device, batch, frames=10, training=True):
     knobs = replace(main.Knobs(), **CONTENDERS[name])
     model = main.build(knobs, 1).to(device)
     attach(knobs, model, device, dtype)
-    autocast = partial(torch.autocast, device.type, dtype) if dtype == torch.bfloat16 else nullcontext
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     past, future = torch.rand(2, batch, frames, 1, 64, 64, device=device)
 
     def step():
-        with torch.inference_mode(not training), autocast():
+        with torch.inference_mode(not training), autocast:
             logits = model(past, frames)
         if training:
             loss = F.binary_cross_entropy_with_logits(logits.float(), future)

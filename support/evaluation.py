@@ -14,8 +14,7 @@ import torch
 import figures
 import metrics
 import moving_mnist
-from support import UserError
-from support.checkpoint import lock_folder, remove_strays, write_atomic
+from support.checkpoint import lock_folder, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
 from support.folders import describe_edits, read_configs, to_text
 
@@ -32,15 +31,6 @@ class Task(NamedTuple):
     frames_in: int
     frames_out: int
     device: torch.device
-
-
-@torch.inference_mode()
-def run_model(model, autocast, past, n_future):
-    """A model's forecast, in the context that autocast() gives."""
-    model.eval()
-    with autocast():
-        logits = model(past, n_future).float()
-    return torch.sigmoid(logits), logits
 
 
 def split_frames(frames, frames_in, frames_out, device="cpu"):
@@ -182,11 +172,7 @@ def score_beyond_training(folder, name, task, patch_size):
 
     Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
     """
-    try:
-        digits, results = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png"), {}
-    except UserError as error:  # no reason to lose the scores of the test split
-        print0(f"beyond training: not possible: {error}")
-        return {}
+    digits, results = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png"), {}
     large = max(96, 64 + patch_size)  # it can be cut into patches where 64 can
     double, triple = f"{2 * task.frames_out} frames", f"{3 * task.frames_out} frames"
     cases = {
@@ -253,7 +239,6 @@ def compare_runs(out, latest, first_sequence):
     A single run is not compared. Weights that were only scored are left out if their training is there.
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
-        remove_strays(out)
         runs, left_out, configs = [], [], read_configs(out)
         shape = latest["frames_out"], *first_sequence.shape[1:]
         for path in sorted(out.glob("*/metrics.json")):

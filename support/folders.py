@@ -1,7 +1,6 @@
 """Folders of runs: the same knobs, code and data find their folder again, anything else gets a new one."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import platform
@@ -76,11 +75,7 @@ def describe_edit(name, old, new):
         return f"{name} edited"
     if not code:
         return ""
-    line = code[0]
-    (closest,) = difflib.get_close_matches(line, map(str.strip, old.splitlines()), n=1, cutoff=0)
-    same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
-    line = f"… {line[same - 15 :]}" if same > 40 else line
-    return f"{name}: {textwrap.shorten(line, 60, placeholder=' …')}"
+    return f"{name}: {textwrap.shorten(code[0], 80, placeholder=' …')}"
 
 
 def read_source(folder, name):
@@ -91,11 +86,11 @@ def read_source(folder, name):
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def choose_folder(knobs, asked, stack):
+def choose_folder(knobs, asked, facts, stack):
     """The folder of the run that was asked for: an earlier one, or a new one named base, base-2, …
 
     It is locked until the stack unwinds. Nothing in knobs.out is overwritten. If weights are only scored,
-    base is their folder or file, and "-eval".
+    base is their folder or file, and "-eval". facts: more for config.json.
     """
     out, base, path = Path(knobs.out), knobs.name or knobs.model, Path(knobs.weights).resolve()
     if knobs.eval_only and not knobs.name:
@@ -106,7 +101,7 @@ def choose_folder(knobs, asked, stack):
             fits = not knobs.name or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
             if config["asked"] == asked and fits:
                 stack.enter_context(checkpoint.lock_folder(out / name))
-                checkpoint.remove_strays(out / name)
+                write_facts(out / name, config | facts)
                 return out / name
         is_taken = lambda f: any(p.name != ".lock" for p in f.iterdir()) if f.is_dir() else f.exists()
         number, folder = 1, out / base
@@ -114,8 +109,7 @@ def choose_folder(knobs, asked, stack):
             number += 1
             folder = out / f"{base}-{number}"
         stack.enter_context(checkpoint.lock_folder(folder))
-        config = {"asked": asked, "started": time.time()}
-        write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
+        write_facts(folder, {"asked": asked, "started": time.time(), **facts})
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
     if trained and not knobs.eval_only:
         name, last = trained[-1]
@@ -138,8 +132,8 @@ def read_configs(out):
     return dict(sorted(configs.items(), key=lambda item: item[1]["started"]))
 
 
-def write_facts(folder, facts):
-    """Add facts to config.json, and keep the sources that run. A run that has ended keeps its own."""
+def write_facts(folder, config):
+    """Write config.json, and the sources that run. A run that has ended keeps its own."""
     if (folder / "metrics.json").exists():
         return
     git = ["git", "-C", str(sources.ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -147,10 +141,8 @@ def write_facts(folder, facts):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = None  # a copy without its history
-    config = json.loads((folder / "config.json").read_text("utf-8")) | facts
     config |= {"commit": commit, "numpy": np.__version__, "python": platform.python_version()}
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
-    (folder / "source").mkdir(exist_ok=True)
     for name, text in sources.used().items():
         write_atomic(folder / "source" / Path(name).name, text.encode())

@@ -66,12 +66,19 @@ class Run(Progress):
         self.order, self.epoch = None, -1  # the order of the training sequences, and the epoch that has it
         self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
         self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
-        forecast = lambda past, n: evaluation.run_model(self.model, self.autocast, past, n)
-        self.task = Task(forecast, knobs.frames_in, knobs.frames_out, self.device)
+        self.task = Task(self.forecast, knobs.frames_in, knobs.frames_out, self.device)
 
     def autocast(self):
         """The context in which the model computes in its dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.inference_mode()
+    def forecast(self, past, n_future):
+        """The model's, as evaluation.py wants it: (prediction, logits)."""
+        self.model.eval()
+        with self.autocast():
+            logits = self.model(past, n_future).float()
+        return torch.sigmoid(logits), logits
 
     @property
     def has_ended(self):

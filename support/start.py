@@ -86,9 +86,7 @@ def start(knobs, build, horizon, recipe):
     differing = folders.describe_knobs(knobs, replace(type(knobs)(), model=knobs.model, **recipe))
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
     init_distributed(device)
-    if (first := broadcast((dtype, precision)))[0] != dtype:
-        words = f"this process computes in {precision}, the first in {first[1]}"
-        raise UserError(f"{words}; set precision to fp32")
+    dtype, precision = broadcast((dtype, precision))  # another machine may lack the first one's bf16 unit
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
     if weights:
         knobs = with_knobs_of(knobs, weights, recipe)
@@ -112,8 +110,8 @@ def start(knobs, build, horizon, recipe):
         data.training.fit_on_gpu(device)
     describe(knobs, data, model, environment, recipe)
     with contextlib.ExitStack() as stack:
-        folder = on_rank_0(folders.choose_folder, knobs, asked, stack)
-        on_rank_0(folders.write_facts, folder, {"not_default": differing, **environment})
+        facts = {"not_default": differing, **environment}
+        folder = on_rank_0(folders.choose_folder, knobs, asked, facts, stack)
         run = Run(knobs, folder, asked, environment, data, model, device, dtype, horizon)
         run.scored_step = weights["step"] if weights else 0
         yield run

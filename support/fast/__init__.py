@@ -1,9 +1,6 @@
-"""Fast kernels: `attach` hands them to a model.
+"""Fast kernels: `attach` hands them to a model. Without this folder everything still runs, only slower.
 
-You can delete this folder: everything still runs, only slower.
-
-Every fast function does what plain code does, with the same results up to rounding. Each start tries
-whether the two agree, and uses the plain one if not.
+Each start tries whether a fast function agrees with the plain one, up to rounding, and else uses the latter.
 """
 
 import contextlib

@@ -243,11 +243,7 @@ def as_images(x):
 
 def flipped(weight):
     """The weight of the convolution from dy to dx: rotated by 180°, its input and output channels swapped."""
-    n_out, n_in, k, _ = weight.shape
-    # as a matrix first: torch transposes two axes several times as fast as four
-    swapped = weight.permute(0, 2, 3, 1).reshape(n_out, -1).t().contiguous()
-    swapped = swapped.view(k, k, n_in, n_out).flip(0, 1).permute(2, 3, 0, 1)
-    return swapped.contiguous(memory_format=torch.channels_last)
+    return weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def weight_gradient(dy, x, weight, dilation=1):
@@ -255,6 +251,5 @@ def weight_gradient(dy, x, weight, dilation=1):
     k = weight.shape[-1]
     if winograd.is_supported(weight, x[..., 0].numel(), dilation):
         return winograd.weight_gradient(dy, x, k)
-    dy, x = as_images(dy), as_images(x)
-    options = None, [1, 1], [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], 1
-    return torch.ops.aten.convolution_backward(dy, x, weight, *options, (False, True, False))[1]
+    options = {"padding": dilation * (k // 2), "dilation": dilation}
+    return torch.nn.grad.conv2d_weight(as_images(x), weight.shape, as_images(dy), **options)
