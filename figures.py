@@ -52,7 +52,7 @@ def to_png(figure, title=""):
 def loss(history, baselines, phases, title):
     """Loss and validation MSE. history: rows of log.csv, of which some have a validation loss.
 
-    baselines: name → MSE. phases: (epoch, what training does from there on), in order.
+    baselines: name → MSE. phases: epoch → what training does from there on.
     """
     figure = Figure(figsize=(11, 4.4))
     left, right = figure.subplots(1, 2)
@@ -60,11 +60,8 @@ def loss(history, baselines, phases, title):
     epochs, training = ([row[name] for row in history] for name in ("epoch", "train_loss"))
     names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
     evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
-    changes = {}
-    for epoch, words in phases:
-        if epoch <= epochs[-1]:
-            changes[epoch] = f"{changes[epoch]}, {words}" if epoch in changes else words
-    label = "training (its task changes: see numbers)" if changes else "training"
+    phases = {epoch: phases[epoch] for epoch in sorted(phases) if epoch <= epochs[-1]}
+    label = "training (its task changes: see numbers)" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
     lines = [[row[name] for row in some] for name in names]
@@ -74,10 +71,10 @@ def loss(history, baselines, phases, title):
         last = {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
         left.plot(evaluated[-1:], validation[-1:], **last, label=f"validation, all {numbers[-1]:,} sequences")
         right.plot(evaluated[-1:], errors[-1:], **last)
-    for k, (epoch, words) in enumerate(changes.items(), 1):
+    for k, (epoch, words) in enumerate(phases.items(), 1):  # numbers side by side may be close: two heights
         left.axvline(epoch, lw=1, ls=":", color="black", label=f"from {k}: {words}")
-        left.text(epoch, 0.98, f" {k}", va="top", transform=left.get_xaxis_transform())
-    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, 1.1 * max(*training, *validation)))
+        left.text(epoch, 0.92 + 0.06 * (k % 2), f" {k}", va="top", transform=left.get_xaxis_transform())
+    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, 1.2 * max(*training, *validation)))
     left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")

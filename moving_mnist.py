@@ -33,6 +33,8 @@ def open_array(path):
     whose length is not what its header says. Nothing pickled is ever loaded.
     """
     path = Path(path)
+    if os.path.exists(path) and not path.is_file():
+        raise UserError(f"{path} is not a file")
     try:
         array = np.lib.format.open_memmap(path, "r")
     except OSError as error:
@@ -167,6 +169,8 @@ def load_data(data, train_sequences, seed, n_frames, video):
         array, name = moving_mnist_array()
     else:
         path, name = Path(data), Path(data).name or Path(data).resolve().name
+        if not name.isprintable():  # it stands in pictures and tables
+            raise UserError(f"{name!a} is a name with characters that cannot be printed; rename it")
         array = open_array(path) if path.suffix == ".npy" else read_videos(path, n_frames, *video)
     if data == "fresh":
         held_out, digits = training_digits()

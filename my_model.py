@@ -13,7 +13,7 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width; layers count patches.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width (of layers: in patches).
 """
 
 import functools
@@ -257,7 +257,7 @@ class EncoderForecaster(nn.Module):
 # and flip it. Grids are a patch's pixels, the moves, and COMPASS: eight hidden channels, one filter in eight
 # orientations. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# Each of the eight symmetries takes channel 0 to the place of another channel; -1: no channel.
+# The eight symmetries take channel 0 to eight different places; -1: no channel.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 

@@ -1,4 +1,4 @@
-"""Forecast what follows the first frames of your own: a .npy, a video, or a folder of images.
+"""Forecast what follows the first frames of your data: a .npy, a video, or a folder of images.
 
 python predict.py my_frames.npy
 python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
@@ -83,7 +83,7 @@ def predict(
     frames: int = 10,
     out: Path = Path("forecast"),
 ):
-    """Forecast what follows the first frames of your own. Later frames, if there are any, are only compared.
+    """Forecast what follows the first frames of your data. Later frames are only compared with the forecast.
 
     Args:
         source: .npy of (T, H, W), (T, H, W, C) or (N, T, H, W); a video; a folder of images in order.
@@ -110,6 +110,10 @@ def predict(
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
     print(words)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
     array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
     with open_atomic(out / "forecast.npy") as file:
         np.save(file, array[..., 0] if model.channels == 1 else array)

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -35,9 +36,8 @@ def open_atomic(path):
 
     So a crash at any moment leaves the old file or the new one. Raises UserError.
     """
-    temporary = path.with_name(f"{path.name}.tmp")  # of a killed run: the next write replaces it
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -145,6 +145,14 @@ def lock_folder(folder, wait=False):
         yield
     finally:
         lock.release()
+
+
+def remove_strays(folder):
+    """Remove half-written files that killed runs left behind."""
+    for stray in (*Path(folder).glob("*.tmp"), *Path(folder).glob("source/*.tmp")):
+        if re.fullmatch(r".+\.\d+\.tmp", stray.name):
+            with suppress(OSError):
+                stray.unlink()
 
 
 def weights_hash(model):

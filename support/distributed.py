@@ -70,12 +70,14 @@ def init_distributed(device):
     """Connect to the other processes, if there are any. Raises UserError."""
     if WORLD_SIZE == 1:
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"WORLD_SIZE is {WORLD_SIZE}, but {', '.join(missing)} are not set; use torchrun")
     try:
         backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))  # another may download the array
-    except (dist.DistError, ValueError) as error:  # the latter: torchrun did not start this process
+    except dist.DistError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the processes did not find each other: {reason}; use torchrun") from error
+        raise UserError(f"the processes did not find each other: {reason}") from error
 
 
 def to_device(tensor, device):

@@ -1,6 +1,7 @@
 """Folders of runs: the same knobs, code and data find their folder again, anything else gets a new one."""
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import platform
@@ -75,7 +76,11 @@ def describe_edit(name, old, new):
         return f"{name} edited"
     if not code:
         return ""
-    return f"{name}: {textwrap.shorten(code[0], 80, placeholder=' …')}"
+    line = code[0]
+    (closest,) = difflib.get_close_matches(line, map(str.strip, old.splitlines()), n=1, cutoff=0)
+    same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
+    line = f"… {line[same - 15 :]}" if same > 40 else line
+    return f"{name}: {textwrap.shorten(line, 60, placeholder=' …')}"
 
 
 def read_source(folder, name):
@@ -101,6 +106,7 @@ def choose_folder(knobs, asked, facts, stack):
             fits = not knobs.name or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
             if config["asked"] == asked and fits:
                 stack.enter_context(checkpoint.lock_folder(out / name))
+                checkpoint.remove_strays(out / name)
                 write_facts(out / name, config | facts)
                 return out / name
         is_taken = lambda f: any(p.name != ".lock" for p in f.iterdir()) if f.is_dir() else f.exists()
@@ -144,5 +150,6 @@ def write_facts(folder, config):
     config |= {"commit": commit, "numpy": np.__version__, "python": platform.python_version()}
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
+    (folder / "source").mkdir(exist_ok=True)
     for name, text in sources.used().items():
         write_atomic(folder / "source" / Path(name).name, text.encode())

@@ -280,15 +280,16 @@ class Run(Progress):
     def draw_loss(self):
         if not (self.steps and any(row["val_loss"] for row in self.history)):
             return
-        knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, []
+        knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, {}
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
             words = ["forecasts 1 frame", "gradually more frames", f"all {knobs.frames_out} frames"]
             if knobs.overlay:
                 overlays = f"{knobs.overlay} overlays", "fewer overlays", "no overlays"
                 words = [", ".join(pair) for pair in zip(words, overlays, strict=True)]
-            phases += zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True)
+            phases = dict(zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True))
         if knobs.ssim_from < 1:
-            phases.append((knobs.ssim_from * epochs, "SSIM joins the loss"))
+            start, words = knobs.ssim_from * epochs, "SSIM joins the loss"
+            phases[start] = f"{phases[start]}, {words}" if start in phases else words
         means = {who: float(np.mean(curve)) for who, curve in self.baselines.items()}
         title = f"{self.folder.name}, {self.data.name}"
         write_atomic(self.folder / "loss.png", figures.loss(self.history, means, phases, title))

@@ -86,7 +86,9 @@ def start(knobs, build, horizon, recipe):
     differing = folders.describe_knobs(knobs, replace(type(knobs)(), model=knobs.model, **recipe))
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
     init_distributed(device)
-    dtype, precision = broadcast((dtype, precision))  # another machine may lack the first one's bf16 unit
+    if (first := broadcast((dtype, precision)))[0] != dtype:
+        words = f"this process computes in {precision}, the first in {first[1]}"
+        raise UserError(f"{words}; set precision to fp32")
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
     if weights:
         knobs = with_knobs_of(knobs, weights, recipe)
@@ -137,8 +139,8 @@ def describe(knobs, data, model, environment, recipe):
 
 
 def with_knobs_of(knobs, weights, recipe):
-    """The knobs, with those of the network from a checkpoint. Refuses other values, but for defaults and
-    the recipe's.
+    """The knobs, with those of the network from a checkpoint. Refuses a value that differs, unless it is
+    the default or the recipe's.
 
     Weights that are only scored also bring their number of frames, unless a flag differs from its default.
     """

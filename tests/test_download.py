@@ -115,7 +115,7 @@ def test_the_small_mirror_is_asked_first_and_only_once(server, tmp_path, monkeyp
         assert_fetched(folder)
         assert_fetched(folder)
         (folder / "seq.npy").write_bytes(NPY[:-1])  # cut short by something else
-        for stray in ("seq.npy.part", "seq.npy.tmp"):
+        for stray in ("seq.npy.part", "seq.npy.12345.tmp", "moving_mnist_standin.npy.12.tmp"):
             (folder / stray).write_bytes(b"x" * 2 * len(NPY))
     assert server.asked == ["/a.npy.gz"] * 3
 

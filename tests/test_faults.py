@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(begun, ended, tmp_path):
         with pytest.raises(UserError, match=r"last\.pt is damaged, .*; delete it to start over"):
             here(**knobs)
         assert {path: path.read_bytes() for path in before} == before
-    last.replace(stray := last.with_name("last.pt.tmp"))  # what the message advises; a stray file
+    last.replace(stray := last.with_name("last.pt.12345.tmp"))  # what the message advises; a stray file
     here(**knobs)
     assert last.with_name("metrics.json").read_bytes() == (ended[1] / "metrics.json").read_bytes()
     assert not stray.exists()

@@ -14,7 +14,7 @@ from PIL import Image
 import figures
 
 BASELINES = {"black": 175.0, "copy_last": 123_456.0, "optical_flow": 180.0}
-PHASES = [(0, "1 frame"), (0.8, "more and more frames"), (1.8, "all frames"), (1.8, "SSIM"), (9, "later")]
+PHASES = {1.8: "all frames", 0: "1 frame", 1.75: "SSIM", 0.8: "more and more frames", 9: "later"}
 RUN = "my_model-2 (hidden_channels 64 64 (was 96 96), my_model.py edited)"
 TITLE = "cost$1_$2.npy: validation split of an array of a long name, best weights; " * 3
 
@@ -86,8 +86,11 @@ def test_losses_are_those_of_the_history(drawn):
     left, right = drawn("loss 2").axes
     # the last point is of all validation sequences, and stands apart
     assert lines(left)[:3] == [[[1, 2], [0.5, 0.25]], [[1], [0.4]], [[2], [0.2]]]
-    assert [x[0] for x, _ in lines(left)[3:]] == [0, 0.8, 1.8]  # the phases that have begun
-    assert left.lines[-1].get_label() == "from 3: all frames, SSIM"
+    starts = [0, 0.8, 1.75, 1.8]  # of the phases that have begun
+    assert [x[0] for x, _ in lines(left)[3:]] == starts == [text.get_position()[0] for text in left.texts]
+    assert [text.get_text() for text in left.texts] == [" 1", " 2", " 3", " 4"]
+    names = [f"from {k}: {PHASES[start]}" for k, start in enumerate(starts, 1)]
+    assert [line.get_label() for line in left.lines[3:]] == names
     assert lines(right)[:2] == [[[1], [90]], [[2], [45]]]
     assert [y[0] for _, y in lines(right)[2:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences

@@ -157,7 +157,7 @@ def test_what_is_no_array_is_refused(tmp_path, content, words):
     """Nor is a folder."""
     (tmp_path / "a.npy").write_bytes(content)
     refused(tmp_path / "a.npy", words)
-    refused(tmp_path, "directory")
+    refused(tmp_path, "is not a file")
 
 
 def test_pickled_objects_are_not_run(tmp_path):
@@ -213,3 +213,6 @@ def test_an_array_that_is_probably_wrong_is_warned_of(tmp_path, capsys):
         assert data.name == "own.npy" and not data.is_moving_mnist
         printed = capsys.readouterr().out
         assert printed.startswith(warning) and (warning or not printed)
+    (tmp_path / "own.npy").rename(tmp_path / "a\n.npy")
+    with pytest.raises(UserError, match="cannot be printed; rename it"):
+        moving_mnist.load_data(str(tmp_path / "a\n.npy"), 0, 0, 20, None)

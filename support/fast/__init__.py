@@ -1,6 +1,6 @@
 """Fast kernels: `attach` hands them to a model. Without this folder everything still runs, only slower.
 
-Each start tries whether a fast function agrees with the plain one, up to rounding, and else uses the latter.
+At each start, a fast function that disagrees with the plain one, beyond rounding, is not used.
 """
 
 import contextlib
