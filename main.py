@@ -132,7 +132,7 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first, and is cheap, as forecasts go frame by frame. For my_model, a
+    A short horizon teaches motion first, and is cheap: only input frames go all at once. For my_model, a
     shorter horizon means a longer input: the sum of both is constant.
     """
     start, end = knobs.grow_horizon
@@ -185,7 +185,7 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: later input frames are forecast, too, from those before them
+        # dense targets: input frames from the sixth on (if frames_in is 10) are forecast, too
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         # seeds dropout, if there is any

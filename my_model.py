@@ -13,7 +13,7 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width (of layers: in patches).
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width (in layers, as patches).
 """
 
 import functools
@@ -254,8 +254,8 @@ class EncoderForecaster(nn.Module):
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # A flip of the frame also permutes channels. To find the permutation, write channel numbers on a square grid
-# and flip it. Grids are a patch's pixels, the moves, and COMPASS: eight hidden channels, one filter in eight
-# orientations. A kernel is equivariant if flip and permutation together leave it unchanged.
+# and flip it. Pixels have a P×P grid, moves a K×K one, hidden channels COMPASS: eight orientations of one
+# filter. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # The eight symmetries take channel 0 to eight different places; -1: no channel.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
@@ -280,7 +280,7 @@ def permutation(flip, grids):
 
 
 def symmetric_mean(kernel, permutations):
-    """For each of FLIPS in turn, average the kernel with its flip: two, then four, then eight copies."""
+    """Average the kernel with its flip, for each of FLIPS in turn: a mean of two, four, eight versions."""
     for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
         kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
     return kernel
