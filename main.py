@@ -40,7 +40,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # up to this many are merged into each sequence; -1 = 2 for Moving MNIST, else 0
+    overlay: int = -1  # other sequences merged into each, at most; -1 = auto: 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -132,8 +132,8 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first, and is cheap: only input frames go all at once. For my_model, a
-    shorter horizon means a longer input: the sum of both is constant.
+    A short horizon teaches motion first, and is cheap: input frames run together, forecast frames one by
+    one. For my_model, a shorter horizon means a longer input: the sum of both is constant.
     """
     start, end = knobs.grow_horizon
     n_future = knobs.frames_out

@@ -13,7 +13,7 @@ Changes from the paper, and why. The default of main.py has all.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width (in layers, as patches).
+B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width (in layers: in patches).
 """
 
 import functools
@@ -253,11 +253,11 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# A flip of the frame also permutes channels. To find the permutation, write channel numbers on a square grid
-# and flip it. Pixels have a P×P grid, moves a K×K one, hidden channels COMPASS: eight orientations of one
-# filter. A kernel is equivariant if flip and permutation together leave it unchanged.
+# When the frame flips, channels have to be permuted, too. To find the permutation, write their numbers on a
+# square grid and flip it. Pixels have a P×P grid, moves a K×K one. Eight hidden channels, orientations of one
+# filter, have COMPASS. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# The eight symmetries take channel 0 to eight different places; -1: no channel.
+# No channel is on a mirror axis, so the eight symmetries move channel 0 to eight places; -1: no channel.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
