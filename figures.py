@@ -95,7 +95,7 @@ def per_frame(panels):
     (row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (title, curves) in zip(row, panels.items(), strict=True):
         draw_curves(axes, curves, fill(title, 40 if len(panels) > 1 else 80))
-    row[0].set_ylabel(MSE_LABEL)
+    row[0].set(ylabel=MSE_LABEL, ylim=(0, None))  # now, so that the highest curve of all panels fits
     return to_png(figure)
 
 
@@ -115,7 +115,7 @@ def compare(histories, curves, title):
         ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     draw_curves(by_frame, curves, fill(title, 40))
-    by_frame.set_ylabel(MSE_LABEL)
+    by_frame.set(ylabel=MSE_LABEL, ylim=(0, None))
     return to_png(figure)
 
 
@@ -127,7 +127,7 @@ def draw_curves(axes, curves, title):
         style = dashed if name in LABELS else next(styles)
         axes.plot(range(1, len(curve) + 1), curve, **style, label=LABELS.get(name, name))
     ticks = range(1, len(curve) + 1, -(-len(curve) // 10))
-    axes.set(title=title, xlabel="forecast frame", xticks=ticks, ylim=(0, None))
+    axes.set(title=title, xlabel="forecast frame", xticks=ticks)
 
 
 def to_uint8(frames):

@@ -57,7 +57,7 @@ def describe_edits(asked, before, old_folder, new_folder=None):
     """What differs beside the knobs: ["other data", "main.py: loss = 2 * loss", …]."""
     same = lambda name: asked["knobs"].get(name) == before["knobs"].get(name)
     edits = []
-    if same("data") and asked["data"] != before["data"]:
+    if same("data") and same("train_sequences") and asked["data"] != before["data"]:
         edits.append("other data")
     if same("weights") and asked.get("weights") != before.get("weights"):
         edits.append("other content of the file of weights")

@@ -107,6 +107,8 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
         np.save(knobs["data"], other)
         assert here(**knobs) == folder.with_name(f"my_model{number}")
         assert "other data\n" in capsys.readouterr().out
+    here(**{**knobs, "train_sequences": 8})  # fewer of the same data
+    assert "other data" not in capsys.readouterr().out
     assert state(folder) == before
 
 

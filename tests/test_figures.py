@@ -42,7 +42,7 @@ DRAW = {
     **{f"loss {n}": lambda n=n: figures.loss(history(n), BASELINES, PHASES, TITLE) for n in (1, 2, 200)},
     "compare": lambda: figures.compare(RUNS, CURVES, TITLE),
     "per_frame": lambda: figures.per_frame({TITLE: {RUN * 3: [1], "black": [2]}}),
-    "beyond": lambda: figures.per_frame({title: {RUN: [1, 2] * 15} for title in ("a", TITLE, "c")}),
+    "beyond": lambda: figures.per_frame({t: {RUN: [1, n] * 15} for t, n in (("a", 2), (TITLE, 9), ("c", 5))}),
     "grid": lambda: figures.grid(ROWS, TITLE),
     "strip": lambda: figures.grid({"my_model-3 (seed 1)": (1, flat(0, 10))}, "short labels"),
 }
@@ -94,6 +94,11 @@ def test_losses_are_those_of_the_history(drawn):
     assert lines(right)[:2] == [[[1], [90]], [[2], [45]]]
     assert [y[0] for _, y in lines(right)[2:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences
+
+
+def test_no_panel_cuts_a_curve_off(drawn):
+    tops = [axes.get_ylim()[1] for axes in drawn("beyond").axes]
+    assert len(set(tops)) == 1 and 9 < tops[0] < 10
 
 
 def test_runs_are_compared_over_time_sequences_and_frames(drawn):
