@@ -6,7 +6,6 @@ python -m records.ablation
 import csv
 import functools
 import json
-import math
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -60,8 +59,8 @@ def read(name, group="ablation"):
             scores = results["scores"][results["model"]]
             found[seed] = {metric: scores[metric]["mean"] for metric in METRICS if metric in scores}
             *_, last = csv.DictReader((folder / "log.csv").read_text("utf-8").splitlines())
-            is_last = results.get("step", int(last["step"])) == int(last["step"])
-            found[seed]["validation MSE"] = float(last["val_mse_per_frame"]) if is_last else math.nan
+            is_scored = results["step"] == int(last["step"])
+            found[seed]["validation MSE"] = float(last["val_mse_per_frame"]) if is_scored else None
             found[seed]["minutes"] = last.get("minutes")  # not in older logs
     return found
 
@@ -82,8 +81,8 @@ def ranking():
 
 def cells_of(runs):
     """A cell for each metric, with the values of all seeds."""
-    cells = (", ".join(f"{run[metric]:.{n}f}" for run in runs.values()) for metric, n in METRICS.items())
-    return [cell.replace("nan", "–") for cell in cells]
+    text = lambda value, digits: "–" if value is None else f"{value:.{digits}f}"
+    return [", ".join(text(run[metric], n) for run in runs.values()) for metric, n in METRICS.items()]
 
 
 def table():

@@ -16,6 +16,7 @@ import numpy as np
 from support import checkpoint, sources
 from support.checkpoint import write_atomic
 
+SELECTING = "data", "train_sequences", "video"  # knobs that choose what is read of the data
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that do not make another experiment
 
 
@@ -57,7 +58,7 @@ def describe_edits(asked, before, old_folder, new_folder=None):
     """What differs beside the knobs: ["other data", "main.py: loss = 2 * loss", …]."""
     same = lambda name: asked["knobs"].get(name) == before["knobs"].get(name)
     edits = []
-    if same("data") and same("train_sequences") and asked["data"] != before["data"]:
+    if all(map(same, SELECTING)) and asked["data"] != before["data"]:
         edits.append("other data")
     if same("weights") and asked.get("weights") != before.get("weights"):
         edits.append("other content of the file of weights")

@@ -74,7 +74,7 @@ class Run(Progress):
 
     @torch.inference_mode()
     def forecast(self, past, n_future):
-        """The model's, as evaluation.py wants it: (prediction, logits)."""
+        """A forecast, as evaluation.py defines it: (prediction, logits)."""
         self.model.eval()
         with self.autocast():
             logits = self.model(past, n_future).float()

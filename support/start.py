@@ -139,10 +139,10 @@ def describe(knobs, data, model, environment, recipe):
 
 
 def with_knobs_of(knobs, weights, recipe):
-    """The knobs, with those of the network from a checkpoint. Refuses a value that differs, unless it is
-    the default or the recipe's.
+    """The knobs, with those of the network from a checkpoint.
 
-    Weights that are only scored also bring their number of frames, unless a flag differs from its default.
+    Raises UserError for a value that differs, unless it is the default or the recipe's. Weights that are only
+    scored also bring their number of frames, unless a flag differs from its default.
     """
     found, frames = {}, ("frames_in", "frames_out") if knobs.eval_only else ()
     for name in (*NETWORK, *frames):

@@ -109,6 +109,8 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
         assert "other data\n" in capsys.readouterr().out
     here(**{**knobs, "train_sequences": 8})  # fewer of the same data
     assert "other data" not in capsys.readouterr().out
+    asked = lambda stride: {"knobs": {"video": [9, 9, stride, 1]}, "data": f"every {stride}", "sources": {}}
+    assert folders.describe_changes(asked(2), asked(1), tmp_path) == ["video 9 9 2 1 (was 9 9 1 1)"]
     assert state(folder) == before
 
 
