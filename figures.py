@@ -57,20 +57,19 @@ def loss(history, baselines, phases, title):
     figure = Figure(figsize=(11, 4.4))
     left, right = figure.subplots(1, 2)
     points = [row for row in history if row["val_loss"] is not None]
-    epochs, training = ([row[name] for row in history] for name in ("epoch", "train_loss"))
-    names = "epoch", "val_loss", "val_mse_per_frame", "val_sequences"
-    evaluated, validation, errors, numbers = ([row[name] for row in points] for name in names)
+    few, last = points[0]["val_sequences"], points[-1]["val_sequences"]
+    some = [row for row in points if row["val_sequences"] == few]  # all but perhaps the last
+    column = lambda name, rows: [row[name] for row in rows]
+    epochs, training = column("epoch", history), column("train_loss", history)
+    validation = column("val_loss", points)
     phases = {epoch: phases[epoch] for epoch in sorted(phases) if epoch <= epochs[-1]}
     label = "training (its task changes: see numbers)" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
-    some = [row for row in points if row["val_sequences"] == numbers[0]]  # all but perhaps the last
-    lines = [[row[name] for row in some] for name in names]
-    left.plot(lines[0], lines[1], **MODEL_STYLES[0], label=f"validation, {numbers[0]:,} sequences")
-    right.plot(lines[0], lines[2], **MODEL_STYLES[0])
-    if len(some) < len(points):
-        last = {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
-        left.plot(evaluated[-1:], validation[-1:], **last, label=f"validation, all {numbers[-1]:,} sequences")
-        right.plot(evaluated[-1:], errors[-1:], **last)
+    style, ring = MODEL_STYLES[0], {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
+    for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
+        axes.plot(column("epoch", some), column(name, some), **style, label=f"validation, {few:,} sequences")
+        if last != few:
+            axes.plot(epochs[-1], points[-1][name], **ring, label=f"validation, all {last:,} sequences")
     for k, (epoch, words) in enumerate(phases.items(), 1):  # numbers side by side may be close: two heights
         left.axvline(epoch, lw=1, ls=":", color="black", label=f"from {k}: {words}")
         left.text(epoch, 0.92 + 0.06 * (k % 2), f" {k}", va="top", transform=left.get_xaxis_transform())
@@ -79,7 +78,7 @@ def loss(history, baselines, phases, title):
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
-    right.set_title(f"validation MSE: last {errors[-1]:.1f}, best {min(errors):.1f}")
+    right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.1f}")
     thousands = history[-1]["sequences"] / epochs[-1] / 1000
     functions = lambda x: x * thousands, lambda x: x / thousands
     for axes in (left, right):

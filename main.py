@@ -40,7 +40,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # other sequences merged into each, at most; -1 = auto: 2 for Moving MNIST, else 0
+    overlay: int = -1  # sequences merged into each, fewer as forecasts grow; -1 = 2 for Moving MNIST, else 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -66,7 +66,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     seed: int = 0  # of weights, order, overlays and fresh sequences
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto = bf16 if the hardware has it
-    fast: bool = True  # use fast kernels; --no_fast runs my_model.py line by line, so print works there
+    fast: bool = True  # use fast kernels; --no_fast runs the cell as it is written, so print works in it
 
 
 # What each model changes in the defaults above. Flags override it.
@@ -84,6 +84,9 @@ RECIPES = {
     "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},
     "seq2seq": {"learning_rate": 0.04, "epochs": 1},
 }
+# Knobs of the network that a model does not use
+UNUSED = {"convlstm": ("head_channels", "max_motion", "equivariant")}
+UNUSED["seq2seq"] = ("hidden_channels", "kernel_size", "patch_size", *UNUSED["convlstm"])
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
 ADAMW_RATE = 1 / 20  # of Muon's
@@ -91,6 +94,9 @@ ADAMW_RATE = 1 / 20  # of Muon's
 
 def build(knobs, channels):
     """A model: model(past, n), with past (B, T, C, H, W) in [0, 1], gives logits of the next n frames."""
+    for name in UNUSED.get(knobs.model, ()):
+        if getattr(knobs, name) != getattr(Knobs, name):
+            raise ValueError(f"{name} is {getattr(knobs, name)}; {knobs.model} does not use it: leave it out")
     if knobs.model == "convlstm":
         options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
         return convlstm.ConvLSTMForecaster(channels, *options)
@@ -132,14 +138,12 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first, and is cheap: input frames run together, forecast frames one by
-    one. For my_model, a shorter horizon means a longer input: the sum of both is constant.
+    A short horizon teaches motion first, and takes less time. For my_model, a shorter horizon means a longer
+    input: the sum of both is constant.
     """
     start, end = knobs.grow_horizon
-    n_future = knobs.frames_out
-    if progress < end:
-        grown = (progress - start) / max(1e-9, end - start)
-        n_future = 1 + int(max(0.0, grown) * (knobs.frames_out - 1))
+    grown = 1 if progress >= end else 0 if progress < start else (progress - start) / (end - start)
+    n_future = 1 + int(grown * (knobs.frames_out - 1))
     more = knobs.frames_out - n_future if knobs.model == "my_model" else 0
     return knobs.frames_in + more, n_future
 

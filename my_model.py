@@ -7,7 +7,7 @@ states into frames. `EncoderForecaster()` is that network, but for the first two
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
 - Initial output biases: untrained, it draws nearly black frames or, with motion, the blurred last frame.
-- `head_channels`: hidden layers in the head, which is linear without them.
+- `head_channels`: hidden layers in the head, which is one convolution without them.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must bounce.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
@@ -254,8 +254,8 @@ class EncoderForecaster(nn.Module):
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
 # When the frame flips, channels have to be permuted, too. To find the permutation, write their numbers on a
-# square grid and flip it. Pixels have a P×P grid, moves a K×K one. Eight hidden channels, orientations of one
-# filter, have COMPASS. A kernel is equivariant if flip and permutation together leave it unchanged.
+# square grid and flip it: P×P for pixels, K×K for moves, COMPASS for eight hidden channels, which are the
+# orientations of one filter. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # No channel is on a mirror axis, so the eight symmetries move channel 0 to eight places; -1: no channel.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])

@@ -149,7 +149,7 @@ def lock_folder(folder, wait=False):
 
 def remove_strays(folder):
     """Remove half-written files that killed runs left behind."""
-    for stray in (*Path(folder).glob("*.tmp"), *Path(folder).glob("source/*.tmp")):
+    for stray in (*Path(folder).glob("*.tmp"), *Path(folder).glob("source/**/*.tmp")):
         if re.fullmatch(r".+\.\d+\.tmp", stray.name):
             with suppress(OSError):
                 stray.unlink()

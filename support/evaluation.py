@@ -194,7 +194,7 @@ def score_beyond_training(folder, name, task, patch_size):
         try:
             forecasts = {name: task.forecast, **BASELINES}
             curves = {who: mse_curve(longer._replace(forecast=f), dataset) for who, f in forecasts.items()}
-        except (RuntimeError, ValueError, ArithmeticError) as error:  # an edited network, or no memory
+        except Exception as error:  # an edited network, or no memory
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
             print0(f"beyond training: {case}: not possible ({str(error).partition(chr(10))[0]})")
@@ -233,7 +233,7 @@ def read_run(folder, config, latest, shape):
     fits = all(run[key] == latest[key] for key in SAME_TASK)
     if not (fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]):
         raise ValueError("tested on something else")
-    comparison_table([run], {}, [])
+    comparison_table([run], {}, [])  # raises for what cannot stand in the table
     return run
 
 
@@ -253,9 +253,9 @@ def compare_runs(out, latest, first_sequence):
             except Exception:  # half there, of another version, or damaged: reading may raise anything
                 left_out.append(path.parent.name)
         trained = {run["weights"]: run for run in runs if run["is_trained"]}
-        for run in sorted(runs, key=lambda run: -run["started"]):  # later metrics
-            scores, name = trained.get(run["weights"], run)["scores"], run["model"]
-            scores[name] = {**run["scores"][name], **scores.get(name, {})}
+        for run in sorted(runs, key=lambda run: -run["started"]):
+            for metric, score in run["scores"][run["model"]].items():  # also metrics added since
+                trained.get(run["weights"], run)["scores"][run["model"]].setdefault(metric, score)
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return

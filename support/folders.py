@@ -81,14 +81,15 @@ def describe_edit(name, old, new):
     (closest,) = difflib.get_close_matches(line, map(str.strip, old.splitlines()), n=1, cutoff=0)
     same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
     line = f"… {line[same - 15 :]}" if same > 40 else line
-    return f"{name}: {textwrap.shorten(line, 60, placeholder=' …')}"
+    more = f" (+ {len(code) - 1} more)" if len(code) > 1 else ""
+    return f"{name}: {textwrap.shorten(line, 60, placeholder=' …')}{more}"
 
 
 def read_source(folder, name):
     """A source file as saved in a run's folder; of this run if the folder is None."""
     if folder is None:
         return sources.TEXTS[name]
-    path = folder / "source" / Path(name).name
+    path = folder / "source" / name
     return path.read_text("utf-8") if path.exists() else ""
 
 
@@ -120,7 +121,8 @@ def choose_folder(knobs, asked, facts, stack):
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
     if trained and not knobs.eval_only:
         name, last = trained[-1]
-        changes = describe_changes(asked, last, out / name) or ["only its name"]
+        words = "only its name" if asked == last else "edited knobs or comments that change nothing here"
+        changes = describe_changes(asked, last, out / name) or [words]
         print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder
 
@@ -131,11 +133,11 @@ def read_configs(out):
     for path in out.glob("*/config.json"):
         try:
             config = json.loads(path.read_text("utf-8"))
+            asked = config["asked"]
+            _ = asked["sources"], asked["data"], asked["knobs"]["eval_only"], float(config["started"])
             configs[path.parent.name] = config
-            config["asked"]["sources"], config["asked"]["data"]
-            config["asked"]["knobs"]["eval_only"], float(config["started"])
         except Exception:  # damaged, or of another version: such a run is kept, but not continued
-            configs.pop(path.parent.name, None)
+            continue
     return dict(sorted(configs.items(), key=lambda item: item[1]["started"]))
 
 
@@ -151,6 +153,7 @@ def write_facts(folder, config):
     config |= {"commit": commit, "numpy": np.__version__, "python": platform.python_version()}
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())
-    (folder / "source").mkdir(exist_ok=True)
     for name, text in sources.used().items():
-        write_atomic(folder / "source" / Path(name).name, text.encode())
+        path = folder / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode())

@@ -284,8 +284,8 @@ class Run(Progress):
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
             words = ["forecasts 1 frame", "gradually more frames", f"all {knobs.frames_out} frames"]
             if knobs.overlay:
-                overlays = f"{knobs.overlay} overlays", "fewer overlays", "no overlays"
-                words = [", ".join(pair) for pair in zip(words, overlays, strict=True)]
+                merged = f"{knobs.overlay} sequences merged into each", "fewer merged", "none merged"
+                words = [", ".join(pair) for pair in zip(words, merged, strict=True)]
             phases = dict(zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True))
         if knobs.ssim_from < 1:
             start, words = knobs.ssim_from * epochs, "SSIM joins the loss"

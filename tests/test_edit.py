@@ -88,17 +88,18 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     assert weights(code) == weights(ended)
 
 
-def test_a_network_in_a_file_of_its_own(code):
+def test_a_network_in_a_folder_of_its_own(code):
     """With a knob of its own, which predict.py reads from the weights."""
-    (code / "mine.py").write_text("from my_model import EncoderForecaster as Mine\nSCALE = 1\n")
+    (code / "nets").mkdir()
+    (code / "nets" / "mine.py").write_text("from my_model import EncoderForecaster as Mine\nSCALE = 1\n")
     edit(code, main=[("    epochs: int = 2", "    width: int = 8  # mine\n    epochs: int = 2")])
-    edit(code, main=[("import convlstm\n", "import convlstm\nimport mine\n")])
+    edit(code, main=[("import convlstm\n", "import convlstm\nfrom nets import mine\n")])
     edit(code, main=[("    return EncoderForecaster(", "    return mine.Mine(")])
     edit(code, main=[("        knobs.hidden_channels,\n", "        (knobs.width,),\n")])
     finish(run(code, width=16))
-    edit(code, mine=[("SCALE = 1", "SCALE = 2")])
-    assert "which is kept: mine.py: SCALE = 2" in finish(run(code, width=16))[0]
-    assert (code / "results" / "my_model-3" / "source" / "mine.py").exists()
+    edit(code, **{"nets/mine": [("SCALE = 1", "SCALE = 2")]})
+    assert "which is kept: nets/mine.py: SCALE = 2" in finish(run(code, width=16))[0]
+    assert (code / "results" / "my_model-3" / "source" / "nets" / "mine.py").exists()
     np.save(code / "frames.npy", np.zeros((8, 16, 16)))
     words = "frames.npy", "--weights", os.path.join("results", "my_model-3", "best.pt")
     finish(start(*words, script=code / "predict.py", cwd=code))

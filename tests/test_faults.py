@@ -38,6 +38,7 @@ from conftest import (
 
 import download
 import main
+import metrics
 import moving_mnist
 from support import UserError, checkpoint, folders
 
@@ -61,6 +62,8 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"eval_only": True}, "eval_only needs weights"),
         ({"kernel_size": 4}, "kernel size 4 is even"),
         ({"kernel_size": 4, "model": "convlstm"}, "kernel size is 4; expected an odd number"),
+        ({"max_motion": 2, "model": "convlstm"}, "max_motion is 2; convlstm does not use it"),
+        ({"kernel_size": 5, "model": "seq2seq"}, "kernel_size is 5; seq2seq does not use it"),
         ({"patch_size": 5}, "16×16 cannot be cut into patches of 5"),
         ({"frames_in": 18}, "20 frames per sequence, too few for frames_in 18 and frames_out 4"),
         ({"batch_size": 47}, r"batch_size is 47; .*46 \(training sequences\)"),
@@ -93,6 +96,13 @@ def test_a_knob_of_a_wrong_type_in_main(name, tmp_path, monkeypatch):
         main.main(main.parse(["--out", str(tmp_path / "out"), "--device", "cpu"]))
 
 
+def test_a_metric_per_sequence_is_refused_before_training(array, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "mae_per_frame", lambda x, y: (x - y).abs().sum((2, 3, 4)).mean(1))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        here(array, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     knobs = {"data": tmp_path / "mine.npy", "out": tmp_path / "out", **FEW}
     first = moving_squares(57)
@@ -111,6 +121,7 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     assert "other data" not in capsys.readouterr().out
     asked = lambda stride: {"knobs": {"video": [9, 9, stride, 1]}, "data": f"every {stride}", "sources": {}}
     assert folders.describe_changes(asked(2), asked(1), tmp_path) == ["video 9 9 2 1 (was 9 9 1 1)"]
+    assert folders.describe_edit("a.py", "x\ny\n", "x\nloss = 2\nloss = 3\n") == "a.py: loss = 2 (+ 1 more)"
     assert state(folder) == before
 
 
