@@ -235,7 +235,7 @@ class EncoderForecaster(nn.Module):
             weights = drawn[2].permute(0, 2, 3, 1)
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
             moved = self.advect(frames.transpose(0, 1).flatten(0, 1), weights, self.patch_size)
-            logits = logits + gain * torch.logit(moved.clamp(0.02, 0.98))  # finite, at most ±3.9
+            logits = logits + gain * torch.logit(moved.clamp(0.02, 0.98))  # the logit: within ±3.9
         return logits.unflatten(0, (T, B)).transpose(0, 1)
 
     def check(self, past, n_future):
@@ -253,9 +253,9 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# When the frame flips, channels have to be permuted, too. To find the permutation, write their numbers on a
-# square grid and flip it: P×P for pixels, K×K for moves, COMPASS for eight hidden channels, which are the
-# orientations of one filter. A kernel is equivariant if flip and permutation together leave it unchanged.
+# When the frame flips, channels have to be permuted, too. To find the permutation, flip a square grid of
+# their numbers: P×P for pixels, K×K for moves. Eight hidden channels, the orientations of one filter, have
+# the grid COMPASS. A kernel is equivariant if flip and permutation together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # No channel is on a mirror axis, so the eight symmetries move channel 0 to eight places; -1: no channel.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
