@@ -129,6 +129,9 @@ def describe(knobs, data, model, environment, recipe):
         print0(f"recipe    {', '.join(used)} (RECIPES of main.py)")
     words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
+    if environment["device"] == "cpu" and running_threads() + environment["threads"] > 1.5 * os.cpu_count():
+        words = "other programs use the CPU, which can slow training several times. If it is another run,"
+        print0(f"warning   {words} give each fewer threads: OMP_NUM_THREADS=1 python main.py")
     on_gpu = " on the GPU" if isinstance(data.training.content, torch.Tensor) else ""
     splits = (f"training{on_gpu}", data.training), ("validation", data.validation), ("test", data.test)
     print0(f"data      {data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits)}")
@@ -136,6 +139,12 @@ def describe(knobs, data, model, environment, recipe):
     some = data.training[np.arange(min(len(data.training), 50))]
     color = {1: "grey", 3: "color"}.get(C, f"{C} channels")
     print0(f"          sequences of {T} frames of {H}×{W}, {color}, values {some.min()} to {some.max()}")
+
+
+def running_threads():
+    """How many threads run on this computer now, without this one. 0 if it is not Linux."""
+    path = Path("/proc/loadavg")
+    return int(path.read_text().split()[3].partition("/")[0]) - 1 if os.path.exists(path) else 0
 
 
 def with_knobs_of(knobs, weights, recipe):

@@ -103,6 +103,14 @@ def test_a_metric_per_sequence_is_refused_before_training(array, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("busy", [0, 99])
+def test_a_run_beside_another_is_warned(busy, array, tmp_path, capsys, monkeypatch):
+    """Measured on two cores: two runs at once, two threads each, take twelve times as long as one."""
+    monkeypatch.setattr(sys.modules["support.start"], "running_threads", lambda: busy)
+    here(array, tmp_path, **FEW)
+    assert ("OMP_NUM_THREADS" in capsys.readouterr().out) == (busy > 0)
+
+
 def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     knobs = {"data": tmp_path / "mine.npy", "out": tmp_path / "out", **FEW}
     first = moving_squares(57)
