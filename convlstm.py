@@ -86,6 +86,10 @@ class ConvLSTM(nn.Module):
         """
         if hidden_state is None:
             hidden_state = [None] * len(self.cell_list)
+        if len(hidden_state) != len(self.cell_list):
+            words = f"{len(hidden_state)} states for {len(self.cell_list)} layers"
+            advice = "return_all_layers=True returns the state of every layer"
+            raise ValueError(f"hidden_state has {words}; {advice}")
         x, layer_outputs, last_states = input_tensor, [], []
         for cell, state in zip(self.cell_list, hidden_state, strict=True):
             outputs = []

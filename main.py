@@ -25,6 +25,7 @@ import convlstm
 import metrics
 from moving_mnist import ORDER, OVERLAYS
 from my_model import EncoderForecaster
+from support import UserError
 from support.distributed import RANK, WORLD_SIZE, all_reduce, run_script, to_device
 from support.muon import Muon
 from support.start import load_model, start
@@ -94,9 +95,6 @@ ADAMW_RATE = 1 / 20  # of Muon's
 
 def build(knobs, channels):
     """A model: model(past, n), with past (B, T, C, H, W) in [0, 1], gives logits of the next n frames."""
-    for name in UNUSED.get(knobs.model, ()):
-        if getattr(knobs, name) != getattr(Knobs, name):
-            raise ValueError(f"{name} is {getattr(knobs, name)}; {knobs.model} does not use it: leave it out")
     if knobs.model == "convlstm":
         options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
         return convlstm.ConvLSTMForecaster(channels, *options)
@@ -230,6 +228,9 @@ def load(path):
 
 
 def main(knobs):
+    for name in UNUSED.get(knobs.model, ()):
+        if getattr(knobs, name) != getattr(Knobs, name):
+            raise UserError(f"{knobs.model} does not use {name}; leave out --{name}")
     with start(knobs, build, horizon, RECIPES.get(knobs.model, {})) as run:
         if not run.knobs.eval_only:
             optimizers = make_optimizers(run.model, run.knobs, run.dtype)

@@ -56,6 +56,9 @@ def evaluate(task, dataset, names, index=None):
         prediction, logits = task.forecast(past, task.frames_out)
         for name in names:
             value = getattr(metrics, name)(logits if name == CROSS_ENTROPY else prediction, truth).cpu()
+            if name not in sizes and value.shape != (task.frames_out,):
+                words = f"metrics.{name} gives values of shape {tuple(value.shape)}"
+                raise UserError(f"{words}; expected ({task.frames_out},): one for each forecast frame")
             if name == EACH:
                 sums[name][some] = value * len(index)
             else:
@@ -197,7 +200,8 @@ def score_beyond_training(folder, name, task, patch_size):
         except Exception as error:  # an edited network, or no memory
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
-            print0(f"beyond training: {case}: not possible ({str(error).partition(chr(10))[0]})")
+            words = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            print0(f"beyond training: {case}: not possible ({words})")
             continue
         lengths = {"as in training": task.frames_out, double: 2 * task.frames_out} if case == triple else {}
         for part, length in {**lengths, case: n}.items():  # a long forecast begins with the short ones
@@ -254,8 +258,9 @@ def compare_runs(out, latest, first_sequence):
                 left_out.append(path.parent.name)
         trained = {run["weights"]: run for run in runs if run["is_trained"]}
         for run in sorted(runs, key=lambda run: -run["started"]):
+            scores = trained.get(run["weights"], run)["scores"].setdefault(run["model"], {})
             for metric, score in run["scores"][run["model"]].items():  # also metrics added since
-                trained.get(run["weights"], run)["scores"][run["model"]].setdefault(metric, score)
+                scores.setdefault(metric, score)
         runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return

@@ -71,8 +71,9 @@ def describe_edits(asked, before, old_folder, new_folder=None):
 def describe_edit(name, old, new):
     """The first new line of a file, in words; nothing where only knobs differ, which are listed anyway."""
     lines = set(old.splitlines())
-    added = [line.strip() for line in new.splitlines() if line.strip() and line not in lines]
-    code = [line for line in added if not re.match(r"\w+: .* = ", line)]  # no knob
+    added = [line for line in new.splitlines() if line.strip() and line not in lines]
+    is_knob = lambda line: name == sources.MAIN and re.match(r" {4}\w+: .* = ", line)
+    code = [line.strip() for line in added if not is_knob(line)]
     if not old or not added:
         return f"{name} edited"
     if not code:
@@ -121,7 +122,7 @@ def choose_folder(knobs, asked, facts, stack):
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
     if trained and not knobs.eval_only:
         name, last = trained[-1]
-        words = "only its name" if asked == last else "edited knobs or comments that change nothing here"
+        words = "only its name" if asked == last else "lines of knobs in main.py, without effect"
         changes = describe_changes(asked, last, out / name) or [words]
         print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder

@@ -12,18 +12,23 @@ SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve(
 IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and "main" not in sys.modules
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
 NO_RESULTS = MAIN, "predict.py", "download.py", "figures.py"  # these do not affect results, but for MAIN
-FILES = (path for path in (*ROOT.glob("[!.]*.py"), *ROOT.glob("[!.]*/[!.]*.py")) if path.is_file())
-FOUND = sorted(path.relative_to(ROOT).as_posix() for path in FILES)
-NOT_HERE = "support/", "records/", "tests/"
-MINE = (name for name in FOUND if name not in NO_RESULTS and not name.startswith(NOT_HERE))
-NAMES = MAIN, *MINE, "support/muon.py"
+NOT_MINE = "support/", "records/", "tests/", "."  # a virtual environment may be in .venv
+FILES = (path for path in sorted(ROOT.glob("[!.]*.py")) if path.is_file())
+NAMES = MAIN, *(path.name for path in FILES if path.name not in NO_RESULTS), "support/muon.py"
 TEXTS = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in NAMES}
 
 
 def used():
     """name → text of the sources of this run: MAIN and what has been imported, files of your own among it."""
-    module = lambda name: name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    return {name: text for name, text in TEXTS.items() if name == MAIN or module(name) in sys.modules}
+    found = {MAIN, "support/muon.py"}
+    for module in list(sys.modules.values()):
+        path = Path(getattr(module, "__file__", None) or "")
+        if path.suffix == ".py" and ROOT in path.parents and "site-packages" not in path.parts:
+            found.add(path.relative_to(ROOT).as_posix())
+    for name in sorted(found - {*NO_RESULTS, MAIN}):
+        if not name.startswith(NOT_MINE) and name not in TEXTS:  # in a folder of yours
+            TEXTS[name] = (ROOT / name).read_text("utf-8", errors="replace")
+    return {name: text for name, text in TEXTS.items() if name in found}
 
 
 if IS_RUNNING:

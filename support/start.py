@@ -20,6 +20,7 @@ from support.run import Run
 # Knobs that a checkpoint brings along
 NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
 NETWORK += ("equivariant",)
+LOAD = Path("/proc/loadavg")
 # the smallest and the largest value
 LIMITS = {
     (0, 1): ("weight_decay", "ssim_from"),
@@ -85,6 +86,8 @@ def start(knobs, build, horizon, recipe):
     check(knobs)
     differing = folders.describe_knobs(knobs, replace(type(knobs)(), model=knobs.model, **recipe))
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
+    if device.type == "cpu" and not knobs.eval_only:
+        warn_if_busy()
     init_distributed(device)
     if (first := broadcast((dtype, precision)))[0] != dtype:
         words = f"this process computes in {precision}, the first in {first[1]}"
@@ -129,9 +132,6 @@ def describe(knobs, data, model, environment, recipe):
         print0(f"recipe    {', '.join(used)} (RECIPES of main.py)")
     words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
-    if environment["device"] == "cpu" and running_threads() + environment["threads"] > 1.5 * os.cpu_count():
-        words = "other programs use the CPU, which can slow training several times. If it is another run,"
-        print0(f"warning   {words} give each fewer threads: OMP_NUM_THREADS=1 python main.py")
     on_gpu = " on the GPU" if isinstance(data.training.content, torch.Tensor) else ""
     splits = (f"training{on_gpu}", data.training), ("validation", data.validation), ("test", data.test)
     print0(f"data      {data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits)}")
@@ -141,10 +141,17 @@ def describe(knobs, data, model, environment, recipe):
     print0(f"          sequences of {T} frames of {H}×{W}, {color}, values {some.min()} to {some.max()}")
 
 
-def running_threads():
-    """How many threads run on this computer now, without this one. 0 if it is not Linux."""
-    path = Path("/proc/loadavg")
-    return int(path.read_text().split()[3].partition("/")[0]) - 1 if os.path.exists(path) else 0
+def warn_if_busy():
+    """Two runs at once on one CPU slow each other: on two cores, each takes twelve times as long."""
+    try:
+        running = int(LOAD.read_text().split()[3].partition("/")[0]) - 1  # threads, without this one
+    except (OSError, ValueError, IndexError):  # not Linux
+        return
+    threads = torch.get_num_threads()
+    fewer = f"OMP_NUM_THREADS={max(1, threads // 2)}"
+    if running + threads > 1.5 * os.cpu_count():
+        words = "other programs use the CPU, which can slow training several times. If it is another run,"
+        print0(f"warning   {words} give each fewer threads: {fewer} python main.py")
 
 
 def with_knobs_of(knobs, weights, recipe):
@@ -198,8 +205,7 @@ def build_checked(knobs, build, data, device):
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
         task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
-        # the metrics, too, on 7 sequences, so that one value per sequence is not taken for one per frame
-        evaluation.evaluate(task, data.validation, evaluation.CURVES, np.zeros(7, int))
+        evaluation.evaluate(task, data.validation, evaluation.CURVES, np.zeros(2, int))  # the metrics, too
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         if Path(where.filename).parent != sources.ROOT or not (where.line or "").startswith("raise"):
