@@ -92,14 +92,16 @@ DAMAGE = {
 
 def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
-    for name in ("one", "two", *DAMAGE):
+    for name in ("one", "two", "twin", *DAMAGE):  # the twin: equal weights of another model
         shutil.copytree(folder, tmp_path / name)
+    edited(lambda it: it.update(model="twin", scores={"twin": it["scores"]["my_model"]}))(tmp_path / "twin")
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
     for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
         (tmp_path / name).write_bytes(b"half")
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
-    assert set(rows(tmp_path / "compare.md")) == {"one", "two", *BASELINES}
+    assert set(rows(tmp_path / "compare.md")) == {"one", "two", "twin", *BASELINES}
+    shutil.rmtree(tmp_path / "twin")
     edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")  # a metric of later
     edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / "two")
     shutil.copytree(tmp_path / "two", tmp_path / "_a|b")
