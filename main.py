@@ -228,9 +228,10 @@ def load(path):
 
 
 def main(knobs):
+    default = replace(Knobs(), **RECIPES.get(knobs.model, {}))
     for name in UNUSED.get(knobs.model, ()):
-        if getattr(knobs, name) != getattr(Knobs, name):
-            raise UserError(f"{knobs.model} does not use {name}; leave out --{name}")
+        if getattr(knobs, name) != getattr(default, name):
+            raise UserError(f"{knobs.model} does not use {name}; leave it out")
     with start(knobs, build, horizon, RECIPES.get(knobs.model, {})) as run:
         if not run.knobs.eval_only:
             optimizers = make_optimizers(run.model, run.knobs, run.dtype)

@@ -55,7 +55,8 @@ def evaluate(task, dataset, names, index=None):
         past, truth = split_frames(dataset[index[some]], *task[1:])
         prediction, logits = task.forecast(past, task.frames_out)
         for name in names:
-            value = getattr(metrics, name)(logits if name == CROSS_ENTROPY else prediction, truth).cpu()
+            value = getattr(metrics, name)(logits if name == CROSS_ENTROPY else prediction, truth)
+            value = torch.as_tensor(value).cpu()
             if name not in sizes and value.shape != (task.frames_out,):
                 words = f"metrics.{name} gives values of shape {tuple(value.shape)}"
                 raise UserError(f"{words}; expected ({task.frames_out},): one for each forecast frame")

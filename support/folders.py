@@ -70,14 +70,14 @@ def describe_edits(asked, before, old_folder, new_folder=None):
 
 def describe_edit(name, old, new):
     """The first new line of a file, in words; nothing where only knobs differ, which are listed anyway."""
-    lines = set(old.splitlines())
-    added = [line for line in new.splitlines() if line.strip() and line not in lines]
-    is_knob = lambda line: name == sources.MAIN and re.match(r" {4}\w+: .* = ", line)
+    only_in = lambda text, other: [x for x in text.splitlines() if x.strip() and x not in other.splitlines()]
+    is_knob = lambda line: "class Knobs" in new and re.match(r" {4}\w+: .* = ", line)
+    added, removed = only_in(new, old), only_in(old, new)
     code = [line.strip() for line in added if not is_knob(line)]
     if not old or not added:
         return f"{name} edited"
     if not code:
-        return ""
+        return "" if all(map(is_knob, removed)) else f"{name} edited"
     line = code[0]
     (closest,) = difflib.get_close_matches(line, map(str.strip, old.splitlines()), n=1, cutoff=0)
     same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
@@ -122,7 +122,7 @@ def choose_folder(knobs, asked, facts, stack):
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
     if trained and not knobs.eval_only:
         name, last = trained[-1]
-        words = "only its name" if asked == last else "lines of knobs in main.py, without effect"
+        words = "only its name" if asked == last else "lines of knobs in main.py that do not count"
         changes = describe_changes(asked, last, out / name) or [words]
         print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder

@@ -12,7 +12,7 @@ SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve(
 IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and "main" not in sys.modules
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
 NO_RESULTS = MAIN, "predict.py", "download.py", "figures.py"  # these do not affect results, but for MAIN
-NOT_MINE = "support/", "records/", "tests/", "."  # a virtual environment may be in .venv
+NOT_MINE = "support/", "records/", "tests/", "."
 FILES = (path for path in sorted(ROOT.glob("[!.]*.py")) if path.is_file())
 NAMES = MAIN, *(path.name for path in FILES if path.name not in NO_RESULTS), "support/muon.py"
 TEXTS = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in NAMES}
@@ -21,9 +21,11 @@ TEXTS = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in NA
 def used():
     """name → text of the sources of this run: MAIN and what has been imported, files of your own among it."""
     found = {MAIN, "support/muon.py"}
+    environment = {path for path in map(Path, (sys.prefix, sys.base_prefix)) if ROOT in path.parents}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or "")
-        if path.suffix == ".py" and ROOT in path.parents and "site-packages" not in path.parts:
+        is_here = path.suffix == ".py" and ROOT in path.parents and not environment & set(path.parents)
+        if is_here and module is not sys.modules["__main__"]:  # which may be a script that calls main.py
             found.add(path.relative_to(ROOT).as_posix())
     for name in sorted(found - {*NO_RESULTS, MAIN}):
         if not name.startswith(NOT_MINE) and name not in TEXTS:  # in a folder of yours

@@ -83,6 +83,7 @@ def start(knobs, build, horizon, recipe):
 
     recipe: what the model changes in the default knobs.
     """
+    sources.used()  # reads files in folders of yours, before an edit can change them
     check(knobs)
     differing = folders.describe_knobs(knobs, replace(type(knobs)(), model=knobs.model, **recipe))
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
@@ -148,8 +149,8 @@ def warn_if_busy():
     except (OSError, ValueError, IndexError):  # not Linux
         return
     threads = torch.get_num_threads()
-    fewer = f"OMP_NUM_THREADS={max(1, threads // 2)}"
-    if running + threads > 1.5 * os.cpu_count():
+    fewer = f"OMP_NUM_THREADS={threads // 2}"
+    if threads > 1 and running + threads > 1.5 * os.cpu_count():
         words = "other programs use the CPU, which can slow training several times. If it is another run,"
         print0(f"warning   {words} give each fewer threads: {fewer} python main.py")
 
@@ -205,7 +206,8 @@ def build_checked(knobs, build, data, device):
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
         task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
-        evaluation.evaluate(task, data.validation, evaluation.CURVES, np.zeros(2, int))  # the metrics, too
+        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # not as many as frames
+        evaluation.evaluate(task, data.validation, evaluation.CURVES, some)  # tries the metrics
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         if Path(where.filename).parent != sources.ROOT or not (where.line or "").startswith("raise"):

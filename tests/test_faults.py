@@ -62,7 +62,7 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"eval_only": True}, "eval_only needs weights"),
         ({"kernel_size": 4}, "kernel size 4 is even"),
         ({"kernel_size": 4, "model": "convlstm"}, "kernel size is 4; expected an odd number"),
-        ({"max_motion": 2, "model": "convlstm"}, "convlstm does not use max_motion; leave out --max_motion"),
+        ({"max_motion": 2, "model": "convlstm"}, "convlstm does not use max_motion; leave it out"),
         ({"patch_size": 5}, "16×16 cannot be cut into patches of 5"),
         ({"frames_in": 18}, "20 frames per sequence, too few for frames_in 18 and frames_out 4"),
         ({"batch_size": 47}, r"batch_size is 47; .*46 \(training sequences\)"),
@@ -97,7 +97,7 @@ def test_a_knob_of_a_wrong_type_in_main(name, tmp_path, monkeypatch):
 
 def test_a_metric_per_sequence_is_refused_before_training(array, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "mae_per_frame", lambda x, y: (x - y).abs().sum((2, 3, 4)).mean(1))
-    with pytest.raises(UserError, match=r"mae_per_frame gives values of shape \(2,\); expected \(4,\)"):
+    with pytest.raises(UserError, match=r"mae_per_frame gives values of shape \(5,\); expected \(4,\)"):
         here(array, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -105,7 +105,8 @@ def test_a_metric_per_sequence_is_refused_before_training(array, tmp_path, monke
 def test_a_run_beside_another_is_warned(tmp_path, capsys, monkeypatch):
     where = sys.modules["support.start"]
     monkeypatch.setattr(where, "LOAD", tmp_path / "loadavg")
-    for text, warns in ("", False), ("9.00 9.00 9.00 1/999 9", False), ("0.00 0.00 0.00 999/999 9", True):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for text, warns in ("", False), ("9 9 9 1/999 9", False), ("0 0 0 999/999 9", True):
         where.LOAD.write_text(text)
         where.warn_if_busy()
         assert ("OMP_NUM_THREADS=" in capsys.readouterr().out) == warns
