@@ -228,9 +228,8 @@ def load(path):
 
 
 def main(knobs):
-    default = replace(Knobs(), **RECIPES.get(knobs.model, {}))
     for name in UNUSED.get(knobs.model, ()):
-        if getattr(knobs, name) != getattr(default, name):
+        if getattr(knobs, name) != getattr(default_knobs(knobs.model), name):
             raise UserError(f"{knobs.model} does not use {name}; leave it out")
     with start(knobs, build, horizon, RECIPES.get(knobs.model, {})) as run:
         if not run.knobs.eval_only:
@@ -243,12 +242,15 @@ def main(knobs):
         run.finish()
 
 
+def default_knobs(model):
+    return replace(Knobs(), model=model, **RECIPES.get(model, {}))
+
+
 def parse(arguments):
     """The knobs of a command line. A model's recipe replaces the defaults."""
     without_help = [word for word in arguments if word not in ("-h", "--help")]
     model = tyro.cli(Knobs, args=without_help, use_underscores=True).model
-    default = replace(Knobs(), model=model, **RECIPES.get(model, {}))
-    return tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
+    return tyro.cli(Knobs, args=arguments, default=default_knobs(model), use_underscores=True)
 
 
 if __name__ == "__main__":

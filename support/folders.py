@@ -70,16 +70,17 @@ def describe_edits(asked, before, old_folder, new_folder=None):
 
 def describe_edit(name, old, new):
     """The first new line of a file, in words; nothing where only knobs differ, which are listed anyway."""
-    only_in = lambda text, other: [x for x in text.splitlines() if x.strip() and x not in other.splitlines()]
+    before, after = old.splitlines(), new.splitlines()
+    added = [line for line in after if line.strip() and line not in before]
+    removed = [line for line in before if line.strip() and line not in after]
     is_knob = lambda line: "class Knobs" in new and re.match(r" {4}\w+: .* = ", line)
-    added, removed = only_in(new, old), only_in(old, new)
     code = [line.strip() for line in added if not is_knob(line)]
     if not old or not added:
         return f"{name} edited"
     if not code:
         return "" if all(map(is_knob, removed)) else f"{name} edited"
     line = code[0]
-    (closest,) = difflib.get_close_matches(line, map(str.strip, old.splitlines()), n=1, cutoff=0)
+    (closest,) = difflib.get_close_matches(line, map(str.strip, before), n=1, cutoff=0)
     same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
     line = f"… {line[same - 15 :]}" if same > 40 else line
     more = f" (+ {len(code) - 1} more)" if len(code) > 1 else ""

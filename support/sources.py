@@ -27,7 +27,7 @@ def used():
         is_here = path.suffix == ".py" and ROOT in path.parents and not environment & set(path.parents)
         if is_here and module is not sys.modules["__main__"]:  # which may be a script that calls main.py
             found.add(path.relative_to(ROOT).as_posix())
-    for name in sorted(found - {*NO_RESULTS, MAIN}):
+    for name in sorted(found.difference(NO_RESULTS)):
         if not name.startswith(NOT_MINE) and name not in TEXTS:  # in a folder of yours
             TEXTS[name] = (ROOT / name).read_text("utf-8", errors="replace")
     return {name: text for name, text in TEXTS.items() if name in found}
