@@ -72,7 +72,6 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
 
 # What each model changes in the defaults above. Flags override it.
 RECIPES = {
-    "my_model": {},
     "paper": {
         "hidden_channels": (128, 64, 64),
         "kernel_size": 5,

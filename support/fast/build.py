@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,18 +14,17 @@ FLAGS = "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", 
 
 def build(source, *flags):
     """The library of a C file in this folder; None where it cannot be built."""
-    for compiler in filter(None, map(shutil.which, ("gcc", "cc", "clang"))):  # clang, if torch has its OpenMP
+    for compiler in ("gcc", "cc", "clang"):  # clang, if torch has its OpenMP
         with contextlib.suppress(OSError, StopIteration, subprocess.SubprocessError):
             # link the OpenMP that torch has loaded: a second one would compete for the cores
             lines = os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines()
             maps = [line.split(maxsplit=5)[-1] for line in lines]
             openmp = next(path for path in maps if "libgomp" in path or "libiomp" in path or "libomp" in path)
-            options = {"check": True, "capture_output": True, "timeout": 60}
             path = Path(__file__).with_name(source)
             with tempfile.TemporaryDirectory() as folder:
                 compile_it = [compiler, *FLAGS, *flags, "-fopenmp", "-fPIC", "-c", path, "-o", "a.o"]
                 for command in (compile_it, [compiler, "-shared", "a.o", openmp, "-o", "a.so"]):
-                    subprocess.run(command, cwd=folder, **options)
+                    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
                 return ctypes.CDLL(f"{folder}/a.so")
     return None
 

@@ -44,9 +44,9 @@ def fast_layer(cell, x, state, n_frames):
 
 
 def gates_forward(z, peephole, c, c_before, h):
-    """One time step. z (N, 4C); c (N, C) is updated in place; c_before and h (N, C) are filled."""
+    """One time step. z (…, 4C); c (…, C) is updated in place; c_before and h (…, C) are filled."""
     c_before.copy_(c)  # the first line, or torch.compile would copy the new c: pytorch issue 198131
-    i, f, o, g = z.to(c.dtype).chunk(4, 1)
+    i, f, o, g = z.to(c.dtype).chunk(4, -1)
     c.copy_(torch.sigmoid(f + peephole[1] * c) * c + torch.sigmoid(i + peephole[0] * c) * torch.tanh(g))
     h.copy_(torch.sigmoid(o + peephole[2] * c) * torch.tanh(c))
 
@@ -57,7 +57,7 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
     Overwrites z with its gradient, and dc with that of the step before. sums (threads, 7, C) collects the
     gradients of the four biases and the three peepholes.
     """
-    i, f, o, g = z.to(dc.dtype).chunk(4, 1)
+    i, f, o, g = z.to(dc.dtype).chunk(4, -1)
     c = c.to(dc.dtype)
     i, f, g = torch.sigmoid(i + peephole[0] * c), torch.sigmoid(f + peephole[1] * c), torch.tanh(g)
     c_next = f * c + i * g
@@ -66,18 +66,19 @@ def gates_backward(z, peephole, c, dh, dh_next, dc, sums):
     do = dh * tanh_c * o * (1 - o)
     dc_next = dc + dh * o * (1 - tanh_c * tanh_c) + peephole[2] * do
     di, df, dg = dc_next * g * i * (1 - i), dc_next * c * f * (1 - f), dc_next * i * (1 - g * g)
-    z.copy_(torch.cat((di, df, do, dg), 1))
+    z.copy_(torch.cat((di, df, do, dg), -1))
     dc.copy_(dc_next * f + peephole[0] * di + peephole[1] * df)
-    sums[0] += torch.stack((di, df, do, dg, di * c, df * c, do * c_next)).sum(1)
+    sums[0] += torch.stack((di, df, do, dg, di * c, df * c, do * c_next)).flatten(1, -2).sum(1)
 
 
 def one_step(forward, backward, dtype, scale, device="cpu"):
     """What a pair of gate functions computes from fixed numbers; scale: that of the cell state."""
     # on a GPU the sizes of main.py's defaults, for which torch.compile then need not compile again
-    (N, C), generator = (6, 20) if device == "cpu" else (2048, 96), torch.Generator().manual_seed(0)
-    draw = lambda n: 2 * torch.randn(N, n * C, generator=generator).to(device)
+    *shape, C = (6, 20) if device == "cpu" else (8, 16, 16, 96)
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: 2 * torch.randn(*shape, n * C, generator=generator).to(device)
     z, dh, dh_next = (draw(n).to(dtype) for n in (4, 1, 1))
-    c, dc, peephole = scale * draw(1), draw(1), draw(1)[:3]
+    c, dc, peephole = scale * draw(1), draw(1), draw(1).flatten(0, -2)[:3]
     c_before, h, sums = torch.empty_like(dh), torch.empty_like(dh), c.new_zeros(torch.get_num_threads(), 7, C)
     forward(z, peephole, c, c_before, h)
     backward(z, peephole, c_before, dh, dh_next, dc, sums)
@@ -96,7 +97,7 @@ def gate_functions(device_type, dtype):
         return plain
 
     def call(function, z, *tensors):
-        N, C = z.shape[0], z.shape[1] // 4
+        N, C = z[..., 0].numel(), z.shape[-1] // 4
         function(*build.arguments(N, C, torch.get_num_threads(), z, *tensors))
 
     built = tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
@@ -136,13 +137,14 @@ class FastConvLSTM(torch.autograd.Function):
                 z[t] = bias  # now, so that it is in the cache when it is added to
             if t >= first:
                 state_to_state(hiddens[t], z[t])
-            gates(rows(z[t]), peephole, rows(c), rows(cells[t]), rows(hiddens[t + 1]))
+            gates(z[t], peephole, c, cells[t], hiddens[t + 1])
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
         ctx.sequences, ctx.first, ctx.dilation = (z, cells, hiddens), first, dilation
         return hiddens[1:], hiddens[-1], c
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)  # a caller may have enabled it
     def backward(ctx, dh, dh_next, dc):
         x, input_weight, state_weight, peephole = ctx.saved_tensors
         z, cells, hiddens = ctx.sequences
@@ -154,7 +156,7 @@ class FastConvLSTM(torch.autograd.Function):
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
         to_dh = convolution(flipped(state_weight), pixels, dilation=ctx.dilation)
         for t in reversed(range(len(z))):
-            gates(rows(z[t]), peephole, rows(cells[t]), rows(dh[t]), rows(dh_next), rows(dc), sums)
+            gates(z[t], peephole, cells[t], dh[t], dh_next, dc, sums)
             if t or ctx.needs_input_grad[1]:
                 dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
@@ -170,11 +172,6 @@ class FastConvLSTM(torch.autograd.Function):
         return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
 
 
-def rows(x):
-    """(B, H, W, C) as (N, C), without a copy."""
-    return x.view(-1, x.shape[-1])
-
-
 def convolution(weight, pixels, bias=None, dilation=1):
     """A function (N, H, W, C_in) → (N, H, W, C_out), "same" padding, channels last.
 
@@ -185,7 +182,7 @@ def convolution(weight, pixels, bias=None, dilation=1):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return functools.partial(winograd.convolve, winograd.to_points(weight), k, bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    packed = torch.backends.mkldnn.enabled and can_prepack(weight.device.type, weight.dtype)
+    packed = torch.backends.mkldnn.enabled and weight.device.type == "cpu" and can_prepack(weight.dtype)
     kind = prepacked_convolution if packed else plain_convolution
     return kind(weight, bias, dilation * (k // 2), dilation)
 
@@ -218,22 +215,16 @@ def prepacked_convolution(weight, bias, padding, dilation):
 
 
 @functools.cache
-def can_prepack(device_type, dtype):
+def can_prepack(dtype):
     """Whether prepacked_convolution, whose calls are not documented, works and agrees with the plain one."""
-    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     x, y, weight, bias = draw(2, 5, 4, 16), draw(2, 5, 4, 32), draw(32, 16, 3, 3) / 12, draw(32)
-    weight, results = weight.contiguous(memory_format=torch.channels_last), []
+    both = [kind(weight, bias, 2, 2) for kind in (prepacked_convolution, plain_convolution)]
     try:
-        for kind in (prepacked_convolution, plain_convolution):
-            convolve, added = kind(weight, bias, 2, 2), y.clone()
-            convolve(x, added)
-            results.append((convolve(x), added))
+        return build.agree(*([convolve(x), convolve(x, y.clone())] for convolve in both), dtype)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return build.agree(*results, dtype)
 
 
 def as_images(x):

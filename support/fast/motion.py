@@ -7,8 +7,6 @@ import torch
 import motion as plain
 from support.fast import build
 
-LARGEST_PATCH = 32  # the compiled code keeps a whole patch on its stack
-
 
 def advect(frames, weights, patch_size):
     """`motion.advect`, many times as fast on a CPU."""
@@ -75,26 +73,23 @@ def call(name, patch_size, frames, of_moves, *others):
 
 @functools.cache
 def compiled(patch_size, K):
-    return build.build("advect.c", f"-DP={patch_size}", f"-DK={K}") if patch_size <= LARGEST_PATCH else None
+    # a whole patch lies on the stack
+    return build.build("advect.c", f"-DP={patch_size}", f"-DK={K}") if patch_size <= 32 else None
 
 
 @functools.cache
 def is_supported(patch_size, max_motion):
     """Whether advect.c compiles here and agrees with motion.py, forward and backward."""
-    K = 2 * max_motion + 1
-    if compiled(patch_size, K) is None:
-        return False
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        frames = torch.rand(1, 2, 2 * patch_size, 2 * patch_size, requires_grad=True)
-        weights = torch.rand(1, 2, 2, K * K, requires_grad=True)
-        before = torch.rand(1, 2, 2 * patch_size, 2 * patch_size)
+    K, generator = 2 * max_motion + 1, torch.Generator().manual_seed(0)
+    frames, before = torch.rand(2, 1, 2, 2 * patch_size, 2 * patch_size, generator=generator)
+    weights = torch.rand(1, 2, 2, K * K, generator=generator)
+    frames.requires_grad_(), weights.requires_grad_()
     found = []
     try:
         for functions in ((advect, matching_costs), (plain.advect, plain.matching_costs)):
             moved = functions[0](frames, weights, patch_size)
             gradients = torch.autograd.grad(moved.square().sum(), (frames, weights))
             found.append((moved, functions[1](frames.detach(), before, patch_size, max_motion), *gradients))
-    except Exception:  # an edited function may raise anything
+    except Exception:  # advect.c was not built, or an edited function raises
         return False
     return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*found, strict=True))

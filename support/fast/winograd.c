@@ -32,24 +32,17 @@ INLINE vector load(const real *x) { return *(const vector *)x; }
 INLINE void store(real *y, vector x) { *(vector *)y = x; }
 #endif
 
-typedef struct {
-    long height, width, down, across, tiles; /* down and across: tiles of one image */
-} grid;
-
-static grid grid_of(long B, long H, long W) {
-    long down = (H + TILE - 1) / TILE, across = (W + TILE - 1) / TILE;
-    return (grid){H, W, down, across, B * down * across};
-}
+#define TILES(size) (((size) + TILE - 1) / TILE) /* that cover so many pixels */
 
 /* The offset of each pixel of a tile, from `margin` pixels above and to the left; -1: outside the image. */
-INLINE void pixels(grid g, long tile, long side, long margin, long channels, long at[SIDE][SIDE]) {
-    long image = tile / (g.down * g.across);
-    long top = tile / g.across % g.down * TILE, left = tile % g.across * TILE;
+INLINE void pixels(long H, long W, long tile, long side, long margin, long channels, long at[SIDE][SIDE]) {
+    long down = TILES(H), across = TILES(W), image = tile / (down * across);
+    long top = tile / across % down * TILE, left = tile % across * TILE;
     for (long i = 0; i < side; i++)
         for (long j = 0; j < side; j++) {
             long y = top + i - margin, x = left + j - margin;
-            int inside = y >= 0 && y < g.height && x >= 0 && x < g.width;
-            at[i][j] = inside ? ((image * g.height + y) * g.width + x) * channels : -1;
+            int inside = y >= 0 && y < H && x >= 0 && x < W;
+            at[i][j] = inside ? ((image * H + y) * W + x) * channels : -1;
         }
 }
 
@@ -128,16 +121,15 @@ INLINE void multiply(long m, long n, const float *a, long down, long across, con
 void convolve(long B, long H, long W, long K, long N, long threads, long add, const float *map_in,
               const float *map_out, const real *x, const float *kernel, const float *bias, real *y,
               float *memory) {
-    grid g = grid_of(B, H, W);
-    const long stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
+    const long all = B * TILES(H) * TILES(W), stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long part = 0; part < threads; part++) {
         float *in = memory + part * POINTS * (stride_in + stride_out), *out = in + POINTS * stride_in;
-        long end = g.tiles * (part + 1) / threads, at[SIDE][SIDE];
-        for (long first = g.tiles * part / threads; first < end; first += BLOCK) {
+        long end = all * (part + 1) / threads, at[SIDE][SIDE];
+        for (long first = all * part / threads; first < end; first += BLOCK) {
             long tiles = end - first < BLOCK ? end - first : BLOCK;
             for (long t = 0; t < tiles; t++) {
-                pixels(g, first + t, SIDE, KERNEL / 2, K, at);
+                pixels(H, W, first + t, SIDE, KERNEL / 2, K, at);
                 to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
             }
             for (long n = 0; n < N; n += WIDTH) {
@@ -145,7 +137,7 @@ void convolve(long B, long H, long W, long K, long N, long threads, long add, co
                     multiply(tiles, K, in + p * stride_in, K, 1, kernel + (n * POINTS + p * WIDTH) * K,
                              out + p * stride_out, 0);
                 for (long t = 0; t < tiles; t++) {
-                    pixels(g, first + t, TILE, 0, N, at);
+                    pixels(H, W, first + t, TILE, 0, N, at);
                     from_points(map_out, at, out + t * WIDTH, stride_out, bias + n, y + n, add);
                 }
             }
@@ -156,17 +148,16 @@ void convolve(long B, long H, long W, long K, long N, long threads, long add, co
 /* The gradient of the kernel's points. memory: POINTS · (BLOCK · (K + N) + (1 + N / WIDTH) · GAP) */
 void kernel_gradient(long B, long H, long W, long K, long N, long threads, const float *map_in,
                      const float *map_dy, const real *x, const real *dy, float *d_kernel, float *memory) {
-    grid g = grid_of(B, H, W);
-    const long stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
+    const long all = B * TILES(H) * TILES(W), stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
     float *in = memory, *out = in + POINTS * stride_in;
 #pragma omp parallel num_threads(threads)
-    for (long first = 0; first < g.tiles; first += BLOCK) {
-        long tiles = g.tiles - first < BLOCK ? g.tiles - first : BLOCK, at[SIDE][SIDE];
+    for (long first = 0; first < all; first += BLOCK) {
+        long tiles = all - first < BLOCK ? all - first : BLOCK, at[SIDE][SIDE];
 #pragma omp for
         for (long t = 0; t < tiles; t++) {
-            pixels(g, first + t, SIDE, KERNEL / 2, K, at);
+            pixels(H, W, first + t, SIDE, KERNEL / 2, K, at);
             to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
-            pixels(g, first + t, TILE, 0, N, at);
+            pixels(H, W, first + t, TILE, 0, N, at);
             for (long n = 0; n < N; n += WIDTH)
                 to_points(TILE, map_dy, at, WIDTH, dy + n, out + n / WIDTH * POINTS * stride_dy + t * WIDTH,
                           stride_dy);

@@ -37,15 +37,13 @@ def library(dtype, k):
 def is_supported(weight, pixels, dilation=1):
     """Whether to use it for a convolution with weight (C_out, C_in, k, k) of so many pixels, N·H·W."""
     n_out, n_in, k, _ = weight.shape
-    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf)
-    if weight.dtype == torch.bfloat16 and has_amx():
-        pays = False
+    amx = weight.dtype == torch.bfloat16 and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not amx
     fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
     return pays and fits and dilation == 1 and self_test(weight.dtype, k)
 
 
 @functools.cache
-@torch.autocast("cpu", enabled=False)
 def self_test(dtype, k):
     """Whether winograd.c is built, and computes what torch does."""
     if library(dtype, k) is None:
@@ -60,10 +58,6 @@ def self_test(dtype, k):
     return build.agree(found, (y, d_weight), dtype)
 
 
-def has_amx():
-    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-
-
 @functools.cache
 def maps(k):
     """Matrices that map inputs (SIDE, SIDE), outputs (SIDE, TILE) and 2-D kernels (P, k²) to points."""
@@ -75,7 +69,6 @@ def maps(k):
     return [m.float().contiguous() for m in found]
 
 
-@torch.autocast("cpu", enabled=False)
 def to_points(weight):
     """(C_out, C_in, k, k) → (C_out / WIDTH, P, C_in, WIDTH), the layout of winograd.c."""
     n_in, k = weight.shape[1:3]
@@ -95,7 +88,6 @@ def convolve(points, k, bias, x, y=None):
     return y
 
 
-@torch.autocast("cpu", enabled=False)
 def weight_gradient(dy, x, k):
     """dy (N, H, W, C_out), x (N, H, W, C_in) → (C_out, C_in, k, k)."""
     n_in, n_out = x.shape[3], dy.shape[3]
