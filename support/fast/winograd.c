@@ -46,35 +46,27 @@ INLINE void pixels(long H, long W, long tile, long side, long margin, long chann
         }
 }
 
-/* y (m, m) = map (m, n) · x (n, n) · map' */
-INLINE void both_sides(int m, int n, const float *map, vector x[SIDE][SIDE], vector y[SIDE][SIDE]) {
-    vector half[SIDE][SIDE];
+/* y (n, m): the transpose of map (m, k) · x (k, n) */
+INLINE void one_side(int m, int k, int n, const float *map, vector x[SIDE][SIDE], vector y[SIDE][SIDE]) {
     for (int j = 0; j < n; j++)
 #pragma GCC unroll 8
         for (int i = 0; i < m; i++) {
-            vector sum = map[i * n] * x[0][j];
+            vector sum = map[i * k] * x[0][j];
 #pragma GCC unroll 8
-            for (int k = 1; k < n; k++) sum += map[i * n + k] * x[k][j];
-            half[i][j] = sum;
-        }
-    for (int i = 0; i < m; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < m; j++) {
-            vector sum = map[j * n] * half[i][0];
-#pragma GCC unroll 8
-            for (int k = 1; k < n; k++) sum += map[j * n + k] * half[i][k];
-            y[i][j] = sum;
+            for (int l = 1; l < k; l++) sum += map[i * k + l] * x[l][j];
+            y[j][i] = sum;
         }
 }
 
-/* Transform `channels` channels of a tile to points, which are `stride` apart. */
+/* Transform `channels` channels of a tile to points, which are `stride` apart: map · tile · map'. */
 INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], long channels, const real *image,
                       float *points, long stride) {
     for (long c = 0; c < channels; c += LANES) {
-        vector x[SIDE][SIDE], y[SIDE][SIDE];
+        vector x[SIDE][SIDE], half[SIDE][SIDE], y[SIDE][SIDE];
         for (int i = 0; i < side; i++)
             for (int j = 0; j < side; j++) x[i][j] = at[i][j] < 0 ? (vector){0} : load(image + at[i][j] + c);
-        both_sides(SIDE, side, map, x, y);
+        one_side(SIDE, side, side, map, x, half);
+        one_side(SIDE, side, SIDE, map, half, y);
         for (int p = 0; p < POINTS; p++) *(vector *)(points + p * stride + c) = y[p / SIDE][p % SIDE];
     }
 }
@@ -83,9 +75,10 @@ INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], lon
 INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float *points, long stride,
                         const float *bias, real *image, long add) {
     for (long c = 0; c < WIDTH; c += LANES) {
-        vector x[SIDE][SIDE], y[SIDE][SIDE];
+        vector x[SIDE][SIDE], half[SIDE][SIDE], y[SIDE][SIDE];
         for (int p = 0; p < POINTS; p++) x[p / SIDE][p % SIDE] = *(const vector *)(points + p * stride + c);
-        both_sides(TILE, SIDE, map, x, y);
+        one_side(TILE, SIDE, SIDE, map, x, half);
+        one_side(TILE, SIDE, TILE, map, half, y);
         for (int i = 0; i < TILE; i++)
             for (int j = 0; j < TILE; j++)
                 if (at[i][j] >= 0) {
