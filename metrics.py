@@ -1,8 +1,8 @@
 """What each number means (the metrics), and what a forecast without a network scores (the baselines).
 
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
-the prediction and y the truth. A curve (T,) has one value per frame, a mean over the sequences. The
-number in a table is the mean of its curve. Metrics compute in float64.
+the prediction and y the truth. A metric gives a value for each sequence and frame, (B, T). A curve is their
+mean over the sequences, the number in a table the mean of the curve. Metrics compute in float64.
 """
 
 import functools
@@ -27,56 +27,50 @@ UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
 
 
 def mse_per_frame(prediction, truth):
-    """Σ (x − y)² over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: squared grey level, 0–1.
+    """Σ (x − y)² over the C·H·W pixels of a frame → (B, T). Unit: squared grey level, 0–1.
 
     What every Moving MNIST table calls MSE. For 64 × 64 pixels it is 4,096 times the mean over pixels, and a
     black forecast scores about 175. PredRNN's code first clips the forecast to 0–1.
     """
-    return _mean_over_sequences(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
-
-
-def mse_per_sequence(prediction, truth):
-    """The mean of a sequence's own mse_per_frame → (B,): which forecasts are good, and which are bad."""
-    x, y = _checked(prediction, truth)
-    return (x.double() - y.double()).square().sum((2, 3, 4)).mean(1)
+    return _per_sequence(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
 
 
 def mae_per_frame(prediction, truth):
-    """Σ |x − y| over the C·H·W pixels of a frame, mean over sequences → (T,). Unit: grey level, 0–1.
+    """Σ |x − y| over the C·H·W pixels of a frame → (B, T). Unit: grey level, 0–1.
 
     What every Moving MNIST table calls MAE.
     """
-    return _mean_over_sequences(lambda x, y: (x - y).abs().sum((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: (x - y).abs().sum((2, 3, 4)), prediction, truth)
 
 
 def psnr(prediction, truth):
-    """10·log10(1 / mean of (x − y)² over a frame's pixels), then mean over sequences → (T,). Unit: dB.
+    """10·log10(1 / mean of (x − y)² over a frame's pixels) → (B, T). Unit: dB.
 
     One frame without any error makes the mean infinite. SimVP's 37.97 and 38.35 are not comparable: they come
     from uint8 arrays, where the square of 20 grey levels is 144 instead of 400. Integers are refused here.
     """
     decibels = lambda x, y: -10 * (x - y).square().mean((2, 3, 4)).log10()
-    return _mean_over_sequences(decibels, prediction, truth)
+    return _per_sequence(decibels, prediction, truth)
 
 
 def ssim(prediction, truth):
-    """Structural similarity, Wang et al. (2004), data range 1, mean over pixels, channels, sequences → (T,).
+    """Structural similarity, Wang et al. (2004), data range 1, mean over pixels and channels → (B, T).
 
     Equal to scikit-image's structural_similarity(gaussian_weights=True, sigma=1.5, data_range=1,
     use_sample_covariance=False), which leaves out 5 pixels at each border. The published tables differ: see
     `ssim_openstl`.
     """
-    return _mean_over_sequences(lambda x, y: similarity(x, y).mean((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: similarity(x, y).mean((2, 3, 4)), prediction, truth)
 
 
 def ssim_openstl(prediction, truth):
-    """The SSIM of the OpenSTL and SimVP tables, for comparison with them only → (T,).
+    """The SSIM of the OpenSTL and SimVP tables, for comparison with them only → (B, T).
 
     scikit-image's old default for floats: uniform 7×7 window, sample covariance, and data range 2, as if grey
     levels went from −1 to 1. Other tables differ: PredRNN's range is 255, Earthformer's depends on the batch.
     """
     options = {"window": UNIFORM, "data_range": 2, "norm": 49 / 48}
-    return _mean_over_sequences(lambda x, y: similarity(x, y, **options).mean((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: similarity(x, y, **options).mean((2, 3, 4)), prediction, truth)
 
 
 def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
@@ -86,10 +80,7 @@ def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
     TF32: rounding spoils the variances. The window is separable, so two products with matrices
     (n − k + 1, n) slide it along both axes. On a CPU this is a few times as fast as a convolution.
     """
-    (H, W), k = y.shape[-2:], len(window)
-    if min(H, W) < k:
-        raise ValueError(f"frames of {H} × {W} are smaller than the {k} × {k} window of SSIM")
-    down, right = (sliding(n, window, x.dtype, x.device) for n in (H, W))
+    down, right = (sliding(n, window, x.dtype, x.device) for n in y.shape[-2:])
     maps = torch.stack([x, y, x * x + y * y, x * y])
     mx, my, squares, product = down @ maps @ right.T  # local means
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
@@ -106,12 +97,12 @@ def sliding(n, window, dtype, device):
 
 
 def cross_entropy_per_sequence(logits, truth):
-    """−Σ [y·ln σ(z) + (1 − y)·ln(1 − σ(z))] over T·C·H·W pixels, mean over sequences → scalar. Unit: nats.
+    """−Σ [y·ln σ(z) + (1 − y)·ln(1 − σ(z))] over T·C·H·W pixels → (B, 1). Unit: nats.
 
     z: logits. As in Table 1 of the ConvLSTM paper, whose best network has 3670.85 on the paper's data.
     """
-    nats = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").sum((1, 2, 3, 4))
-    return _mean_over_sequences(nats, logits, truth, is_logits=True)
+    nats = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").flatten(1).sum(1, True)
+    return _per_sequence(nats, logits, truth, is_logits=True)
 
 
 def black(past, n_future):
@@ -132,9 +123,7 @@ def optical_flow(past, n_future):
     warping once per frame. The flow is warped with the frame: a fixed flow would stop at the object's edge.
     """
     _check("past", past)
-    _, T, C, H, W = past.shape
-    if T < 2 or min(H, W) < 12:
-        raise ValueError(f"optical flow needs 2 past frames of at least 12 × 12 pixels, not {T} of {H} × {W}")
+    C, H, W = past.shape[2:]
     last_two = past[:, -2:].float().cpu()  # OpenCV computes on the CPU
     grey = (last_two.mean(2) * 255).round().byte().numpy()
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -164,20 +153,15 @@ def _check(name, frames, is_logits=False):
         raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: divide by 255, or sigmoid?")
 
 
-def _checked(prediction, truth, is_logits=False):
-    """Both, on a device that has float64."""
+@torch.no_grad()
+def _per_sequence(value, prediction, truth, is_logits=False):
+    """value(x, y), which has B first, in float64. A few sequences at a time, to stay in the cache."""
     _check("logits" if is_logits else "prediction", prediction, is_logits)
     _check("truth", truth)
     if prediction.shape != truth.shape:
         raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")
-    apple = truth.device.type == "mps"  # its GPU has no float64
-    return (prediction.cpu(), truth.cpu()) if apple else (prediction, truth)
-
-
-@torch.no_grad()
-def _mean_over_sequences(value, prediction, truth, is_logits=False):
-    """Mean over B of value(x, y), which has B first. A few sequences at a time, to stay in the cache."""
-    prediction, truth = _checked(prediction, truth, is_logits)
+    if truth.device.type == "mps":  # Apple's GPU has no float64
+        prediction, truth = prediction.cpu(), truth.cpu()
     step = max(1, 2**17 // truth[0].numel())
     pairs = zip(prediction.split(step), truth.split(step), strict=True)
-    return sum(value(x.double(), y.double()).sum(0) for x, y in pairs) / len(truth)
+    return torch.cat([value(x.double(), y.double()) for x, y in pairs])

@@ -17,9 +17,9 @@ import moving_mnist
 from support import UserError
 from support.checkpoint import lock_folder, remove_strays, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
-from support.folders import describe_edits, read_configs, to_text
+from support.folders import describe_changes, read_configs
 
-CROSS_ENTROPY, EACH = "cross_entropy_per_sequence", "mse_per_sequence"
+CROSS_ENTROPY = "cross_entropy_per_sequence"
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)
 BASELINES = {who: lambda past, n, who=who: (getattr(metrics, who)(past, n), None) for who in figures.LABELS}
 N_BEYOND = 100  # sequences of each case beyond training
@@ -41,35 +41,32 @@ def split_frames(frames, frames_in, frames_out, device="cpu"):
 
 
 def evaluate(task, dataset, names, index=None):
-    """name → metrics.<name>, averaged over the dataset, or over its sequences in index.
+    """name → metrics.<name> of each sequence of the dataset, or of those in index: (N, T).
 
-    Most metrics give one value per frame, the cross-entropy one value. "mse_per_sequence" is not averaged.
+    The cross-entropy has one value per sequence: (N, 1).
     """
     index = np.arange(len(dataset)) if index is None else index
-    sizes = {CROSS_ENTROPY: 1, EACH: len(index)}
-    sums = {name: torch.zeros(sizes.get(name, task.frames_out)).double() for name in names}
+    widths = {name: 1 if name == CROSS_ENTROPY else task.frames_out for name in names}
+    found = {name: torch.zeros(len(index), width).double() for name, width in widths.items()}
     mine = np.arange(len(index))[RANK::WORLD_SIZE]
     at_once = max(1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:])))  # fewer of large frames
     for start in range(0, len(mine), at_once):
         some = mine[start : start + at_once]
         past, truth = split_frames(dataset[index[some]], *task[1:])
         prediction, logits = task.forecast(past, task.frames_out)
-        for name in names:
+        for name, width in widths.items():
             value = getattr(metrics, name)(logits if name == CROSS_ENTROPY else prediction, truth)
-            value = torch.as_tensor(value).cpu()
-            if name not in sizes and value.shape != (task.frames_out,):
+            value = torch.as_tensor(value).cpu().double()
+            if value.shape != (len(some), width):
                 words = f"metrics.{name} gives values of shape {tuple(value.shape)}"
-                raise UserError(f"{words}; expected ({task.frames_out},): one for each forecast frame")
-            if name == EACH:
-                sums[name][some] = value * len(index)
-            else:
-                sums[name] += value * len(some)
-    return {name: all_reduce(value, task.device).cpu() / len(index) for name, value in sums.items()}
+                raise UserError(f"{words}; expected {len(some), width}: sequences, forecast frames")
+            found[name][some] = value
+    return {name: all_reduce(values, task.device).cpu() for name, values in found.items()}
 
 
 def mse_curve(task, dataset):
     """The MSE of each forecast frame, a list."""
-    return evaluate(task, dataset, ["mse_per_frame"])["mse_per_frame"].tolist()
+    return evaluate(task, dataset, ["mse_per_frame"])["mse_per_frame"].mean(0).tolist()
 
 
 def score(name, task, dataset):
@@ -81,14 +78,15 @@ def score(name, task, dataset):
     finite = lambda value: float(value) if value.isfinite() else None  # JSON cannot hold an infinite PSNR
     scores = {}
     for who, forecast in {name: task.forecast, **BASELINES}.items():
-        names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY, EACH)
+        names = CURVES if who in BASELINES else (*CURVES, CROSS_ENTROPY)
         found = evaluate(task._replace(forecast=forecast), dataset, names)
         if who == name:
-            ranking = found.pop(EACH).argsort(stable=True)
+            ranking = found["mse_per_frame"].mean(1).argsort(stable=True)
+        means = {key: values.mean(0) for key, values in found.items()}
         scores[who] = {
-            key: {"unit": unit, "mean": finite(found[key].mean()), "per_frame": list(map(finite, found[key]))}
+            key: {"unit": unit, "mean": finite(means[key].mean()), "per_frame": list(map(finite, means[key]))}
             for key, (_, unit) in metrics.METRICS.items()
-            if key in found
+            if key in means
         }
     return scores, ranking
 
@@ -219,24 +217,21 @@ def score_beyond_training(folder, name, task, patch_size):
 SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
 
 
-def read_run(folder, config, latest, shape):
-    """metrics.json of a folder, its first forecast of this shape, its label, and what its training cost.
+def read_run(folder, config, latest):
+    """config.json and metrics.json of a folder, its first forecast, its label, and what its training cost.
 
     Raises an error if it was tested on something else than the latest run, or cannot stand in a table.
     """
-    run = json.loads((folder / "metrics.json").read_text("utf-8"))
-    run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     label = f"run {folder.name}" if folder.name[0] == "_" else folder.name  # matplotlib hides the former
-    run |= {"label": label, "folder": folder, "asked": config["asked"]}
-    run["started"] = float(config["started"])
-    run["own_knobs"] = [change.split()[0] for change in config["not_default"]]
+    run = {**config, "folder": folder, "label": label}
+    run |= json.loads((folder / "metrics.json").read_text("utf-8"))
+    run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
     run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)
     lines = (folder / "log.csv").read_text("utf-8").splitlines() if run["is_trained"] else []
     rows = (row for row in csv.DictReader(lines) if row["val_loss"])
     run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
-    fits = all(run[key] == latest[key] for key in SAME_TASK)
-    if not (fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]):
+    if any(run[key] != latest[key] for key in SAME_TASK):
         raise ValueError("tested on something else")
     comparison_table([run], {}, [])  # raises for what cannot stand in the table
     return run
@@ -246,23 +241,16 @@ def compare_runs(out, latest, first_sequence):
     """compare.png, compare_strip.png and compare.md in `out`, of all its runs tested on the same data.
 
     latest: the metrics.json of one of them. first_sequence: of the test split, (T, C, H, W) uint8.
-    A single run is not compared. Weights that were only scored are left out if their training is there.
+    A single run is not compared.
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         remove_strays(out)
         runs, left_out, configs = [], [], read_configs(out)
-        shape = latest["frames_out"], *first_sequence.shape[1:]
         for path in sorted(out.glob("*/metrics.json")):
             try:
-                runs.append(read_run(path.parent, configs[path.parent.name], latest, shape))
+                runs.append(read_run(path.parent, configs[path.parent.name], latest))
             except Exception:  # half there, of another version, or damaged: reading may raise anything
                 left_out.append(path.parent.name)
-        trained = {run["weights"]: run for run in runs if run["is_trained"]}
-        for run in sorted(runs, key=lambda run: -run["started"]):
-            scores = trained.get(run["weights"], run)["scores"].setdefault(run["model"], {})
-            for metric, score in run["scores"][run["model"]].items():  # also metrics added since
-                scores.setdefault(metric, score)
-        runs = [run for run in runs if run["is_trained"] or run["weights"] not in trained]
         if len(runs) < 2:
             return
         label_runs(sorted(runs, key=lambda run: run["started"]))
@@ -282,24 +270,15 @@ def compare_runs(out, latest, first_sequence):
 
 
 def label_runs(runs):
-    """Extend the label of each trained run by its knobs and edited lines. The earliest run is the first.
-
-    A knob is shown if it is not the default, in this run or in the first of its model, or differs from that.
-    Knobs that all trained runs share are not shown.
-    """
-    trained, first = [run for run in runs if run["is_trained"]], {}
-    values = lambda name: {to_text(run["asked"]["knobs"].get(name)) for run in trained}
-    for run in trained:
-        reference = first.setdefault(run["model"], run)
-        now, then = run["asked"]["knobs"], reference["asked"]["knobs"]
-        names = dict.fromkeys((*reference["own_knobs"], *run["own_knobs"]))  # each once, in order
-        names |= dict.fromkeys(name for name in now if now[name] != then.get(name))
+    """Extend the label of each trained run by what differs from the first run of its model."""
+    first = {}
+    for run in (run for run in runs if run["is_trained"]):
+        before = first.setdefault(run["model"], run)
+        changes = describe_changes(run["asked"], before["asked"], before["folder"], run["folder"])
         if not run["label"].startswith(run["model"]):
-            names["model"] = None
-        changes = [f"{name} {to_text(now.get(name))}" for name in names if len(values(name)) > 1]
-        changes += describe_edits(run["asked"], reference["asked"], reference["folder"], run["folder"])
+            changes.append(f"model {run['model']}")
         if changes:
-            run["label"] += f" ({', '.join(changes)})"
+            run["label"] += f": {', '.join(changes)}"
 
 
 def comparison_table(runs, baselines, left_out):

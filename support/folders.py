@@ -35,37 +35,23 @@ def describe_identity(knobs, data):
     return json.loads(json.dumps(asked))  # as it comes back from config.json
 
 
-def describe_knobs(knobs, default):
-    """Which knobs of the experiment differ from the default: ["epochs 3", …]."""
-    names = (f.name for f in dataclasses.fields(knobs) if f.name not in NOT_THE_EXPERIMENT)
-    pairs = ((name, getattr(knobs, name)) for name in names)
-    return [f"{k} {to_text(v)}" for k, v in pairs if v != getattr(default, k)]
-
-
 def to_text(value):
     return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value) or "none"
 
 
-def describe_changes(asked, before, old_folder):
+def describe_changes(asked, before, old_folder, new_folder):
     """What differs from the run in old_folder: ["epochs 3 (was 2)", "main.py: loss = 2 * loss", …]."""
     old, new = before["knobs"], asked["knobs"]
-    names = [name for name in new if old.get(name) != new[name]]
-    knobs = [f"{name} {to_text(new[name])} (was {to_text(old.get(name))})" for name in names]
-    return knobs + describe_edits(asked, before, old_folder)
-
-
-def describe_edits(asked, before, old_folder, new_folder=None):
-    """What differs beside the knobs: ["other data", "main.py: loss = 2 * loss", …]."""
-    same = lambda name: asked["knobs"].get(name) == before["knobs"].get(name)
-    edits = []
-    if all(map(same, SELECTING)) and asked["data"] != before["data"]:
-        edits.append("other data")
-    if same("weights") and asked.get("weights") != before.get("weights"):
-        edits.append("other content of the file of weights")
+    changed = [name for name in new if old.get(name) != new[name]]
+    changes = [f"{name} {to_text(new[name])} (was {to_text(old.get(name))})" for name in changed]
+    if asked["data"] != before["data"] and not set(SELECTING) & set(changed):
+        changes.append("other data")
+    if asked.get("weights") != before.get("weights") and "weights" not in changed:
+        changes.append("other content of the file of weights")
     for name, value in asked["sources"].items():
         if before["sources"].get(name) != value:
-            edits.append(describe_edit(name, read_source(old_folder, name), read_source(new_folder, name)))
-    return list(filter(None, edits))
+            changes.append(describe_edit(name, read_source(old_folder, name), read_source(new_folder, name)))
+    return list(filter(None, changes))
 
 
 def describe_edit(name, old, new):
@@ -88,9 +74,7 @@ def describe_edit(name, old, new):
 
 
 def read_source(folder, name):
-    """A source file as saved in a run's folder; of this run if the folder is None."""
-    if folder is None:
-        return sources.TEXTS[name]
+    """A source file as saved in a run's folder."""
     path = folder / "source" / name
     return path.read_text("utf-8") if path.exists() else ""
 
@@ -124,7 +108,7 @@ def choose_folder(knobs, asked, facts, stack):
     if trained and not knobs.eval_only:
         name, last = trained[-1]
         words = "only its name" if asked == last else "lines of knobs in main.py that do not count"
-        changes = describe_changes(asked, last, out / name) or [words]
+        changes = describe_changes(asked, last, out / name, folder) or [words]
         print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
     return folder
 

@@ -22,7 +22,7 @@ import figures
 from support import UserError, checkpoint, evaluation
 from support.checkpoint import load_weights, open_atomic, write_atomic
 from support.distributed import RANK, broadcast, on_rank_0, print0
-from support.evaluation import BASELINES, CROSS_ENTROPY, EACH, Task
+from support.evaluation import BASELINES, CROSS_ENTROPY, Task
 
 FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
 EVALUATIONS = 10  # evenly spaced over training
@@ -212,7 +212,7 @@ class Run(Progress):
         n_some = min(n_all, max(40, self.steps * self.knobs.batch_size // 100))
         some = np.linspace(0, n_all - 1, n_some).astype(int)
         index = np.arange(n_all) if self.has_ended else some
-        names = "mse_per_frame", CROSS_ENTROPY, EACH
+        names = "mse_per_frame", CROSS_ENTROPY
         try:
             scores = evaluation.evaluate(self.task, self.data.validation, names, index)
         except FloatingPointError as error:  # the loss was finite, but not the weights after it
@@ -221,20 +221,20 @@ class Run(Progress):
             self.add_row(rate)
         pixels = self.task.frames_out * math.prod(self.data.validation.shape[1:])
         row = self.history[-1]
-        row["val_loss"] = float(scores[CROSS_ENTROPY]) / pixels
+        row["val_loss"] = float(scores[CROSS_ENTROPY].mean()) / pixels
         row["val_mse_per_frame"] = float(scores["mse_per_frame"].mean())
         row["val_sequences"] = len(index)
         if RANK == 0:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
             words = f"epoch {row['epoch']:<6g} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
             self.bar.write(f"{words}  {row['minutes']:.1f} min")
-        mse_of_some = float(scores[EACH][some if self.has_ended else slice(None)].mean())
+        mse_of_some = float(scores["mse_per_frame"][some if self.has_ended else slice(None)].mean())
         if mse_of_some < self.best:
             self.best = mse_of_some
             self.save_best()
         if RANK == 0:
             self.write_log()
-            curves = {self.knobs.model: scores["mse_per_frame"].tolist(), **self.baselines}
+            curves = {self.knobs.model: scores["mse_per_frame"].mean(0).tolist(), **self.baselines}
             write_atomic(self.folder / "per_frame.png", figures.per_frame({self.validated: curves}))
             self.draw_validation(f"after {row['sequences']:,} training sequences")
         self.saved_at = -math.inf  # a checkpoint is due

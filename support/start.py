@@ -85,7 +85,6 @@ def start(knobs, build, horizon, recipe):
     """
     sources.used()  # reads files in folders of yours, before an edit can change them
     check(knobs)
-    differing = folders.describe_knobs(knobs, replace(type(knobs)(), model=knobs.model, **recipe))
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
     if device.type == "cpu" and not knobs.eval_only:
         warn_if_busy()
@@ -116,8 +115,7 @@ def start(knobs, build, horizon, recipe):
         data.training.fit_on_gpu(device)
     describe(knobs, data, model, environment, recipe)
     with contextlib.ExitStack() as stack:
-        facts = {"not_default": differing, **environment}
-        folder = on_rank_0(folders.choose_folder, knobs, asked, facts, stack)
+        folder = on_rank_0(folders.choose_folder, knobs, asked, environment, stack)
         run = Run(knobs, folder, asked, environment, data, model, device, dtype, horizon)
         run.scored_step = weights["step"] if weights else 0
         yield run
@@ -206,7 +204,7 @@ def build_checked(knobs, build, data, device):
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
         task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
-        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # not as many as frames
+        some = np.zeros(WORLD_SIZE, int)  # a sequence for each process
         evaluation.evaluate(task, data.validation, evaluation.CURVES, some)  # tries the metrics
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]

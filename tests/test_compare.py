@@ -39,10 +39,9 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     printed = [finish(process)[0] for process in processes]
     assert sorted("new run   compared with" in text for text in printed) == [False, True]
     found = rows(tmp_path / "compare.md")
-    labels = "my_model (head_channels 8)", "convlstm"  # which has no such knob
-    assert set(found) == {*labels, *BASELINES}
-    for name, label in zip(models, labels, strict=True):
-        scored, (parameters, seen, _, error, *_) = results(tmp_path / name), found[label]
+    assert set(found) == {*models, *BASELINES}
+    for name in models:
+        scored, (parameters, seen, _, error, *_) = results(tmp_path / name), found[name]
         assert (parameters, seen) == (f"{scored['parameters']:,}", "10")
         assert error == f"{scored['scores'][name]['mse_per_frame']['mean']:#.4g}"
     for picture in ("compare.png", "compare_strip.png"):
@@ -50,20 +49,19 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
             image.load()
 
 
-def test_labels_name_what_not_all_runs_have(tmp_path):
-    """All have 40 sequences. The default of the last was edited in the code, so it has no knob of its own."""
+def test_labels_name_what_differs_from_the_first_run_of_the_model(tmp_path):
     cases = [
-        ("my_model", {"epochs": 3}, ["epochs"], "my_model (epochs 3)"),
-        ("my_model-2", {}, [], "my_model-2 (epochs 2)"),
-        ("mine", {"model": "paper", "seed": 1}, ["seed"], "mine (seed 1, model paper)"),
-        ("my_model-3", {"epochs": 3, "seed": 7}, ["seed"], "my_model-3 (epochs 3, seed 7)"),
+        ("my_model", {"epochs": 3}, "my_model"),
+        ("my_model-2", {}, "my_model-2: epochs 2 (was 3)"),
+        ("mine", {"model": "paper", "seed": 1}, "mine: model paper"),
+        ("my_model-3", {"epochs": 3, "seed": 7}, "my_model-3: seed 7 (was 0)"),
     ]
     runs = []
-    for name, changes, own, _ in cases:
+    for name, changes, _ in cases:
         knobs = {"model": "my_model", "epochs": 2, "seed": 0, "train_sequences": 40, **changes}
         asked = {"knobs": knobs, "data": "array", "sources": {}}
-        run = {"label": name, "folder": tmp_path, "model": knobs["model"], "is_trained": True, "asked": asked}
-        runs.append({**run, "own_knobs": ["train_sequences", *own]})
+        run = {"label": name, "folder": tmp_path, "model": knobs["model"], "is_trained": True}
+        runs.append({**run, "asked": asked})
     evaluation.label_runs(runs)
     assert [run["label"] for run in runs] == [label for *_, label in cases]
 
@@ -82,34 +80,27 @@ DAMAGE = {
     "half": lambda folder: (folder / "metrics.json").write_text("{"),
     "other data": edited(lambda found: found.update(first_sequence="0")),
     "scores of another": edited(lambda found: found["scores"].pop("my_model")),
-    "shorter curve": edited(lambda found: found["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
     "parameters of text": edited(lambda found: found.update(parameters="many")),
-    "other forecast": lambda folder: np.save(folder / "forecast.npy", np.zeros((4, 1, 8, 8), np.uint8)),
-    "other version": edited(lambda found: found.pop("not_default"), "config.json"),
+    "no forecast": lambda folder: (folder / "forecast.npy").unlink(),
+    "other version": edited(lambda found: found.pop("asked"), "config.json"),
     "no config": lambda folder: (folder / "config.json").unlink(),
 }
 
 
 def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
-    for name in ("one", "two", "twin", *DAMAGE):  # the twin: equal weights of another model
+    for name in ("one", "scored", "_a|b", *DAMAGE):
         shutil.copytree(folder, tmp_path / name)
-    edited(lambda it: it.update(model="twin", scores={"twin": it["scores"]["my_model"]}))(tmp_path / "twin")
+    edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / "scored")
+    edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")  # a metric of later
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
     for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
         (tmp_path / name).write_bytes(b"half")
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
-    assert set(rows(tmp_path / "compare.md")) == {"one", "two", "twin", *BASELINES}
-    shutil.rmtree(tmp_path / "twin")
-    edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")  # a metric of later
-    edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / "two")
-    shutil.copytree(tmp_path / "two", tmp_path / "_a|b")
-    edited(lambda found: found.update(weights="others"))(tmp_path / "_a|b")
-    evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
-    assert set(found) == {"one", "run _a\\|b", *BASELINES}
-    assert found["one"][7] == found["run _a\\|b"][7] != "–"
+    assert set(found) == {"one: model my_model", "scored", "run _a\\|b: model my_model", *BASELINES}
+    assert found["one: model my_model"][7] == "–" != found["scored"][7]
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 

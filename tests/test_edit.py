@@ -58,7 +58,7 @@ def test_edited_after_it_has_ended(code):
     what = "learning_rate 0.05"
     first = os.path.join("results", "my_model")
     run_edited(code, KNOB, "my_model-2", f"compared with {first}, which is kept: {what} (was 0.06)")
-    assert f"| my_model-2 ({what}) |" in (code / "results" / "compare.md").read_text("utf-8")
+    assert f"| my_model-2: {what} (was 0.06) |" in (code / "results" / "compare.md").read_text("utf-8")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="holds a process")

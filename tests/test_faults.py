@@ -95,9 +95,9 @@ def test_a_knob_of_a_wrong_type_in_main(name, tmp_path, monkeypatch):
         main.main(main.parse(["--out", str(tmp_path / "out"), "--device", "cpu"]))
 
 
-def test_a_metric_per_sequence_is_refused_before_training(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "mae_per_frame", lambda x, y: (x - y).abs().sum((2, 3, 4)).mean(1))
-    with pytest.raises(UserError, match=r"mae_per_frame gives values of shape \(5,\); expected \(4,\)"):
+def test_a_metric_of_another_shape_is_refused_before_training(array, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "mae_per_frame", lambda x, y: (x - y).abs().sum((2, 3, 4)).mean(0))
+    with pytest.raises(UserError, match=r"mae_per_frame gives values of shape \(4,\); expected \(1, 4\)"):
         here(array, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -129,7 +129,7 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
     here(**{**knobs, "train_sequences": 8})  # fewer of the same data
     assert "other data" not in capsys.readouterr().out
     asked = lambda stride: {"knobs": {"video": [9, 9, stride, 1]}, "data": f"every {stride}", "sources": {}}
-    assert folders.describe_changes(asked(2), asked(1), tmp_path) == ["video 9 9 2 1 (was 9 9 1 1)"]
+    assert folders.describe_changes(asked(2), asked(1), tmp_path, tmp_path) == ["video 9 9 2 1 (was 9 9 1 1)"]
     assert folders.describe_edit("a.py", "x\ny\n", "x\nloss = 2\nloss = 3\n") == "a.py: loss = 2 (+ 1 more)"
     assert state(folder) == before
 

@@ -15,7 +15,7 @@ import figures
 
 BASELINES = {"black": 175.0, "copy_last": 123_456.0, "optical_flow": 180.0}
 PHASES = {1.8: "all frames", 0: "1 frame", 1.75: "SSIM", 0.8: "more and more frames", 9: "later"}
-RUN = "my_model-2 (hidden_channels 64 64 (was 96 96), my_model.py edited)"
+RUN = "my_model-2: hidden_channels 64 64 (was 96 96), my_model.py edited"
 TITLE = "cost$1_$2.npy: validation split of an array of a long name, best weights; " * 3
 
 

@@ -30,16 +30,14 @@ def close(value, expected, tolerance=1e-9):
 #               frame 1            0,   −1      1                1                  10·log10(2)   =  3.010300
 #   sequence 1: frame 0           −0.25, 0      0.0625           0.25               10·log10(32)  = 15.051500
 #               frame 1            0.5,  0.5    0.5              1                  10·log10(4)   =  6.020600
-#   mean over sequences, frames 0 and 1:        0.1875, 0.75     0.5, 1             11.556650, 4.515450
 @pytest.mark.parametrize("pixels", [(1, 1, 2), (1, 2, 1), (2, 1, 1)])
 def test_errors_by_hand(pixels):
     prediction = torch.tensor([[[0.5, 1.0], [0.25, 0.0]], [[0.0, 0.5], [1.0, 0.5]]]).view(2, 2, *pixels)
     truth = torch.tensor([[[0.0, 0.75], [0.25, 1.0]], [[0.25, 0.5], [0.5, 0.0]]]).view(2, 2, *pixels)
-    close(metrics.mse_per_frame(prediction, truth), [0.1875, 0.75])
-    close(metrics.mae_per_frame(prediction, truth), [0.5, 1.0])
-    close(metrics.psnr(prediction, truth), [11.556650, 4.515450], 1e-6)
-    close(metrics.mse_per_sequence(prediction, truth), [(0.3125 + 1) / 2, (0.0625 + 0.5) / 2])
-    assert metrics.psnr(truth, truth).tolist() == [math.inf] * 2
+    close(metrics.mse_per_frame(prediction, truth), [[0.3125, 1], [0.0625, 0.5]])
+    close(metrics.mae_per_frame(prediction, truth), [[0.75, 1], [0.25, 1]])
+    close(metrics.psnr(prediction, truth), [[8.061800, 3.010300], [15.051500, 6.020600]], 1e-6)
+    assert metrics.psnr(truth, truth).unique().tolist() == [math.inf]
 
 
 # −ln σ(0) = ln 2 = 0.693147, whatever the truth. σ(ln 3) = 0.75: with truth 1, −ln 0.75 = 0.287682; with
@@ -49,7 +47,7 @@ def test_cross_entropy_by_hand(pixels):
     z = math.log(3)
     logits = torch.tensor([[0, 0, z, z], [z, 1000, -1000, 0]], dtype=torch.float64).view(2, *pixels)
     truth = torch.tensor([[0, 0.3, 1, 0], [0.5, 0, 0, 1]], dtype=torch.float64).view(2, *pixels)
-    by_hand = (2 * 0.693147 + 0.287682 + 1.386294 + 0.836988 + 1000 + 0 + 0.693147) / 2
+    by_hand = [[2 * 0.693147 + 0.287682 + 1.386294], [0.836988 + 1000 + 0 + 0.693147]]
     close(metrics.cross_entropy_per_sequence(logits, truth), by_hand, 2e-6)
 
 
@@ -67,7 +65,7 @@ def test_ssim_is_that_of_scikit_image(ours, theirs, channels):
         for sequences in zip(prediction.numpy(), truth.numpy(), strict=True)
     ]
     assert 0.1 < expected[0][0] < expected[0][2] < 0.95  # neither trivial nor the same in every frame
-    close(ours(prediction, truth), torch.tensor(expected).mean(0))
+    close(ours(prediction, truth), expected)
 
 
 def test_ssim_of_flat_windows_has_a_gradient_in_float32():
@@ -82,15 +80,15 @@ def test_ssim_of_flat_windows_has_a_gradient_in_float32():
         assert (found - expected).abs().max() < 2e-3 and flat.grad.abs().max() < (1e-3 if x == y else 0.05)
 
 
-def test_many_sequences_are_averaged_one_by_one():
+def test_many_sequences_are_scored_one_by_one():
     """More than are worked on at a time, with a rest. In float64 without a graph, also in autocast."""
     prediction, truth = random_pair((7, 4, 1, 128, 128), torch.bfloat16)
     for metric in ALL:
         pairs = zip(prediction.double().split(1), truth.double().split(1), strict=True)
-        one_by_one = torch.stack([metric(*pair) for pair in pairs])
+        one_by_one = torch.cat([metric(*pair) for pair in pairs])
         with torch.autocast("cpu", torch.bfloat16):
             found = metric(prediction.requires_grad_(), truth)
-        close(found, one_by_one.mean(0), 1e-7)
+        close(found, one_by_one, 1e-7)
         assert not found.requires_grad
 
 
@@ -112,9 +110,6 @@ def test_shapes_that_are_wrong_or_differ_are_refused():
         for metric in ALL:
             with pytest.raises(ValueError, match="shape"):
                 metric(prediction, truth)
-    for metric, size in (metrics.ssim, 11), (metrics.ssim_openstl, 7):
-        with pytest.raises(ValueError, match=f"{size} × {size}"):
-            metric(*[torch.zeros(1, 1, 1, size - 1, 20)] * 2)
 
 
 @pytest.mark.parametrize("bad", [1.1, -0.1, math.nan, math.inf])
@@ -144,8 +139,8 @@ def test_optical_flow_follows_each_blob():
     blobs = torch.stack([moving_blob((16.0, 18.0), (1.0, 3.0)), moving_blob((30.0, 40.0), (-1.0, -2.0))])
     past, truth = blobs[:, :3], blobs[:, 3:]
     forecast = metrics.optical_flow(past, 5)
-    errors = metrics.mse_per_frame(forecast, truth) / metrics.mse_per_frame(metrics.copy_last(past, 5), truth)
-    assert errors.max() < 0.02
+    error = lambda forecast: metrics.mse_per_frame(forecast, truth).mean(0)
+    assert (error(forecast) / error(metrics.copy_last(past, 5))).max() < 0.02
 
     noisy = past.clone()
     noisy[:, 0] = torch.rand(48, 64)
@@ -162,6 +157,3 @@ def test_optical_flow_stays_in_range_and_keeps_the_type():
         forecast = metrics.optical_flow(past.to(dtype), 50)
         assert forecast.dtype == dtype and forecast.min() >= 0 and forecast.max() <= 1
         assert forecast[:, :, 1].min() > 0.99 and not forecast[:, 0, 0].allclose(past[:, -1, 0].to(dtype))
-    for fault, frames in {"2 past frames": past[:, :1], "12 × 12": past[..., :11]}.items():
-        with pytest.raises(ValueError, match=fault):
-            metrics.optical_flow(frames, 5)

@@ -85,7 +85,7 @@ def test_a_run_leaves_every_file(reference):
     for name in SOURCES:
         assert (folder / "source" / name).read_bytes() == (ROOT / name).read_bytes()
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    assert config["asked"]["knobs"]["hidden_channels"] == [8] and "hidden_channels 8" in config["not_default"]
+    assert config["asked"]["knobs"]["hidden_channels"] == [8]
     assert (config["torch"], config["device"], config["threads"]) == (torch.__version__, "cpu", 1)
     rows = evaluations(folder)
     assert len(rows) == 10 and (rows[-1]["epoch"], rows[-1]["step"]) == (2, 2 * STEPS)
