@@ -122,8 +122,8 @@ def draw(path, widest=15):
             words = f"{signed(rise)} →"
             axes.text(widest - 0.2, y, words, ha="right", va="center", fontsize=9, color="white")
     axes.axvline(0, color="black", lw=1)
-    axes.set(xlim=(None, widest), title="an earlier default without one part")
-    axes.set_xlabel("rise of the test MSE (dots: seeds)")
+    axes.set(xlim=(None, widest), title="an earlier default without one or more parts")
+    axes.set_xlabel("rise of the test MSE (a dot: one seed)")
     for some in (steps, axes):
         some.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
