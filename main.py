@@ -254,5 +254,5 @@ def parse(arguments):
 
 if __name__ == "__main__":
     knobs = parse(sys.argv[1:])
-    advice = f"lower batch_size (now {knobs.batch_size}), hidden_channels or frames_out"
+    advice = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out or train_sequences"
     run_script(lambda: main(knobs), advice)

@@ -23,7 +23,7 @@ from support.videos import read_videos
 ORDER, FRESH, OVERLAYS = 1, 3, 4  # streams of random numbers of one seed
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
 N_SEQUENCES = 10_000  # of the official array
-OFFICIAL, STAND_IN = "Moving MNIST array", "stand-in array"
+OFFICIAL, STAND_IN, STAND_IN_FILE = "Moving MNIST array", "stand-in array", "moving_mnist_standin.npy"
 
 
 def open_array(path):
@@ -67,10 +67,8 @@ class MovingMNIST:
         if first == last:
             raise UserError(f"{name} has {n} sequences, too few for a {split} split; it needs at least 6")
         self.split = split
-        try:  # in memory: a file that shrinks under a memory map kills the process
-            self.content = np.array(array[:, first:last], order="C")
-        except MemoryError as error:
-            raise UserError(f"no memory for the {split} split of {name}; lower train_sequences") from error
+        # in memory: a file that shrinks under a memory map kills the process
+        self.content = np.array(array[:, first:last], order="C")
         self.shape = self.content.shape[:1] + self.content.shape[2:]  # (T, C, H, W)
 
     def start_epoch(self, epoch):
@@ -203,7 +201,7 @@ def find_oddities(array):
 
 def moving_mnist_array():
     """(array, name): the official array, your own in its place, or the stand-in."""
-    path, stand_in = RAW / ARRAY.name, RAW / "moving_mnist_standin.npy"
+    path, stand_in = RAW / ARRAY.name, RAW / STAND_IN_FILE
     if os.path.exists(path) and not has_size(path, ARRAY.size):
         return open_array(path), path.name
     if os.path.exists(stand_in) and not os.path.exists(path) and not os.path.exists(f"{path}.gz"):
@@ -213,12 +211,13 @@ def moving_mnist_array():
         return open_array(fetch(ARRAY)), OFFICIAL
     except UserError as error:
         print0(f"{error}\ncontinuing with a stand-in array: the same rules, with the digits in raw/")
-        return open_array(make_stand_in(stand_in)), STAND_IN
+        return open_array(make_stand_in()), STAND_IN
 
 
-def make_stand_in(path):
+def make_stand_in():
     """Generate an array like the official one; test digits are in its last tenth only. Returns the path."""
-    with lock_folder(path.parent, wait=True):
+    path = RAW / STAND_IN_FILE
+    with lock_folder(RAW, wait=True):
         if os.path.exists(path):
             return path
         train, test = (read_digits(RAW / f"digits_{name}.png") for name in ("train", "test"))

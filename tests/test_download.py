@@ -172,7 +172,7 @@ def test_killed_and_continued(server, folder, fatal):
     out, err = process.communicate(timeout=15)
     assert out == "" and not (folder / "seq.npy").exists()
     if fatal == "SIGINT":
-        assert process.returncode == 130 and err.startswith("\nstopped; to continue, run: ")
+        assert process.returncode == 130 and err.startswith("\nstopped; to continue, run the same command")
     assert_fetched(folder)
 
 
@@ -208,14 +208,18 @@ def test_the_committed_digits_are_those_of_mnist():
 def test_stand_in_is_the_law_with_the_committed_digits(monkeypatch, folder):
     """Test digits in its last tenth only, which is the test split. On a full disk there is none."""
     monkeypatch.setattr(moving_mnist, "N_SEQUENCES", 20)
-    array = np.load(moving_mnist.make_stand_in(folder / "a.npy"))
+    monkeypatch.setattr(moving_mnist, "RAW", folder)
+    for name in ("digits_test.png", "digits_train.png"):
+        (folder / name).symlink_to(ROOT / "raw" / name)
+    array = np.load(moving_mnist.make_stand_in())
     for k in range(10):
         digits = moving_mnist.read_digits(ROOT / "raw" / f"digits_{'test' if k == 9 else 'train'}.png")
         by_law = generate_by_law(digits, 2, (150204681, k))[:, :, 0].swapaxes(0, 1)
         np.testing.assert_array_equal(array[:, 2 * k :][:, :2], by_law)
+    monkeypatch.setattr(moving_mnist, "STAND_IN_FILE", "b.npy")
     with largest_file(HALF), pytest.raises(UserError, match=r"cannot write .*b\.npy: .*is the disk full"):
-        moving_mnist.make_stand_in(folder / "b.npy")
-    assert names(folder) == ["a.npy"]
+        moving_mnist.make_stand_in()
+    assert names(folder) == ["digits_test.png", "digits_train.png", "moving_mnist_standin.npy"]
 
 
 def test_two_first_starts_in_a_fresh_clone_without_internet(tmp_path):
