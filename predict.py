@@ -47,10 +47,8 @@ def read_frames(path, most):
         except Exception as error:  # untrusted file: loading may raise anything
             raise UserError(f"{path} is no .npy of numbers, no video and no folder of images") from error
     shape = frames.shape
-    if frames.ndim == 3:
-        frames = frames[..., None]  # (T, H, W)
-    elif frames.ndim == 4 and frames.shape[-1] not in (1, 3):
-        frames = frames[..., None]  # (N, T, H, W)
+    if frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] not in (1, 3)):
+        frames = frames[..., None]  # (T, H, W) or (N, T, H, W)
     frames = frames[None] if frames.ndim == 4 else frames
     if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
         expected = "(T, H, W), (T, H, W, C) or (N, T, H, W), with at least 2 frames and 1 or 3 channels"

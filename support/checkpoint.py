@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -128,14 +127,10 @@ def lock_folder(folder, wait=False):
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=2 if wait else 0)
-        except Timeout as error:
-            if not wait:
-                words = f"{folder} is in use by another run; wait for it, or give this one a --name"
-                raise UserError(words) from error
-            print(f"waiting for another process that works in {folder}", file=sys.stderr)
-            lock.acquire()
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout as error:
+        words = f"{folder} is in use by another run; wait for it, or give this one a --name"
+        raise UserError(words) from error
     except NotImplementedError:
         pass
     except OSError as error:

@@ -1,10 +1,7 @@
 """Where a run computes: device, precision, processes. And how it ends: signals and faults in one sentence."""
 
-import errno
 import os
-import shlex
 import signal
-import subprocess
 import sys
 from contextlib import suppress
 from datetime import timedelta
@@ -130,11 +127,9 @@ def stop(signum, frame):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     if RANK == 0:
-        join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-        command = join(sys.orig_argv) if WORLD_SIZE == 1 else "the same torchrun command"
         with suppress(OSError):  # a closed pipe
             # os.write, as print may be interrupted in its middle
-            os.write(2, os.fsencode(f"\nstopped; to continue, run: {command}\n"))
+            os.write(2, b"\nstopped; to continue, run the same command again\n")
     raise SystemExit(128 + signum)
 
 
@@ -163,9 +158,3 @@ def run_script(function, out_of_memory_advice=""):
             reason = text or type(error).__name__
             exit_process(1, f"{name}: lost the other processes ({reason}); if one has ended, it says why")
         raise
-    except OSError as error:  # from print; errors of files are UserErrors
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        words = f"{name}: cannot print: {error.strerror}. The last checkpoint is intact"
-        print(words, file=sys.stderr, flush=True)
-        os._exit(1)  # at its end Python would print again

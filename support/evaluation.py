@@ -175,11 +175,6 @@ def score_beyond_training(folder, name, task, patch_size):
 
     Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
     """
-    try:
-        digits, results = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png"), {}
-    except UserError as error:  # no reason to lose the scores of the test split
-        print0(f"beyond training: not possible: {error}")
-        return {}
     large = max(96, 64 + patch_size)  # it can be cut into patches where 64 can
     double, triple = f"{2 * task.frames_out} frames", f"{3 * task.frames_out} frames"
     cases = {
@@ -188,19 +183,20 @@ def score_beyond_training(folder, name, task, patch_size):
         # on the larger canvas, a digit moves as many pixels per frame as on 64×64
         f"{large}×{large} pixels": {"size": large, "step": 0.1 * (64 - 28) / (large - 28)},
     }
+    forecasts, results = {name: task.forecast, **BASELINES}, {}
     for case, changes in cases.items():
         options = {"n_frames": task.frames_in + task.frames_out, **changes}
-        frames = moving_mnist.generate(digits, N_BEYOND, seed=0, **options).swapaxes(0, 1)
-        dataset, n = moving_mnist.MovingMNIST(frames), options["n_frames"] - task.frames_in
+        n = options["n_frames"] - task.frames_in
         longer = task._replace(frames_out=n)
         try:
-            forecasts = {name: task.forecast, **BASELINES}
+            digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
+            frames = moving_mnist.generate(digits, N_BEYOND, seed=0, **options).swapaxes(0, 1)
+            dataset = moving_mnist.MovingMNIST(frames)
             curves = {who: mse_curve(longer._replace(forecast=f), dataset) for who, f in forecasts.items()}
-        except Exception as error:  # an edited network, or no memory
+        except Exception as error:  # an edited network, no memory, or no digits
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
-            words = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            print0(f"beyond training: {case}: not possible ({words})")
+            print0(f"beyond training: {case}: not possible ({error!r:.200})")
             continue
         lengths = {"as in training": task.frames_out, double: 2 * task.frames_out} if case == triple else {}
         for part, length in {**lengths, case: n}.items():  # a long forecast begins with the short ones

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,8 @@ class Run(Progress):
         return False
 
     def read_report(self):
-        try:
+        with suppress(Exception):  # lost or damaged: it is made again
             return evaluation.report(json.loads((self.folder / "metrics.json").read_bytes()))
-        except Exception:  # lost or damaged: it is made again
-            return None
 
     def start_clock(self):
         self.started_at, self.saved_at = self.step, time.perf_counter()
@@ -271,9 +270,8 @@ class Run(Progress):
     def write_log(self):
         """log.csv and loss.png."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.history[-1].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
+        rows = [self.history[-1].keys(), *(row.values() for row in self.history)]
+        csv.writer(text, lineterminator="\n").writerows(rows)
         write_atomic(self.folder / "log.csv", text.getvalue().encode())
         self.draw_loss()
 

@@ -6,10 +6,11 @@ import traceback
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 import numpy as np
 import torch
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from moving_mnist import load_data
 from support import UserError, checkpoint, evaluation, folders, sources
@@ -34,29 +35,14 @@ LIMITS = {
 }
 
 
-def check_types(knobs):
-    """Refuse what an edit of main.py made of another type. Flags were checked by tyro. Raises UserError."""
-    for name, hint in get_type_hints(type(knobs)).items():
-        value, parts = getattr(knobs, name), get_args(hint)
-        if get_origin(hint) is Literal:
-            fits, wanted = value in parts, f"one of {', '.join(parts)}"
-        elif get_origin(hint) is tuple:
-            fits = isinstance(value, tuple) and (... in parts or len(value) == len(parts))
-            fits = fits and all(isinstance(v, (int, parts[0])) for v in value)
-            wanted = "numbers in brackets, as (64,) or (64, 64)"
-            wanted = wanted if ... in parts else f"{len(parts)} numbers in brackets"
-        elif parts:  # another type, of a knob of your own
-            continue
-        else:
-            fits = isinstance(value, (int, float) if hint is float else hint)
-            wanted = f"a value of type {hint.__name__}"
-        if not fits:
-            raise UserError(f"{name} is {value!r}; expected {wanted}")
-
-
 def check(knobs):
-    """Refuse what is out of range. Raises UserError."""
-    check_types(knobs)
+    """Refuse what is out of range or, by an edit of main.py, of another type. Raises UserError."""
+    for name, hint in get_type_hints(type(knobs)).items():  # tyro checks flags only
+        value = getattr(knobs, name)
+        try:
+            check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError as error:
+            raise UserError(f"{name} is {value!r}: {error}; see its type in Knobs, main.py") from error
     for (low, high), names in LIMITS.items():
         for name in names:
             if not low <= getattr(knobs, name) <= high:
@@ -102,7 +88,8 @@ def start(knobs, build, horizon, recipe):
     data = load_data(knobs.data, knobs.train_sequences, knobs.seed, n_frames, knobs.video)
     if (first := broadcast(data.name)) != data.name:
         raise UserError(f"this process has the {data.name}, the first the {first}; give all the same data")
-    knobs = fit_to_data(knobs, data)
+    if knobs.overlay < 0:
+        knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
     model = build_checked(knobs, build, data, device)
     if weights:
         load_weights(model, weights, knobs.weights)
@@ -147,10 +134,9 @@ def warn_if_busy():
     except (OSError, ValueError, IndexError):  # not Linux
         return
     threads = torch.get_num_threads()
-    fewer = f"OMP_NUM_THREADS={threads // 2}"
     if threads > 1 and running + threads > 1.5 * os.cpu_count():
         words = "other programs use the CPU, which can slow training several times. If it is another run,"
-        print0(f"warning   {words} give each fewer threads: {fewer} python main.py")
+        print0(f"warning   {words} give each fewer threads: OMP_NUM_THREADS={threads // 2} python main.py")
 
 
 def with_knobs_of(knobs, weights, recipe):
@@ -169,19 +155,6 @@ def with_knobs_of(knobs, weights, recipe):
         elif name in NETWORK:
             raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
     return replace(knobs, **found)
-
-
-def fit_to_data(knobs, data):
-    """Choose overlay if it is -1. If the default frames are too many, half of a sequence is input."""
-    n = data.training.shape[0]
-    if knobs.overlay < 0:
-        knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
-    default = type(knobs)
-    is_default = (knobs.frames_in, knobs.frames_out) == (default.frames_in, default.frames_out)
-    if is_default and 3 <= n < knobs.frames_in + knobs.frames_out:
-        knobs = replace(knobs, frames_in=n - n // 2, frames_out=n // 2)
-        print0(f"frames    the data has {n} a sequence: {knobs.frames_in} in, {knobs.frames_out} out")
-    return knobs
 
 
 def build_checked(knobs, build, data, device):
@@ -228,8 +201,7 @@ def attach(knobs, model, device, dtype):
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
-    saved = {k: v for k, v in weights["knobs"].items() if k in vars(knobs)} | {"weights": str(path)}
-    knobs = with_knobs_of(replace(knobs, **saved), weights, {})
+    knobs = replace(knobs, **{k: v for k, v in weights["knobs"].items() if k in vars(knobs)})
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()
     load_weights(model, weights, path)

@@ -15,20 +15,13 @@ import numpy as np
 from support import UserError
 
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
-LARGEST = 2**31  # bytes of frames; memory holds them up to three times
 
 
 def read_videos(path, n_frames, height, width, stride=1, channels=1):
     """uint8 (n_frames, N, channels, height, width) of all videos at the path. Channels: 1 (grey), 3 (RGB)."""
-    path, sequences, n_bytes = Path(path), [], 0
-    for file in find_videos(path):
-        frames = []
-        for frame in decode(file, stride):
-            frames.append(crop_and_resize(frame, height, width, channels))
-            n_bytes += frames[-1].nbytes
-            if n_bytes > LARGEST:
-                words = "use fewer files, or in --video a smaller size or a larger stride"
-                raise UserError(f"{path} needs more than {LARGEST / 2**30:.0f} GiB; {words}")
+    sequences = []
+    for file in find_videos(Path(path)):
+        frames = [crop_and_resize(frame, height, width, channels) for frame in decode(file, stride)]
         n = len(frames) // n_frames
         if n == 0:
             words = f"gives {len(frames)} frames at a stride of {stride}, and a sequence needs {n_frames}"

@@ -80,7 +80,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     else:
         process.terminate()
         process.send_signal(signal.SIGCONT)
-        assert "stopped; to continue, run: " in finish(process, 128 + signal.SIGTERM)[1]
+        assert "stopped; to continue, run the same command" in finish(process, 128 + signal.SIGTERM)[1]
         run_edited(code, CELL, "my_model-2", "which is kept: my_model.py: ")
         run_edited(code, LOSS, "my_model-3", "main.py: loss = ")
         printed, _ = finish(run(code))

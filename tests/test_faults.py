@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -76,22 +75,22 @@ def test_a_knob_that_cannot_be(changes, sentence, array, tmp_path):
 
 
 WRONG_TYPES = {
-    "hidden_channels": (48, "numbers in brackets, as (64,) or (64, 64)"),
-    "grow_horizon": ((0.4,), "2 numbers in brackets"),
-    "epochs": ("two", "a value of type int"),
-    "precision": ("bf61", "one of auto, bf16, fp32"),
-    "model": ("papr", "one of my_model, paper, convlstm, seq2seq"),
+    "hidden_channels": (48, "int is not a tuple"),
+    "grow_horizon": ((0.4,), "tuple has wrong number of elements"),
+    "epochs": ("two", "str is not an instance of int"),
+    "precision": ("bf61", "str is not any of ('auto', 'bf16', 'fp32')"),
+    "model": ("papr", "str is not any of ('my_model', "),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_TYPES)
 def test_a_knob_of_a_wrong_type_in_main(name, tmp_path, monkeypatch):
     """Flags are checked by tyro, an edit of main.py is not."""
-    value, wanted = WRONG_TYPES[name]
+    value, reason = WRONG_TYPES[name]
     field = name, main.Knobs.__annotations__[name], value
     edited = dataclasses.make_dataclass("Knobs", [field], bases=(main.Knobs,), frozen=True)
     monkeypatch.setattr(main, "Knobs", edited)
-    with pytest.raises(UserError, match=re.escape(f"{name} is {value!r}; expected {wanted}")):
+    with pytest.raises(UserError, match=re.escape(f"{name} is {value!r}: {reason}")):
         main.main(main.parse(["--out", str(tmp_path / "out"), "--device", "cpu"]))
 
 
@@ -364,26 +363,8 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
     wait_until((out / "my_model" / "last.pt").exists, process)
     process.send_signal(number)
     _, err = finish(process, status)
-    (command,) = re.findall("^stopped; to continue, run: (.*)$", err, re.M)
-    assert shlex.split(command) == process.args
+    assert err.endswith("\nstopped; to continue, run the same command again\n")
     goes_on(array, out, whole, capsys)
-
-
-def test_ctrl_c_during_the_imports(tmp_path):
-    (tmp_path / "tqdm.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    finish(start("--help", PYTHONPATH=str(tmp_path)), -signal.SIGINT)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_output_that_cannot_be_printed(array, tmp_path):
-    with open("/dev/full", "w") as full:
-        process = start(*flags(array, tmp_path, **FEW), stdout=full)
-    piped = start(*flags(array, tmp_path, **FEW))
-    piped.stdout.close()
-    _, err = finish(process, 1)
-    assert err == "main.py: cannot print: No space left on device. The last checkpoint is intact\n"
-    assert piped.stderr.read() == "main.py: cannot print: Broken pipe. The last checkpoint is intact\n"
-    assert piped.wait() == 1
 
 
 ELSEWHERE = {"tests", "results", "site-packages"}

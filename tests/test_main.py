@@ -17,7 +17,7 @@ import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import Data, MovingMNIST
 from support.run import Run
-from support.start import check, fit_to_data, with_knobs_of
+from support.start import check, with_knobs_of
 
 FEW = {"epochs": 1, "train_sequences": 10}
 
@@ -60,20 +60,14 @@ def test_a_recipe_replaces_defaults(capsys):
     assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_knobs_that_follow_from_the_data(monkeypatch):
-    def fitted(n_frames, name, **knobs):
-        sequences = MovingMNIST(np.zeros((n_frames, 1, 1, 16, 16), np.uint8))
-        knobs = fit_to_data(Knobs(**knobs), Data(sequences, sequences, sequences, name))
-        return knobs.frames_in, knobs.frames_out, knobs.overlay
-
-    assert [fitted(n, "own.npy") for n in (20, 16, 7)] == [(10, 10, 0), (8, 8, 0), (4, 3, 0)]
-    assert fitted(16, "own.npy", frames_in=5, overlay=3) == (5, 10, 3)
+def test_a_knob_of_your_own_is_checked():
     check(make_dataclass("Edited", [("mine", float | None, None)], bases=(Knobs,), frozen=True)())
-    monkeypatch.setattr(Knobs, "frames_out", 4)  # edited
-    assert fitted(14, "own.npy", frames_out=4) == (10, 4, 0)
+
+
+def test_what_is_moving_mnist():
     for name in ("Moving MNIST array", "stand-in array", "stand-in array, trained on fresh sequences"):
-        assert fitted(20, name) == (10, 10, 2)
-        assert fitted(20, name, overlay=0) == (10, 10, 0)
+        assert Data(None, None, None, name).is_moving_mnist
+    assert not Data(None, None, None, "own.npy").is_moving_mnist
 
 
 def test_schedules():
