@@ -65,9 +65,10 @@ def loss(history, baselines, phases, title):
     phases = {epoch: phases[epoch] for epoch in sorted(phases) if epoch <= epochs[-1]}
     label = "training (its task changes: see numbers)" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
+    part = f"{few:,}" if few == last else f"{few:,} of {last:,}"
     style, ring = MODEL_STYLES[0], {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
     for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
-        axes.plot(column("epoch", some), column(name, some), **style, label=f"validation, {few:,} sequences")
+        axes.plot(column("epoch", some), column(name, some), **style, label=f"validation, {part} sequences")
         if last != few:
             axes.plot(epochs[-1], points[-1][name], **ring, label=f"validation, all {last:,} sequences")
     for k, (epoch, words) in enumerate(phases.items(), 1):  # numbers side by side may be close: two heights

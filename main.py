@@ -8,7 +8,7 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (is first: it copies the code, so that you can edit it during a run)
+from support import sources  # noqa: F401 (first: it copies the code, so later edits do not change this run)
 
 # isort: split
 import math
@@ -41,7 +41,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # others merged into each sequence, fewer as forecasts grow; -1 = 2, own data: 0
+    overlay: int = -1  # others merged into each sequence, fewer as forecasts grow; -1: 2, own data 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -197,7 +197,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # a term of your own: if it is a mean, multiply it by this process's share of the batch, as below
+        # your own term: if it is a mean, multiply it by len(truth) / knobs.batch_size, as below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size

@@ -31,7 +31,7 @@ def matching_costs(frames, before, patch_size, max_motion):
     K = 2 * max_motion + 1
     before = F.pad(before, [max_motion] * 4)
     costs = []
-    for row in range(K):  # all columns at once, as a GPU wants few large steps
+    for row in range(K):  # all horizontal moves at once: a GPU wants few large steps
         moved = before[..., row : row + H, :].unfold(3, W, 1)  # (N, C, H, K, W), a view
         squares = (frames[..., None, :] - moved).square_().sum(1)
         costs.append(patch_size**2 * F.avg_pool2d(squares.transpose(1, 2), patch_size))  # (N, K, H/P, W/P)

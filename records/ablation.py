@@ -76,11 +76,11 @@ def table():
 
 
 def ladder():
-    lines = ["| Variant | Test MSE | MAE | SSIM | Minutes |", "|---|---:|---:|---:|---:|"]
+    lines = ["| Variant | Test MSE | MAE | SSIM | Minutes", "|---|---:|---:|---:|---:"]
     for name, label in LADDER.items():
         runs = read(name, "ladder")
         cells = " | ".join((label, *cells_of(runs), f"{float(runs[0]['minutes']):.1f}"))
-        lines.append(f"| {cells} |")  # a line that begins with + would be an item of a list
+        lines.append(f"| {cells}")  # a line that begins with + would be an item of a list
     return "\n".join(lines)
 
 
