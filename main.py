@@ -41,12 +41,12 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # others merged into each sequence, fewer as forecasts grow; -1: 2, own data 0
+    overlay: int = -1  # others merged into each sequence, fewer as forecasts grow; -1 = 2 (own data: 0)
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
-    patch_size: int = 4  # side of a patch in pixels; each patch is one position of the states. Tried: 2 to 8
+    patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: up to 512
     max_motion: int = 4  # largest motion, in pixels per frame, that is measured and applied; 0 = none
     equivariant: bool = True  # kernels that respect flips and transposition. Use multiples of 8 channels
@@ -135,8 +135,8 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first, and takes less time. For my_model, a shorter horizon means a longer
-    input: the sum of both is constant.
+    A short horizon teaches motion first, and saves time. In my_model it saves none: a shorter horizon means a
+    longer input, and the sum of both is constant.
     """
     start, end = knobs.grow_horizon
     grown = 1 if progress >= end else 0 if progress < start else (progress - start) / (end - start)

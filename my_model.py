@@ -2,18 +2,18 @@
 
 Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the input frames. In the paper, its
 last states are copied to a second stack (the forecaster), which unrolls the future. One convolution turns
-states into frames. `EncoderForecaster()` is that network with the first two of these changes.
+states into frames. `EncoderForecaster()` is that network with the first two changes below.
 
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: untrained, it draws nearly black frames or, with motion, the blurred last frame.
+- Initial output biases: at first, all frames are nearly black or, with motion, the last frame, blurred.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must bounce.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H height, W width; layers count patches.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H, W height and width; in layers, in patches.
 """
 
 import functools
@@ -40,7 +40,7 @@ class ConvLSTMCell(nn.Module):
     c' = σ(f + Wcf ∘ c) ∘ c + σ(i + Wci ∘ c) ∘ tanh(g)
     h' = σ(o + Wco ∘ c') ∘ tanh(c')
 
-    A peephole Wc has one number per channel, as the paper's parameter counts imply. So H and W are free.
+    A peephole Wc has one number per channel, as the paper's parameter counts imply. So any H, W work.
     Without an input (in_channels=0) the Wx terms are absent.
     """
 
@@ -257,7 +257,7 @@ class EncoderForecaster(nn.Module):
 # indices: P×P for pixels, K×K for moves. Eight hidden channels (one filter in eight orientations) have the
 # grid COMPASS. A kernel is equivariant if flip and new order together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# No channel is on a mirror axis: each of the eight symmetries moves channel 0 to another place. -1: empty.
+# No channel is on a mirror axis: the eight symmetries put channel 0 in eight different places. -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
