@@ -254,5 +254,6 @@ def parse(arguments):
 
 if __name__ == "__main__":
     knobs = parse(sys.argv[1:])
-    advice = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out or train_sequences"
+    advice = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out, train_sequences"
+    advice += " or, of videos, the size in --video"
     run_script(lambda: main(knobs), advice)

@@ -1,5 +1,6 @@
 """Where a run computes: device, precision, processes. And how it ends: signals and faults in one sentence."""
 
+import errno
 import os
 import signal
 import sys
@@ -158,3 +159,9 @@ def run_script(function, out_of_memory_advice=""):
             reason = text or type(error).__name__
             exit_process(1, f"{name}: lost the other processes ({reason}); if one has ended, it says why")
         raise
+    except OSError as error:  # from print; errors of files are UserErrors
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        words = f"{name}: cannot print: {error.strerror}. The last checkpoint is intact"
+        print(words, file=sys.stderr, flush=True)
+        os._exit(1)  # at its end Python would print again

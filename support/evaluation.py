@@ -175,6 +175,11 @@ def score_beyond_training(folder, name, task, patch_size):
 
     Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
     """
+    try:
+        digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
+    except UserError as error:  # no reason to lose the scores of the test split
+        print0(f"beyond training: not possible: {error}")
+        return {}
     large = max(96, 64 + patch_size)  # it can be cut into patches where 64 can
     double, triple = f"{2 * task.frames_out} frames", f"{3 * task.frames_out} frames"
     cases = {
@@ -189,11 +194,10 @@ def score_beyond_training(folder, name, task, patch_size):
         n = options["n_frames"] - task.frames_in
         longer = task._replace(frames_out=n)
         try:
-            digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
             frames = moving_mnist.generate(digits, N_BEYOND, seed=0, **options).swapaxes(0, 1)
             dataset = moving_mnist.MovingMNIST(frames)
             curves = {who: mse_curve(longer._replace(forecast=f), dataset) for who, f in forecasts.items()}
-        except Exception as error:  # an edited network, no memory, or no digits
+        except Exception as error:  # an edited network, or no memory
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
             print0(f"beyond training: {case}: not possible ({error!r:.200})")
@@ -213,8 +217,8 @@ def score_beyond_training(folder, name, task, patch_size):
 SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
 
 
-def read_run(folder, config, latest):
-    """config.json and metrics.json of a folder, its first forecast, its label, and what its training cost.
+def read_run(folder, config, latest, shape):
+    """config.json and metrics.json of a folder, its first forecast of this shape, its label, its training.
 
     Raises an error if it was tested on something else than the latest run, or cannot stand in a table.
     """
@@ -227,7 +231,8 @@ def read_run(folder, config, latest):
     lines = (folder / "log.csv").read_text("utf-8").splitlines() if run["is_trained"] else []
     rows = (row for row in csv.DictReader(lines) if row["val_loss"])
     run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
-    if any(run[key] != latest[key] for key in SAME_TASK):
+    fits = all(run[key] == latest[key] for key in SAME_TASK)
+    if not (fits and run["first_forecast"].shape == shape and len(run["curve"]) == shape[0]):
         raise ValueError("tested on something else")
     comparison_table([run], {}, [])  # raises for what cannot stand in the table
     return run
@@ -237,16 +242,19 @@ def compare_runs(out, latest, first_sequence):
     """compare.png, compare_strip.png and compare.md in `out`, of all its runs tested on the same data.
 
     latest: the metrics.json of one of them. first_sequence: of the test split, (T, C, H, W) uint8.
-    A single run is not compared.
+    A single run is not compared. Weights that were only scored are left out if training gave the same scores.
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         remove_strays(out)
         runs, left_out, configs = [], [], read_configs(out)
+        shape = latest["frames_out"], *first_sequence.shape[1:]
         for path in sorted(out.glob("*/metrics.json")):
             try:
-                runs.append(read_run(path.parent, configs[path.parent.name], latest))
+                runs.append(read_run(path.parent, configs[path.parent.name], latest, shape))
             except Exception:  # half there, of another version, or damaged: reading may raise anything
                 left_out.append(path.parent.name)
+        trained = [run["scores"][run["model"]] for run in runs if run["is_trained"]]
+        runs = [run for run in runs if run["is_trained"] or run["scores"][run["model"]] not in trained]
         if len(runs) < 2:
             return
         label_runs(sorted(runs, key=lambda run: run["started"]))
@@ -281,7 +289,8 @@ def comparison_table(runs, baselines, left_out):
     """compare.md: one row per run."""
     columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
-    lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's.", ""]
+    lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's."]
+    lines += ["After a run's name: what differs from the first run of the same model.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for run in runs:
         seen, minutes = "–", "–"

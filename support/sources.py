@@ -3,6 +3,7 @@
 main.py imports this first, before the imports that take seconds.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -30,3 +31,7 @@ def used():
         if not name.startswith(NOT_MINE) and name not in TEXTS:  # in a folder of yours
             TEXTS[name] = (ROOT / name).read_text("utf-8", errors="replace")
     return {name: text for name, text in TEXTS.items() if name in found}
+
+
+if IS_RUNNING:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports load: no traceback

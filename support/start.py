@@ -42,7 +42,8 @@ def check(knobs):
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError as error:
-            raise UserError(f"{name} is {value!r}: {error}; see its type in Knobs, main.py") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{name} is {value!r}: {reason}; see its type in Knobs, main.py") from error
     for (low, high), names in LIMITS.items():
         for name in names:
             if not low <= getattr(knobs, name) <= high:
@@ -177,7 +178,7 @@ def build_checked(knobs, build, data, device):
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
         task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
-        some = np.zeros(WORLD_SIZE, int)  # a sequence for each process
+        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # not as many as frames
         evaluation.evaluate(task, data.validation, evaluation.CURVES, some)  # tries the metrics
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -201,7 +202,8 @@ def attach(knobs, model, device, dtype):
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
-    knobs = replace(knobs, **{k: v for k, v in weights["knobs"].items() if k in vars(knobs)})
+    saved = {k: v for k, v in weights["knobs"].items() if k in vars(knobs)} | {"weights": str(path)}
+    knobs = with_knobs_of(replace(knobs, **saved), weights, {})
     device, _, _ = choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()
     load_weights(model, weights, path)

@@ -81,7 +81,8 @@ DAMAGE = {
     "other data": edited(lambda found: found.update(first_sequence="0")),
     "scores of another": edited(lambda found: found["scores"].pop("my_model")),
     "parameters of text": edited(lambda found: found.update(parameters="many")),
-    "no forecast": lambda folder: (folder / "forecast.npy").unlink(),
+    "shorter curve": edited(lambda found: found["scores"]["my_model"]["mse_per_frame"]["per_frame"].pop()),
+    "other forecast": lambda folder: np.save(folder / "forecast.npy", np.zeros((4, 1, 8, 8), np.uint8)),
     "other version": edited(lambda found: found.pop("asked"), "config.json"),
     "no config": lambda folder: (folder / "config.json").unlink(),
 }
@@ -89,10 +90,12 @@ DAMAGE = {
 
 def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
-    for name in ("one", "scored", "_a|b", *DAMAGE):
+    for name in ("one", "scored", "again", "_a|b", *DAMAGE):
         shutil.copytree(folder, tmp_path / name)
-    edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / "scored")
-    edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")  # a metric of later
+    for name in ("scored", "again"):
+        edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
+    edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")
+    edited(lambda found: found["scores"]["my_model"].update(new={}))(tmp_path / "scored")  # a later metric
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
     for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's

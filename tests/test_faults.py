@@ -95,8 +95,8 @@ def test_a_knob_of_a_wrong_type_in_main(name, tmp_path, monkeypatch):
 
 
 def test_a_metric_of_another_shape_is_refused_before_training(array, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "mae_per_frame", lambda x, y: (x - y).abs().sum((2, 3, 4)).mean(0))
-    with pytest.raises(UserError, match=r"mae_per_frame gives values of shape \(4,\); expected \(1, 4\)"):
+    monkeypatch.setattr(metrics, "mae_per_frame", lambda x, y: (x - y).abs().sum((2, 3, 4)).mean(0, True))
+    with pytest.raises(UserError, match=r"mae_per_frame gives values of shape \(1, 4\); expected \(5, 4\)"):
         here(array, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -365,6 +365,23 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
     _, err = finish(process, status)
     assert err.endswith("\nstopped; to continue, run the same command again\n")
     goes_on(array, out, whole, capsys)
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    (tmp_path / "tqdm.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    finish(start("--help", PYTHONPATH=str(tmp_path)), -signal.SIGINT)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_cannot_be_printed(array, tmp_path):
+    with open("/dev/full", "w") as full:
+        process = start(*flags(array, tmp_path, **FEW), stdout=full)
+    piped = start(*flags(array, tmp_path, **FEW))
+    piped.stdout.close()
+    _, err = finish(process, 1)
+    assert err == "main.py: cannot print: No space left on device. The last checkpoint is intact\n"
+    assert piped.stderr.read() == "main.py: cannot print: Broken pipe. The last checkpoint is intact\n"
+    assert piped.wait() == 1
 
 
 ELSEWHERE = {"tests", "results", "site-packages"}

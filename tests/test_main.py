@@ -16,6 +16,7 @@ import main
 import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import Data, MovingMNIST
+from support import UserError
 from support.run import Run
 from support.start import check, with_knobs_of
 
@@ -61,7 +62,10 @@ def test_a_recipe_replaces_defaults(capsys):
 
 
 def test_a_knob_of_your_own_is_checked():
-    check(make_dataclass("Edited", [("mine", float | None, None)], bases=(Knobs,), frozen=True)())
+    Edited = make_dataclass("Edited", [("mine", float | None, None)], bases=(Knobs,), frozen=True)
+    check(Edited())
+    with pytest.raises(UserError, match="mine is 'x': str did not match any element in the union"):
+        check(Edited(mine="x"))
 
 
 def test_what_is_moving_mnist():
@@ -233,12 +237,14 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_one_optimizer_is_enough(array, tmp_path, monkeypatch, precision, dtype):
-    """It is told in what training computes."""
+    """It is told in what training computes. By default, own data has no overlays."""
     told = []
     alone = lambda model, _, t: told.append(t) or [torch.optim.AdamW(model.parameters(), amsgrad=True)]
     monkeypatch.setattr(main, "make_optimizers", alone)
-    folder = here(array, tmp_path, learning_rate=0.01, precision=precision, **FEW)
-    (group,) = torch.load(folder / "last.pt")["optimizers"][0]["param_groups"]
+    folder = here(array, tmp_path, learning_rate=0.01, precision=precision, overlay=-1, **FEW)
+    last = torch.load(folder / "last.pt")
+    (group,) = last["optimizers"][0]["param_groups"]
+    assert last["knobs"]["overlay"] == 0
     assert 0 < group["lr"] < 0.01 and (folder / "metrics.json").exists() and told == [dtype]
 
 

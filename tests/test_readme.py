@@ -51,6 +51,7 @@ def test_commands_do_their_job(tmp_path):
     for line in trainings:
         narrow = "" if "convlstm" in line else "--hidden_channels 8"
         shell(f"{line} {SHORT} {narrow}", tmp_path)
+    assert torch.load(tmp_path / "results" / "my_model" / "last.pt")["knobs"]["overlay"] == 2
     (predict,) = (line for line in commands if line.startswith("python predict.py"))
     shell(predict, tmp_path)
     folders = (tmp_path / name for name in ("results", "results/my_model", "forecast"))

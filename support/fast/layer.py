@@ -12,7 +12,7 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
 5. Convolutions use Winograd's method where that pays (`winograd.py`). Otherwise oneDNN rearranges the weight
    once per call, not once per frame.
 
-T frames, B batch, H height, W width, C hidden channels, N = B·H·W; z the pre-activations of i, f, o, g.
+T frames, B batch, H height, W width, C hidden channels; z the pre-activations of i, f, o, g.
 """
 
 import functools
