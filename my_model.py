@@ -6,14 +6,14 @@ states into frames. `EncoderForecaster()` is that network with the first two cha
 
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: at first, all frames are nearly black or, with motion, the last frame, blurred.
+- Initial output biases: an untrained model draws nearly black frames or, with motion, blurs the last one.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must bounce.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H, W height and width; in layers, in patches.
+B batch, T frames, C channels, Ch hidden channels, P patch size. H, W in pixels, but in layers in patches.
 """
 
 import functools
@@ -253,9 +253,9 @@ class EncoderForecaster(nn.Module):
 
 
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# If a frame flips, its channels change places, too. To find the new order, flip a square grid of channel
-# indices: P×P for pixels, K×K for moves. Eight hidden channels (one filter in eight orientations) have the
-# grid COMPASS. A kernel is equivariant if flip and new order together leave it unchanged.
+# Channels are a patch's pixels, moves or directions, so a flip also reorders them. To find the new order,
+# flip a square grid of their indices: P×P for pixels, K×K for moves, COMPASS for eight hidden channels (one
+# filter in eight directions). A kernel is equivariant if flip and new order together leave it unchanged.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # No channel is on a mirror axis: the eight symmetries put channel 0 in eight different places. -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])

@@ -162,6 +162,5 @@ def run_script(function, out_of_memory_advice=""):
     except OSError as error:  # from print; errors of files are UserErrors
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        words = f"{name}: cannot print: {error.strerror}. The last checkpoint is intact"
-        print(words, file=sys.stderr, flush=True)
+        print(f"{name}: cannot print: {error.strerror}", file=sys.stderr, flush=True)
         os._exit(1)  # at its end Python would print again

@@ -43,7 +43,7 @@ def split_frames(frames, frames_in, frames_out, device="cpu"):
 def evaluate(task, dataset, names, index=None):
     """name → metrics.<name> of each sequence of the dataset, or of those in index: (N, T).
 
-    The cross-entropy has one value per sequence: (N, 1).
+    The cross-entropy has one value per sequence: (N, 1). Raises UserError for a metric of another shape.
     """
     index = np.arange(len(dataset)) if index is None else index
     widths = {name: 1 if name == CROSS_ENTROPY else task.frames_out for name in names}
@@ -59,7 +59,7 @@ def evaluate(task, dataset, names, index=None):
             value = torch.as_tensor(value).cpu().double()
             if value.shape != (len(some), width):
                 words = f"metrics.{name} gives values of shape {tuple(value.shape)}"
-                raise UserError(f"{words}; expected {len(some), width}: sequences, forecast frames")
+                raise UserError(f"{words}; expected {len(some), width}")
             found[name][some] = value
     return {name: all_reduce(values, task.device).cpu() for name, values in found.items()}
 
@@ -253,8 +253,9 @@ def compare_runs(out, latest, first_sequence):
                 runs.append(read_run(path.parent, configs[path.parent.name], latest, shape))
             except Exception:  # half there, of another version, or damaged: reading may raise anything
                 left_out.append(path.parent.name)
-        trained = [run["scores"][run["model"]] for run in runs if run["is_trained"]]
-        runs = [run for run in runs if run["is_trained"] or run["scores"][run["model"]] not in trained]
+        found = lambda run: (run["weights"], table_cells(run["scores"][run["model"]], "–"))
+        trained = [found(run) for run in runs if run["is_trained"]]
+        runs = [run for run in runs if run["is_trained"] or found(run) not in trained]
         if len(runs) < 2:
             return
         label_runs(sorted(runs, key=lambda run: run["started"]))
@@ -290,7 +291,7 @@ def comparison_table(runs, baselines, left_out):
     columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
     lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's."]
-    lines += ["After a run's name: what differs from the first run of the same model.", ""]
+    lines += ["After a name: what differs from the earliest run of its model.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for run in runs:
         seen, minutes = "–", "–"

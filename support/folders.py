@@ -76,7 +76,7 @@ def describe_edit(name, old, new):
 def read_source(folder, name):
     """A source file as saved in a run's folder."""
     path = folder / "source" / name
-    return path.read_text("utf-8") if path.exists() else ""
+    return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
 
 def choose_folder(knobs, asked, facts, stack):

@@ -280,9 +280,10 @@ class Run(Progress):
             return
         knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, {}
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
-            words = ["forecasts 1 frame", "gradually more frames", f"all {knobs.frames_out} frames"]
+            words = ["forecasts 1 frame", "more and more frames", f"all {knobs.frames_out} frames"]
             if knobs.overlay:
-                merged = f"{knobs.overlay} sequences merged into each", "fewer merged", "none merged"
+                n = knobs.overlay
+                merged = f"{n} sequences merged into each", f"{n} merged, then fewer", "none merged"
                 words = [", ".join(pair) for pair in zip(words, merged, strict=True)]
             phases = dict(zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True))
         if knobs.ssim_from < 1:

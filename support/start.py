@@ -147,7 +147,7 @@ def with_knobs_of(knobs, weights, recipe):
     scored also bring their number of frames, unless a flag differs from its default.
     """
     found, frames = {}, ("frames_in", "frames_out") if knobs.eval_only else ()
-    for name in (*NETWORK, *frames):
+    for name in (name for name in (*NETWORK, *frames) if hasattr(knobs, name)):
         if name not in weights["knobs"]:
             raise UserError(f"{knobs.weights} is of an earlier version of this script, without {name}")
         then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)

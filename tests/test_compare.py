@@ -94,8 +94,8 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
         shutil.copytree(folder, tmp_path / name)
     for name in ("scored", "again"):
         edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
-    edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / "one")
-    edited(lambda found: found["scores"]["my_model"].update(new={}))(tmp_path / "scored")  # a later metric
+    for name in ("one", "_a|b", "again"):  # of before this metric
+        edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / name)
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
     for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
