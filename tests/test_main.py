@@ -64,7 +64,7 @@ def test_a_recipe_replaces_defaults(capsys):
 def test_a_knob_of_your_own_is_checked():
     Edited = make_dataclass("Edited", [("mine", float | None, None)], bases=(Knobs,), frozen=True)
     check(Edited())
-    with pytest.raises(UserError, match="^mine is 'x': .* union: .*NoneType"):
+    with pytest.raises(UserError, match=r"^mine is 'x': .* union: .*NoneType"):
         check(Edited(mine="x"))
 
 
