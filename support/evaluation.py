@@ -275,7 +275,7 @@ def compare_runs(out, latest, first_sequence):
 
 
 def label_runs(runs):
-    """Extend the label of each trained run by what differs from the first run of its model."""
+    """Extend each trained run's label by what differs from the first run of its model. Earliest first."""
     first = {}
     for run in (run for run in runs if run["is_trained"]):
         before = first.setdefault(run["model"], run)

@@ -96,14 +96,17 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
         edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
     for name in ("one", "_a|b", "again"):  # of before this metric
         edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / name)
+    edited(lambda found: found["asked"]["sources"].update({"main.py": "0"}), "config.json")(tmp_path / "one")
+    (tmp_path / "one" / "source" / "main.py").write_bytes(b"\xff")  # no text
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
     for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
         (tmp_path / name).write_bytes(b"half")
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
-    assert set(found) == {"one: model my_model", "scored", "run _a\\|b: model my_model", *BASELINES}
-    assert found["one: model my_model"][7] == "–" != found["scored"][7]
+    one = "one: main.py: \ufffd, model my_model"
+    assert set(found) == {one, "scored", "run _a\\|b: model my_model", *BASELINES}
+    assert found[one][7] == "–" != found["scored"][7]
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 
