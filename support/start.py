@@ -21,7 +21,6 @@ from support.run import Run
 # Knobs that a checkpoint brings along
 NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
 NETWORK += ("equivariant",)
-LOAD = Path("/proc/loadavg")
 # the smallest and the largest value
 LIMITS = {
     (0, 1): ("weight_decay", "ssim_from"),
@@ -73,8 +72,6 @@ def start(knobs, build, horizon, recipe):
     sources.used()  # reads files in folders of yours, before an edit can change them
     check(knobs)
     device, dtype, precision = choose_device(knobs.device, knobs.precision)
-    if device.type == "cpu" and not knobs.eval_only:
-        warn_if_busy()
     init_distributed(device)
     if (first := broadcast((dtype, precision)))[0] != dtype:
         words = f"this process computes in {precision}, the first in {first[1]}"
@@ -126,18 +123,6 @@ def describe(knobs, data, model, environment, recipe):
     some = data.training[np.arange(min(len(data.training), 50))]
     color = {1: "grey", 3: "color"}.get(C, f"{C} channels")
     print0(f"          sequences of {T} frames of {H}×{W}, {color}, values {some.min()} to {some.max()}")
-
-
-def warn_if_busy():
-    """Two runs at once on one CPU slow each other: on two cores, each takes twelve times as long."""
-    try:
-        running = int(LOAD.read_text().split()[3].partition("/")[0]) - 1  # threads, without this one
-    except (OSError, ValueError, IndexError):  # not Linux
-        return
-    threads = torch.get_num_threads()
-    if threads > 1 and running + threads > 1.5 * os.cpu_count():
-        words = "other programs use the CPU, which can slow training several times. If it is another run,"
-        print0(f"warning   {words} give each fewer threads: OMP_NUM_THREADS={threads // 2} python main.py")
 
 
 def with_knobs_of(knobs, weights, recipe):

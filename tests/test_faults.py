@@ -101,14 +101,11 @@ def test_a_metric_of_another_shape_is_refused_before_training(array, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_beside_another_is_warned(tmp_path, capsys, monkeypatch):
-    where = sys.modules["support.start"]
-    monkeypatch.setattr(where, "LOAD", tmp_path / "loadavg")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    for text, warns in ("", False), ("9 9 9 1/999 9", False), ("0 0 0 999/999 9", True):
-        where.LOAD.write_text(text)
-        where.warn_if_busy()
-        assert ("OMP_NUM_THREADS=" in capsys.readouterr().out) == warns
+def test_idle_threads_are_told_to_sleep_before_torch_is_loaded():
+    code = "import os, sys, types; sys.meta_path.insert(0, types.SimpleNamespace(find_spec=lambda name, *_: "
+    code += "print('spins', os.environ['GOMP_SPINCOUNT']) if name == 'torch' else None))"
+    out, _ = finish(start("--help", launcher=(AFTER, code)))
+    assert out.startswith("spins 10000\n")
 
 
 def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
