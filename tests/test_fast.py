@@ -180,6 +180,7 @@ def winograd(monkeypatch):
     return fast.winograd
 
 
+@pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize(("k", "dtype"), [(3, torch.float32), (5, torch.float32), (5, torch.bfloat16)])
 @pytest.mark.parametrize(
     ("N", "H", "W", "n_in", "n_out", "threads"),
@@ -191,29 +192,31 @@ def winograd(monkeypatch):
     ],
     indirect=["threads"],
 )
-def test_it_is_the_convolution_and_its_gradients(winograd, threads, N, H, W, n_in, n_out, k, dtype):
+def test_it_is_the_convolution_and_its_gradients(winograd, threads, N, H, W, n_in, n_out, k, dtype, dilation):
     x, dy = torch.randn(N, H, W, n_in).to(dtype), torch.randn(N, H, W, n_out).to(dtype)
     weight = (torch.randn(n_out, n_in, k, k) / k / n_in**0.5).to(dtype)
     bias, (convolution, flipped) = torch.randn(n_out).to(dtype), (fast.layer.convolution, fast.layer.flipped)
     assert winograd.is_supported(weight, 1)
     assert not winograd.is_supported(weight[1:], 1) and not winograd.is_supported(weight[:, 1:], 1)
     exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
-    exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, bias.double(), padding=k // 2)
+    options = {"padding": k // 2 * dilation, "dilation": dilation}
+    exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, bias.double(), **options)
     exact = exact.permute(0, 2, 3, 1)
     exact.backward(dy.double())
     found = {
-        "y": convolution(weight, 1, bias)(x),
-        "added": convolution(weight, 1)(x, dy.clone()),
-        "dx": convolution(flipped(weight), 1)(dy),
-        "d_weight": fast.layer.weight_gradient(dy, x, weight),
+        "y": convolution(weight, 1, bias, dilation)(x),
+        "added": convolution(weight, 1, None, dilation)(x, dy.clone()),
+        "dx": convolution(flipped(weight), 1, None, dilation)(dy),
+        "d_weight": fast.layer.weight_gradient(dy, x, weight, dilation),
     }
     expected = exact, exact - bias.double() + dy.double(), exact_x.grad, exact_weight.grad
     assert {y.dtype for y in found.values()} == {dtype}
     assert_close(found, dict(zip(found, expected, strict=True)), 8e-3 if dtype == torch.bfloat16 else 2e-5)
     for bad in (torch.nan, torch.inf):  # reaches its neighbors
         x[-1, H // 2, W // 2, 7] = bad
-        rows, columns = (slice(max(0, size // 2 - 1), size // 2 + 2) for size in (H, W))
-        assert not convolution(weight, 1)(x)[-1, rows, columns].isfinite().any()
+        rows, columns = (slice(size // 2 % dilation, size // 2 + dilation + 1, dilation) for size in (H, W))
+        hit = convolution(weight, 1, None, dilation)(x)[-1, rows, columns][-3:, -3:]
+        assert not hit.isfinite().any()
 
 
 def test_a_wrong_one_is_noticed(winograd, monkeypatch):

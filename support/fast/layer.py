@@ -178,9 +178,9 @@ def convolution(weight, pixels, bias=None, dilation=1):
     With a second argument, it adds to that instead, without the bias. pixels: N·H·W of all its calls.
     """
     k = weight.shape[-1]
-    if winograd.is_supported(weight, pixels, dilation):
+    if winograd.is_supported(weight, pixels):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        return functools.partial(winograd.convolve, winograd.to_points(weight), k, bias)
+        return functools.partial(winograd.convolve, winograd.to_points(weight), k, dilation, bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
     packed = torch.backends.mkldnn.enabled and weight.device.type == "cpu" and can_prepack(weight.dtype)
     kind = prepacked_convolution if packed else plain_convolution
@@ -240,7 +240,7 @@ def flipped(weight):
 def weight_gradient(dy, x, weight, dilation=1):
     """From x (N, H, W, C_in) and the gradient dy (N, H, W, C_out) of its convolution with weight."""
     k = weight.shape[-1]
-    if winograd.is_supported(weight, x[..., 0].numel(), dilation):
-        return winograd.weight_gradient(dy, x, k)
+    if winograd.is_supported(weight, x[..., 0].numel()):
+        return winograd.weight_gradient(dy, x, k, dilation)
     options = {"padding": dilation * (k // 2), "dilation": dilation}
     return torch.nn.grad.conv2d_weight(as_images(x), weight.shape, as_images(dy), **options)

@@ -9,7 +9,7 @@ enum { SIDE = TILE + KERNEL - 1, POINTS = SIDE * SIDE };
 #ifdef __AVX512F__
 enum { LANES = 16, ROWS = 8 };
 #else
-enum { LANES = 8, ROWS = 4 };
+enum { LANES = 8, ROWS = 6 }; /* with 4 rows, gcc loads b again for each */
 #endif
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -32,15 +32,17 @@ INLINE vector load(const real *x) { return *(const vector *)x; }
 INLINE void store(real *y, vector x) { *(vector *)y = x; }
 #endif
 
-#define TILES(size) (((size) + TILE - 1) / TILE) /* that cover so many pixels */
+/* Tiles that cover so many pixels. With a dilation of D, a tile has every D-th pixel. */
+#define TILES(size, D) (((size) + TILE * D - 1) / (TILE * D))
 
 /* The offset of each pixel of a tile, from `margin` pixels above and to the left; -1: outside the image. */
-INLINE void pixels(long H, long W, long tile, long side, long margin, long channels, long at[SIDE][SIDE]) {
-    long down = TILES(H), across = TILES(W), image = tile / (down * across);
-    long top = tile / across % down * TILE, left = tile % across * TILE;
+INLINE void pixels(long H, long W, long D, long tile, long side, long margin, long channels,
+                   long at[SIDE][SIDE]) {
+    long down = TILES(H, D), across = TILES(W, D), part = tile / (down * across), image = part / (D * D);
+    long top = tile / across % down * TILE - margin, left = tile % across * TILE - margin;
     for (long i = 0; i < side; i++)
         for (long j = 0; j < side; j++) {
-            long y = top + i - margin, x = left + j - margin;
+            long y = (top + i) * D + part / D % D, x = (left + j) * D + part % D;
             int inside = y >= 0 && y < H && x >= 0 && x < W;
             at[i][j] = inside ? ((image * H + y) * W + x) * channels : -1;
         }
@@ -88,33 +90,39 @@ INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float
     }
 }
 
-/* y (m, WIDTH) = a (m, n) · b (n, WIDTH), or adds it. Element (i, k) of a is a[i * down + k * across].
-   m counts as the next multiple of ROWS. */
+/* y (m, 2 · LANES) = a (m, n) · b (n, 2 · LANES), or adds it. Element (i, k) of a is a[i * down + k * across];
+   rows of b and y are WIDTH apart. */
+INLINE void multiply_rows(int m, long n, const float *a, long down, long across, const float *b, float *y,
+                          int add) {
+    vector sum[ROWS][2];
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < 2; j++) sum[i][j] = add ? *(vector *)(y + i * WIDTH + j * LANES) : (vector){0};
+    for (long k = 0; k < n; k++)
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < 2; j++)
+                sum[i][j] += a[i * down + k * across] * *(vector *)(b + k * WIDTH + j * LANES);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < 2; j++) *(vector *)(y + i * WIDTH + j * LANES) = sum[i][j];
+}
+
+/* The same with m rows, of which an odd number counts as the next even one, and WIDTH columns. */
 INLINE void multiply(long m, long n, const float *a, long down, long across, const float *b, float *y,
                      int add) {
-    for (long c = 0; c < WIDTH; c += 2 * LANES)
-        for (long row = 0; row < m; row += ROWS) {
-            vector sum[ROWS][2];
-            float *to = y + row * WIDTH + c;
-            for (int i = 0; i < ROWS; i++)
-                for (int j = 0; j < 2; j++)
-                    sum[i][j] = add ? *(vector *)(to + i * WIDTH + j * LANES) : (vector){0};
-            for (long k = 0; k < n; k++)
-                for (int i = 0; i < ROWS; i++)
-                    for (int j = 0; j < 2; j++)
-                        sum[i][j] +=
-                            a[(row + i) * down + k * across] * *(vector *)(b + k * WIDTH + c + j * LANES);
-            for (int i = 0; i < ROWS; i++)
-                for (int j = 0; j < 2; j++) *(vector *)(to + i * WIDTH + j * LANES) = sum[i][j];
-        }
+    for (long c = 0, row; c < WIDTH; c += 2 * LANES) {
+        for (row = 0; row + ROWS <= m; row += ROWS)
+            multiply_rows(ROWS, n, a + row * down, down, across, b + c, y + row * WIDTH + c, add);
+        for (; row < m; row += 2)
+            multiply_rows(2, n, a + row * down, down, across, b + c, y + row * WIDTH + c, add);
+    }
 }
 
 /* y (B, H, W, N): the convolution of x (B, H, W, K), plus the bias or, with add, plus what y holds.
    memory: POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) for each thread */
-void convolve(long B, long H, long W, long K, long N, long threads, long add, const float *map_in,
+void convolve(long B, long H, long W, long K, long D, long N, long threads, long add, const float *map_in,
               const float *map_out, const real *x, const float *kernel, const float *bias, real *y,
               float *memory) {
-    const long all = B * TILES(H) * TILES(W), stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
+    const long all = B * D * D * TILES(H, D) * TILES(W, D);
+    const long stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (long part = 0; part < threads; part++) {
         float *in = memory + part * POINTS * (stride_in + stride_out), *out = in + POINTS * stride_in;
@@ -122,7 +130,7 @@ void convolve(long B, long H, long W, long K, long N, long threads, long add, co
         for (long first = all * part / threads; first < end; first += BLOCK) {
             long tiles = end - first < BLOCK ? end - first : BLOCK;
             for (long t = 0; t < tiles; t++) {
-                pixels(H, W, first + t, SIDE, KERNEL / 2, K, at);
+                pixels(H, W, D, first + t, SIDE, KERNEL / 2, K, at);
                 to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
             }
             for (long n = 0; n < N; n += WIDTH) {
@@ -130,7 +138,7 @@ void convolve(long B, long H, long W, long K, long N, long threads, long add, co
                     multiply(tiles, K, in + p * stride_in, K, 1, kernel + (n * POINTS + p * WIDTH) * K,
                              out + p * stride_out, 0);
                 for (long t = 0; t < tiles; t++) {
-                    pixels(H, W, first + t, TILE, 0, N, at);
+                    pixels(H, W, D, first + t, TILE, 0, N, at);
                     from_points(map_out, at, out + t * WIDTH, stride_out, bias + n, y + n, add);
                 }
             }
@@ -139,18 +147,19 @@ void convolve(long B, long H, long W, long K, long N, long threads, long add, co
 }
 
 /* The gradient of the kernel's points. memory: POINTS · (BLOCK · (K + N) + (1 + N / WIDTH) · GAP) */
-void kernel_gradient(long B, long H, long W, long K, long N, long threads, const float *map_in,
+void kernel_gradient(long B, long H, long W, long K, long D, long N, long threads, const float *map_in,
                      const float *map_dy, const real *x, const real *dy, float *d_kernel, float *memory) {
-    const long all = B * TILES(H) * TILES(W), stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
+    const long all = B * D * D * TILES(H, D) * TILES(W, D);
+    const long stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
     float *in = memory, *out = in + POINTS * stride_in;
 #pragma omp parallel num_threads(threads)
     for (long first = 0; first < all; first += BLOCK) {
         long tiles = all - first < BLOCK ? all - first : BLOCK, at[SIDE][SIDE];
 #pragma omp for
         for (long t = 0; t < tiles; t++) {
-            pixels(H, W, first + t, SIDE, KERNEL / 2, K, at);
+            pixels(H, W, D, first + t, SIDE, KERNEL / 2, K, at);
             to_points(SIDE, map_in, at, K, x, in + t * K, stride_in);
-            pixels(H, W, first + t, TILE, 0, N, at);
+            pixels(H, W, D, first + t, TILE, 0, N, at);
             for (long n = 0; n < N; n += WIDTH)
                 to_points(TILE, map_dy, at, WIDTH, dy + n, out + n / WIDTH * POINTS * stride_dy + t * WIDTH,
                           stride_dy);

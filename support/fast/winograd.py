@@ -34,13 +34,13 @@ def library(dtype, k):
     return build.build("winograd.c", *(f"-D{name}={n}" for name, n in sizes.items()), *bf16)
 
 
-def is_supported(weight, pixels, dilation=1):
+def is_supported(weight, pixels):
     """Whether to use it for a convolution with weight (C_out, C_in, k, k) of so many pixels, N·H·W."""
     n_out, n_in, k, _ = weight.shape
     amx = weight.dtype == torch.bfloat16 and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
     pays = pixels >= PAYS_FROM.get((weight.dtype, k), math.inf) and not amx
     fits = weight.device.type == "cpu" and n_in % 16 == 0 and n_out % WIDTH == 0
-    return pays and fits and dilation == 1 and self_test(weight.dtype, k)
+    return pays and fits and self_test(weight.dtype, k)
 
 
 @functools.cache
@@ -51,10 +51,10 @@ def self_test(dtype, k):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
     x, dy, weight, bias = draw(2, 7, 6, 32), draw(2, 7, 6, 64), draw(64, 32, k, k), draw(64)
-    found = convolve(to_points(weight), k, bias, x), weight_gradient(dy, x, k)
-    images = [t.float().permute(0, 3, 1, 2) for t in (x, dy)]
-    y = F.conv2d(images[0], weight.float(), bias.float(), padding=k // 2).permute(0, 2, 3, 1)
-    d_weight = torch.nn.grad.conv2d_weight(images[0], weight.shape, images[1], padding=k // 2)
+    found = convolve(to_points(weight), k, 2, bias, x), weight_gradient(dy, x, k, 2)
+    images, options = [t.float().permute(0, 3, 1, 2) for t in (x, dy)], {"padding": k // 2 * 2, "dilation": 2}
+    y = F.conv2d(images[0], weight.float(), bias.float(), **options).permute(0, 2, 3, 1)
+    d_weight = torch.nn.grad.conv2d_weight(images[0], weight.shape, images[1], **options)
     return build.agree(found, (y, d_weight), dtype)
 
 
@@ -76,7 +76,7 @@ def to_points(weight):
     return (maps(k)[2] @ parts.flatten(2)).unflatten(2, (n_in, WIDTH))
 
 
-def convolve(points, k, bias, x, y=None):
+def convolve(points, k, dilation, bias, x, y=None):
     """x (N, H, W, C_in) → (N, H, W, C_out), "same" padding, added to y if given. points: the kernel's."""
     n_in, n_out = x.shape[3], len(points) * WIDTH
     threads, (of_input, of_output, _) = torch.get_num_threads(), maps(k)
@@ -84,17 +84,18 @@ def convolve(points, k, bias, x, y=None):
     y = y if add else x.new_empty(*x.shape[:3], n_out)
     memory = points.new_empty(threads, points.shape[1], BLOCK * (n_in + WIDTH) + 2 * GAP)
     tensors = of_input, of_output.T.contiguous(), x, points, bias.float(), y, memory
-    library(x.dtype, k).convolve(*build.arguments(*x.shape, n_out, threads, add, *tensors))
+    library(x.dtype, k).convolve(*build.arguments(*x.shape, dilation, n_out, threads, add, *tensors))
     return y
 
 
-def weight_gradient(dy, x, k):
+def weight_gradient(dy, x, k, dilation):
     """dy (N, H, W, C_out), x (N, H, W, C_in) → (C_out, C_in, k, k)."""
     n_in, n_out = x.shape[3], dy.shape[3]
     of_input, of_output, of_kernel = maps(k)
     points = of_input.new_empty(n_out // WIDTH, len(of_kernel), n_in, WIDTH)
     memory = points.new_empty(len(of_kernel), BLOCK * (n_in + n_out) + (1 + n_out // WIDTH) * GAP)
     tensors = of_input, of_output, x, dy, points, memory
-    library(x.dtype, k).kernel_gradient(*build.arguments(*x.shape, n_out, torch.get_num_threads(), *tensors))
+    sizes = *x.shape, dilation, n_out, torch.get_num_threads()
+    library(x.dtype, k).kernel_gradient(*build.arguments(*sizes, *tensors))
     parts = (of_kernel.T @ points.flatten(2)).unflatten(2, (n_in, WIDTH))
     return parts.permute(0, 3, 2, 1).reshape(n_out, n_in, k, k).to(x.dtype)
