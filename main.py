@@ -8,7 +8,7 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (first: it copies the code, so later edits do not change this run)
+from support import sources  # noqa: F401 (first: it copies the code, before anyone edits it)
 
 # isort: split
 import math
@@ -41,14 +41,14 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # sequences merged into each, fewer as forecasts grow; -1: 2, or 0 for own data
+    overlay: int = -1  # sequences merged into each training sequence; -1 = 2, or for your own data 0
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: up to 512
-    max_motion: int = 4  # largest motion, in pixels per frame, that is measured and applied; 0 = none
+    max_motion: int = 4  # largest motion of a patch, in pixels per frame; 0 = no motion head
     equivariant: bool = True  # kernels that respect flips and transposition. Use multiples of 8 channels
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 28
@@ -113,12 +113,12 @@ def build(knobs, channels):
 
 
 def make_optimizers(model, knobs, dtype):
-    """Muon for the kernels; AdamW for biases, peepholes and the layer that draws the pixels.
+    """Muon for the kernels; AdamW for biases, peepholes and the output layer.
 
     At each step, `train` sets each group's learning rate: the schedule times the group's "rate" (default 1).
     """
     kernels = [p for p in model.parameters() if p.ndim >= 4]
-    kernels, output = kernels[:-1], kernels[-1:]  # the last one draws the pixels
+    kernels, output = kernels[:-1], kernels[-1:]  # the last one is the output layer's
     kernels = [kernel for kernel in kernels if kernel.requires_grad]
     rest = {"params": [p for p in model.parameters() if p.ndim < 4] + output, "rate": ADAMW_RATE}
     adamw = torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)
@@ -135,14 +135,14 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first, and saves time. In my_model it saves none: a shorter horizon means a
-    longer input, and the sum of both is constant.
+    A short horizon teaches motion first. The shorter it is, the more frames my_model reads: their sum is
+    constant.
     """
     start, end = knobs.grow_horizon
     grown = 1 if progress >= end else 0 if progress < start else (progress - start) / (end - start)
     n_future = 1 + int(grown * (knobs.frames_out - 1))
-    more = knobs.frames_out - n_future if knobs.model == "my_model" else 0
-    return knobs.frames_in + more, n_future
+    longer = knobs.frames_out - n_future if knobs.model == "my_model" else 0
+    return knobs.frames_in + longer, n_future
 
 
 def load_batch(run, n_past, n_future):
@@ -160,8 +160,9 @@ def load_batch(run, n_past, n_future):
     my_share, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
     frames = training[index[my_share]]
     fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
-    # chosen for the whole batch, so that the number of processes changes nothing
-    for others in rng.integers(len(training), size=(math.ceil(knobs.overlay * fraction_left), len(index))):
+    n_overlays = math.ceil(knobs.overlay * fraction_left)
+    # random numbers for the whole batch, so that the number of processes changes nothing
+    for others in rng.integers(len(training), size=(n_overlays, len(index))):
         frames = torch.maximum(frames, training[others[my_share]])
     frames = to_device(frames[:, : n_past + n_future], run.device).float() / 255
     return frames[:, :n_past], frames[:, n_past:]
@@ -186,7 +187,7 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: input frames from the sixth on (if frames_in is 10) are forecast, too
+        # dense targets: of a longer input, frames are forecast, too, once half of frames_in has been read
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         # seeds dropout, if there is any
@@ -197,7 +198,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # your own term: if it is a mean, multiply it by len(truth) / knobs.batch_size, as below
+        # to add a mean of your own, multiply it by len(truth) / knobs.batch_size, this process's share
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
@@ -234,7 +235,7 @@ def main(knobs):
         if not run.knobs.eval_only:
             optimizers = make_optimizers(run.model, run.knobs, run.dtype)
             run.resume(optimizers)
-            if run.show_results():
+            if run.show_results():  # an earlier start finished this run
                 return
             train(run, optimizers)
             run.choose_best()
@@ -246,7 +247,7 @@ def default_knobs(model):
 
 
 def parse(arguments):
-    """The knobs of a command line. A model's recipe replaces the defaults."""
+    """The knobs of a command line. It is read twice: the model named in it changes the defaults."""
     without_help = [word for word in arguments if word not in ("-h", "--help")]
     model = tyro.cli(Knobs, args=without_help, use_underscores=True).model
     return tyro.cli(Knobs, args=arguments, default=default_knobs(model), use_underscores=True)
@@ -254,6 +255,6 @@ def parse(arguments):
 
 if __name__ == "__main__":
     knobs = parse(sys.argv[1:])
-    advice = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out, train_sequences"
-    advice += " or, of videos, the size in --video"
-    run_script(lambda: main(knobs), advice)
+    if_no_memory = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out, train_sequences"
+    if_no_memory += " or the size in --video"
+    run_script(lambda: main(knobs), if_no_memory)

@@ -1,4 +1,4 @@
-"""How patches move: `block_match` measures it for the encoder, `advect` applies it in the head.
+"""`block_match` measures how patches moved, for the encoder. `advect` moves patches, as the head decides.
 
 Neither is in the ConvLSTM paper.
 N images, C channels, H height, W width, P patch size. K = 2·max_motion + 1: each patch has K² possible moves.

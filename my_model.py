@@ -9,11 +9,11 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: an untrained model draws nearly black frames or, with motion, blurs the last one.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. When one end of a digit hits a wall, all of it must bounce.
+- `dilation`: the upper layers see farther: a whole digit must bounce when one end of it hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
-B batch, T frames, C channels, Ch hidden channels, P patch size. H, W in pixels, but in layers in patches.
+B batch, T frames, C channels, H height, W width, Ch hidden channels, P patch size.
 """
 
 import functools
@@ -132,7 +132,7 @@ class EncoderForecaster(nn.Module):
         peephole=True,
         head_channels=(),  # hidden layers of the head: the first 3×3, the others 1×1
         feedback=False,  # True: no second stack
-        max_motion=0,  # the largest, in pixels per frame, that is measured and applied
+        max_motion=0,  # of a patch, in pixels per frame; 0: no motion head
         equivariant=False,
     ):
         super().__init__()
@@ -174,20 +174,19 @@ class EncoderForecaster(nn.Module):
         pixels = [grid(self.patch_size)] * self.channels
         moves, below = [grid(2 * self.max_motion + 1)], pixels
         if self.max_motion:
-            below = pixels + directions(MOTION_CHANNELS)
-            make_equivariant(self.motion.weight, directions(MOTION_CHANNELS), moves)
+            below = pixels + hidden_grids(MOTION_CHANNELS)
+            make_equivariant(self.motion.weight, hidden_grids(MOTION_CHANNELS), moves)
         for stack in (self.encoder, self.forecaster or ()):
             for layer in stack:
-                hidden = directions(layer.cell.hidden_channels)
-                gates = hidden * 4  # the list four times
+                hidden = hidden_grids(layer.cell.hidden_channels)
                 if layer.cell.input_to_state is not None:
-                    make_equivariant(layer.cell.input_to_state, gates, below)
-                make_equivariant(layer.cell.state_to_state, gates, hidden)
+                    make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
+                make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
                 below = hidden
-        below = [s for layer in self.encoder for s in directions(layer.cell.hidden_channels)]
+        below = [s for layer in self.encoder for s in hidden_grids(layer.cell.hidden_channels)]
         *convolutions, draw = (m for m in self.head.modules() if isinstance(m, nn.Conv2d))
         for convolution in convolutions:
-            hidden = directions(convolution.out_channels)
+            hidden = hidden_grids(convolution.out_channels)
             make_equivariant(convolution.weight, hidden, below)
             below = hidden
         make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
@@ -201,7 +200,7 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if draw_from is not None:  # the state after each input frame draws the next
+            if draw_from is not None:  # the encoder's hidden states predict the input frames
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)
@@ -224,9 +223,9 @@ class EncoderForecaster(nn.Module):
         return unroll(self.encoder, x, states, frames.shape[1])
 
     def draw(self, hidden_states, frames=None):
-        """Logits of what follows each of the frames (B, T, C, H, W). Hidden states: (B, T, Ch, H/P, W/P)."""
+        """Logits of the next frame, for each of T frames. Hidden states of a layer: (B, T, Ch, H/P, W/P)."""
         B, T = hidden_states[0].shape[:2]
-        # time before batch, as support/fast has them in memory: (T·B, sum of Ch, H/P, W/P)
+        # (T·B, sum of Ch, H/P, W/P): time first, as the fast kernels have it in memory
         images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
         drawn = self.head(images).split(self.outputs, 1)
         logits = F.pixel_shuffle(drawn[0], self.patch_size)
@@ -252,12 +251,12 @@ class EncoderForecaster(nn.Module):
                 raise ValueError(f"frames have values from {low:.4g} to {high:.4g}; expected 0 to 1")
 
 
-# Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576.
-# Channels are a patch's pixels, moves or directions, so a flip also reorders them. To find the new order,
-# flip a square grid of their indices: P×P for pixels, K×K for moves, COMPASS for eight hidden channels (one
-# filter in eight directions). A kernel is equivariant if flip and new order together leave it unchanged.
+# Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576: if their input is
+# flipped or transposed, so is their output. Some channels then swap: the pixels of a patch, the possible
+# moves, and the hidden channels in each group of eight. Each channel has a place in a square grid (COMPASS,
+# for a group of eight). Flipping the grid shows which channels swap.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# No channel is on a mirror axis: the eight symmetries put channel 0 in eight different places. -1: empty.
+# Eight channels around a center, none on a mirror axis: each of the 8 symmetries reorders them. -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 
@@ -265,7 +264,7 @@ def grid(side):
     return torch.arange(side**2).view(side, side)
 
 
-def directions(n):
+def hidden_grids(n):
     """Grids of n hidden channels, eight in each. A flip leaves the last n % 8 where they are."""
     return [COMPASS] * (n // 8) + [grid(1)] * (n % 8)
 
@@ -294,7 +293,7 @@ def make_equivariant(kernel, outputs, inputs):
     rounding. Deep copies lose the hook: call this again for them.
     """
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
-    on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
+    orders_on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
     mean = symmetric_mean(kernel, permutations)
     kernel.copy_(mean * (kernel.norm() / mean.norm()))
-    kernel.register_hook(lambda gradient: symmetric_mean(gradient, on(gradient.device)))
+    kernel.register_hook(lambda gradient: symmetric_mean(gradient, orders_on(gradient.device)))

@@ -39,7 +39,7 @@ def test_a_row_is_its_run(folder):
     config.setdefault("equivariant", config.get("symmetric", False))  # before it was a knob: False
     assert [row[name] for name in SCORES.values()] == means(metrics["scores"][metrics["model"]], n=2)
     assert row["Sequences"] == f"{int(log['step']) * config['batch_size']:,}" == f"{int(log['sequences']):,}"
-    scored = str([r for r in TABLES["Run", "Caveat"] if f"[{r['Run']}]" in row["Run"]])
+    scored = str([r for r in TABLES["Run", "Note"] if f"[{r['Run']}]" in row["Run"]])
     assert metrics["step"] == int(log["step"]) or f"(step {metrics['step']:,})" in scored
     minutes = log.get("minutes") or read(f"{folder}/timing.csv")["minutes"]  # of older logs
     assert row["Minutes"] == f"{float(minutes):.1f}"
@@ -70,16 +70,6 @@ def test_the_ablation_is_its_runs():
     for path in ROOT / "README.md", RECORDS / "README.md":  # no row begins as an item of a list
         assert not re.search(r"^ *[-+*] .* \| ", path.read_text("utf-8"), re.M)
     assert {path.parent.name for path in RECORDS.glob("ladder/*/log.csv")} == {*ablation.LADDER}
-
-
-@pytest.mark.parametrize("file", sorted(path.name for path in RECORDS.glob("bench*.json")))
-def test_ratios_of_step_times(file):
-    (row,) = [row for row in TABLES["File", "CPU"] if f"({file})" in row["File"]]
-    seconds = {timed["name"]: timed["seconds"] for timed in read(file)["rows"] if timed["batch"] == 16}
-    paper = "paper" if "paper, fp32" in seconds else "my_model"  # its name in older files
-    best = seconds.get(f"{paper}, bf16", seconds[f"{paper}, fp32"])
-    for key in ("reference, fp32", "reference, bf16"):
-        assert row[f"{key} (×)"] == (f"{seconds[key] / best:.1f}" if key in seconds else "–")
 
 
 def test_sequences_a_second():
