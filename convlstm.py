@@ -1,6 +1,6 @@
 """The reference: ConvLSTM as most people run it in PyTorch, in plain code.
 
-It is for trust, not for speed. In the tests `my_model.py`, without peepholes, gives the same numbers.
+It is a check, and not fast. In the tests `my_model.py`, without peepholes, gives the same numbers.
 Checkpoints of two widely used models load into it by name and give the same outputs:
 
 - `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
@@ -169,7 +169,7 @@ class Seq2SeqForecaster(nn.Module):
     def __init__(self, channels=1, nf=64):
         super().__init__()
         if channels != 1:
-            raise ValueError(f"seq2seq draws grey frames only; the data have {channels} channels")
+            raise ValueError(f"seq2seq forecasts grey frames only; the data have {channels} channels")
         self.seq2seq = EncoderDecoderConvLSTM(nf, channels)
 
     def forward(self, past, n_future):

@@ -87,7 +87,6 @@ def read_verified(path, file):
 
 
 def main():
-    """Leave the official array in raw/."""
     path = RAW / ARRAY.name
     try:
         if os.path.exists(path):  # put there by hand, or your own

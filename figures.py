@@ -32,7 +32,7 @@ styled = matplotlib.style.context(STYLE, after_reset=True)  # the user's style a
 
 
 def to_png(figure, title=""):
-    """With a title, and a legend below the axes in as many columns as fit. The figure grows by its height."""
+    """PNG with a title. A legend of at most five columns is added below: the figure grows by its height."""
     figure.suptitle(fill(title, 110), fontsize=11)
     pairs = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
     handles = {fill(label, 70): handle for handle, label in itertools.chain(*pairs)}
@@ -120,7 +120,6 @@ def compare(histories, curves, title):
 
 
 def draw_curves(axes, curves, title):
-    """curves: run or baseline → one value per forecast frame."""
     styles = itertools.cycle(MODEL_STYLES)
     for name, curve in curves.items():
         dashed = {"color": COLORS.get(name), "ls": "--", "marker": "_" if len(curve) == 1 else ""}
@@ -151,7 +150,7 @@ def prediction(past, truth, forecast, title):
 def grid(rows, title, most=10):
     """rows: name → (labels, frames). labels: the number of the first frame, or words for each.
 
-    At most `most` frames of a row are drawn, evenly chosen. All are pasted into one image with the pixels of
+    At most `most` frames of a row are drawn, evenly chosen. All are pasted into one image, as large as
     the PNG. One Axes per frame would take ten times as long.
     """
     height, width = np.shape(next(iter(rows.values()))[1])[-2:]

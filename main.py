@@ -48,7 +48,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
     head_channels: tuple[int, ...] = (128, 128)  # of the head's hidden layers. Tried: up to 512
-    max_motion: int = 4  # largest motion of a patch, in pixels per frame; 0 = no motion head
+    max_motion: int = 4  # largest motion of a patch, in pixels per frame; 0 = no block matching or advection
     equivariant: bool = True  # kernels that respect flips and transposition. Use multiples of 8 channels
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 28
@@ -135,8 +135,7 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first. The shorter it is, the more frames my_model reads: their sum is
-    constant.
+    A short horizon teaches motion first. my_model then reads a longer input: the total number is constant.
     """
     start, end = knobs.grow_horizon
     grown = 1 if progress >= end else 0 if progress < start else (progress - start) / (end - start)
@@ -187,7 +186,7 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: of a longer input, frames are forecast, too, once half of frames_in has been read
+        # dense targets: in a longer input, the later frames are forecast, too, from the frames before them
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         # seeds dropout, if there is any
@@ -209,7 +208,7 @@ def train(run, optimizers):
         # the only GPU synchronization in a step
         loss_and_norm = torch.stack((all_reduce(cross_entropy.detach(), device), norm)).tolist()
         if not all(map(math.isfinite, loss_and_norm)):
-            raise run.diverged("loss {} and gradient norm {}".format(*loss_and_norm), rate)
+            raise run.diverged("loss {} and gradient norm {}".format(*loss_and_norm), rate, run.step)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
@@ -256,5 +255,5 @@ def parse(arguments):
 if __name__ == "__main__":
     knobs = parse(sys.argv[1:])
     if_no_memory = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out, train_sequences"
-    if_no_memory += " or the size in --video"
+    if_no_memory += " or the size of videos in --video"
     run_script(lambda: main(knobs), if_no_memory)

@@ -1,8 +1,8 @@
-"""What each number means (the metrics), and what a forecast without a network scores (the baselines).
+"""What each number means (the metrics), and forecasts without a network (the baselines).
 
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
 the prediction and y the truth. A metric gives a value for each sequence and frame, (B, T). A curve is their
-mean over the sequences, the number in a table the mean of the curve. Metrics compute in float64.
+mean over the sequences. The number in a table is the mean of the curve. Metrics compute in float64.
 """
 
 import functools
@@ -46,8 +46,8 @@ def mae_per_frame(prediction, truth):
 def psnr(prediction, truth):
     """10·log10(1 / mean of (x − y)² over a frame's pixels) → (B, T). Unit: dB.
 
-    One frame without any error makes the mean infinite. SimVP's 37.97 and 38.35 are not comparable: they come
-    from uint8 arrays, where the square of 20 grey levels is 144 instead of 400. Integers are refused here.
+    One frame without any error makes the mean infinite. SimVP's 37.97 and 38.35 are not comparable: uint8
+    overflows there, so that the square of 20 is 144 instead of 400. Integers are refused here.
     """
     decibels = lambda x, y: -10 * (x - y).square().mean((2, 3, 4)).log10()
     return _per_sequence(decibels, prediction, truth)
@@ -76,8 +76,8 @@ def ssim_openstl(prediction, truth):
 def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
     """SSIM of every window: x and y (…, H, W) → (…, H − k + 1, W − k + 1), in the dtype of x.
 
-    norm: N / (N − 1) for the sample covariance of a window's N = k² pixels, or 1. Do not call it in bf16 or
-    TF32: rounding spoils the variances. The window is separable, so two products with matrices
+    window: k weights. norm: N / (N − 1) for the sample covariance of N = k² pixels, or 1. Do not call it in
+    bf16 or TF32: rounding spoils the variances. The window is separable, so two products with matrices
     (n − k + 1, n) slide it along both axes. On a CPU this is a few times as fast as a convolution.
     """
     down, right = (sliding(n, window, x.dtype, x.device) for n in y.shape[-2:])
@@ -89,8 +89,8 @@ def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
     return (2 * mxy + c1) * (2 * covariance + c2) / ((mxx_myy + c1) * (variances + c2))
 
 
-@functools.lru_cache(100)  # each copy to a GPU would wait for its queued work
-@torch.inference_mode(False)  # the next call may need gradients
+@functools.lru_cache(100)  # a copy to a GPU waits for all queued work
+@torch.inference_mode(False)  # training cannot use a tensor that was made in inference mode
 def sliding(n, window, dtype, device):
     """The matrix (n - k + 1, n) that slides a window of k numbers along n pixels."""
     return (torch.eye(n, dtype=window.dtype).unfold(0, len(window), 1) @ window).to(dtype).to(device)
@@ -150,12 +150,12 @@ def _check(name, frames, is_logits=False):
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
     if not is_logits and (low < -1e-6 or high > 1 + 1e-6):
-        raise ValueError(f"{name} goes from {low:g} to {high:g}, outside [0, 1]: divide by 255, or sigmoid?")
+        raise ValueError(f"{name} goes from {low:g} to {high:g}, not 0 to 1: divide by 255, or use a sigmoid")
 
 
 @torch.no_grad()
 def _per_sequence(value, prediction, truth, is_logits=False):
-    """value(x, y), which has B first, in float64. A few sequences at a time, to stay in the cache."""
+    """value(x, y), (B, …), in float64. A few sequences at a time, to stay in the cache."""
     _check("logits" if is_logits else "prediction", prediction, is_logits)
     _check("truth", truth)
     if prediction.shape != truth.shape:

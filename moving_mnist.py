@@ -20,7 +20,7 @@ from support.checkpoint import lock_folder, open_atomic
 from support.distributed import print0, to_device
 from support.videos import read_videos
 
-ORDER, FRESH, OVERLAYS = 1, 3, 4  # streams of random numbers of one seed
+ORDER, FRESH, OVERLAYS = 1, 3, 4  # with one seed, each gives other random numbers
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
 N_SEQUENCES = 10_000  # of the official array
 OFFICIAL, STAND_IN, STAND_IN_FILE = "Moving MNIST array", "stand-in array", "moving_mnist_standin.npy"
@@ -157,7 +157,7 @@ class Data(NamedTuple):
     name: str
 
     @property
-    def is_moving_mnist(self):  # and no array of your own in its place
+    def is_moving_mnist(self):  # False for an array of your own in its place, if its size differs
         return self.name.partition(",")[0] in (OFFICIAL, STAND_IN)
 
 
@@ -174,10 +174,10 @@ def load_data(data, train_sequences, seed, n_frames, video):
         held_out, digits = training_digits()
         training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
         validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
-        # training sees no sequence of the official array; of the stand-in, only the test digits are new
+        # all of the official array is new to training; of the stand-in, only the test split has new digits
         test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
         if test.shape != training.shape:
-            raise UserError(f"{name} has sequences {test.shape}, not {training.shape}; move it away")
+            raise UserError(f"raw/{name} has sequences {test.shape}, not {training.shape}; move it away")
         name += f", trained on fresh sequences of {len(digits):,} digits"
         return Data(training, validation, test, name)
     for words in find_oddities(array) if name not in (OFFICIAL, STAND_IN) else ():
@@ -192,9 +192,9 @@ def find_oddities(array):
     some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
     along_time, along_sequences = (np.abs(np.diff(some, axis=axis)).mean() for axis in (0, 1))
     if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
-        yield "frames differ more than sequences do: are time and sequences in the right order?"
+        yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
     if some.max() <= 1:
-        yield f"no value is above {some.max()}: expected grey levels from 0 to 255"
+        yield f"no value is above {some.max()}, on a scale from 0 to 255: frames are almost black"
     elif along_time < 0.05:
         yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3f} grey levels"
 
@@ -205,7 +205,7 @@ def moving_mnist_array():
     if os.path.exists(path) and not has_size(path, ARRAY.size):
         return open_array(path), path.name
     if os.path.exists(stand_in) and not os.path.exists(path) and not os.path.exists(f"{path}.gz"):
-        print0("using the stand-in array (python download.py fetches the official one)")
+        print0("using the stand-in for the official array (python download.py fetches that)")
         return open_array(stand_in), STAND_IN
     try:
         return open_array(fetch(ARRAY)), OFFICIAL

@@ -9,11 +9,12 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: an untrained model draws nearly black frames or, with motion, blurs the last one.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther: a whole digit must bounce when one end of it hits a wall.
+- `dilation`: the upper layers see farther, because a whole digit bounces when one end hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
 B batch, T frames, C channels, H height, W width, Ch hidden channels, P patch size.
+Inside layers, H and W are counted in patches.
 """
 
 import functools
@@ -132,7 +133,7 @@ class EncoderForecaster(nn.Module):
         peephole=True,
         head_channels=(),  # hidden layers of the head: the first 3×3, the others 1×1
         feedback=False,  # True: no second stack
-        max_motion=0,  # of a patch, in pixels per frame; 0: no motion head
+        max_motion=0,  # of a patch, in pixels per frame; 0: no block matching or advection
         equivariant=False,
     ):
         super().__init__()
@@ -256,7 +257,7 @@ class EncoderForecaster(nn.Module):
 # moves, and the hidden channels in each group of eight. Each channel has a place in a square grid (COMPASS,
 # for a group of eight). Flipping the grid shows which channels swap.
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
-# Eight channels around a center, none on a mirror axis: each of the 8 symmetries reorders them. -1: empty.
+# None of the eight channels is on a mirror axis, so each symmetry puts them in another order. -1: empty.
 COMPASS = torch.tensor([[-1, 0, 1, -1], [2, -1, -1, 3], [4, -1, -1, 5], [-1, 6, 7, -1]])
 
 

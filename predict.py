@@ -34,11 +34,13 @@ def read_frames(path, most):
         contents = [np.fromfile(file, np.uint8) for file in files[:most]]
         images = [cv2.imdecode(c, cv2.IMREAD_COLOR) if c.size else None for c in contents]
         if not images or any(image is None or image.shape != images[0].shape for image in images):
-            raise UserError(f"{path} needs images of one size; {len(files)} files have an image suffix")
+            raise UserError(f"{path} needs readable images of one size; it has {len(files)} image files")
         frames = np.stack(images)[..., ::-1]  # OpenCV's order is blue, green, red
     elif path.suffix.lower() in VIDEOS:
-        some = itertools.islice(decode(path), most)
-        frames = np.stack([frame[..., ::-1] for frame in some] or [np.zeros((0, 0, 3))])
+        some = [frame[..., ::-1] for frame in itertools.islice(decode(path), most)]
+        if not some:
+            raise UserError(f"{path} gives no frames: it is damaged, or no video that OpenCV can read")
+        frames = np.stack(some)
     else:
         try:
             frames = np.load(path, "r", allow_pickle=False)
@@ -51,12 +53,13 @@ def read_frames(path, most):
         frames = frames[..., None]  # (T, H, W) or (N, T, H, W)
     frames = frames[None] if frames.ndim == 4 else frames
     if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
-        expected = "(T, H, W), (T, H, W, C) or (N, T, H, W), with at least 2 frames and 1 or 3 channels"
+        expected = "(T, H, W) or (N, T, H, W), perhaps with C at the end; at least 2 frames, 1 or 3 channels"
         raise UserError(f"frames have shape {shape}; expected {expected}")
-    frames = frames[:, :most].astype(np.float32) / (255 if np.issubdtype(frames.dtype, np.integer) else 1)
+    white = 255 if np.issubdtype(frames.dtype, np.integer) else 1
+    frames = frames[:, :most].astype(np.float32) / white
     if not (frames.min() >= 0 and frames.max() <= 1):
-        found = f"values go from {frames.min():g} to {frames.max():g}"
-        raise UserError(f"{found}; expected uint8, or floats from 0 to 1 (divide by 255)")
+        found = f"values go from {frames.min() * white:g} to {frames.max() * white:g}"
+        raise UserError(f"{found}; expected integers from 0 to 255, or floats from 0 to 1")
     return frames
 
 
@@ -102,7 +105,7 @@ def predict(
     past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
     forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
     n, n_frames, _, height, width = given.shape
-    print(f"read      sequences: {n}, of {n_frames} frames of {height}×{width}")
+    print(f"used      sequences: {n}, of {n_frames} frames of {height}×{width}")
     words = f"{source.name}: {past.shape[1]} frames in, {frames} forecast"
     if truth.shape[1]:
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()

@@ -43,7 +43,7 @@ def open_atomic(path):
             os.fsync(file.fileno())
         replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or f"{error} (is the disk full?)"  # NumPy's
+        reason = error.strerror or f"{error} (is the disk full?)"  # NumPy's errors have no strerror
         raise UserError(f"cannot write {path}: {reason}; nothing was overwritten") from error
     finally:
         with suppress(OSError):
@@ -51,7 +51,6 @@ def open_atomic(path):
 
 
 def write_atomic(path, content):
-    """Write bytes, as open_atomic does."""
     with open_atomic(Path(path)) as file:
         file.write(content)
 
@@ -93,8 +92,8 @@ def load_weights(model, state, path):
         model.load_state_dict(state["model"])
     except Exception as error:  # untrusted file: anything may be in it
         reason = "the network's code or the channels of the data have changed"
-        advice = "undo that, or give another --weights"
-        raise UserError(f"{path} has other weights than this model: {reason}; {advice}") from error
+        advice = "undo that, or use another file"
+        raise UserError(f"weights in {path} do not fit this model: {reason}; {advice}") from error
 
 
 def report_edits(model, state, path):
@@ -121,7 +120,7 @@ def fixed_forecast(model, channels):
 def lock_folder(folder, wait=False):
     """Hold a folder for this process, and make it first. Raises UserError where it cannot be held.
 
-    wait: until another process that holds it ends. Where the file system has no locks, none is held.
+    wait: until another process releases it. Where the file system has no locks, none is held.
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock")

@@ -32,10 +32,10 @@ def choose_device(wanted, precision):
     device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
     native, reason = {"cuda": check_gpu, "mps": lambda _: (False, "mps")}.get(kind, check_cpu)(device)
     bf16 = native if precision == "auto" else precision == "bf16"
-    # TF32 would round the factors of fp32 convolutions, and those of SSIM, to 10 bits
+    # TF32 rounds factors to 10 bits: too few for runs in fp32, and for SSIM in any run
     torch.backends.cudnn.conv.fp32_precision = "tf32" if bf16 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    reason = reason if precision == "auto" else "chosen by knob"
+    reason = reason if precision == "auto" else "set by --precision"
     return device, torch.bfloat16 if bf16 else torch.float32, f"{'bf16' if bf16 else 'fp32'} ({reason})"
 
 
@@ -130,7 +130,7 @@ def stop(signum, frame):
     if RANK == 0:
         with suppress(OSError):  # a closed pipe
             # os.write, as print may be interrupted in its middle
-            os.write(2, b"\nstopped; to continue, run the same command again\n")
+            os.write(2, b"\nstopped; run the same command again, and training continues\n")
     raise SystemExit(128 + signum)
 
 
@@ -157,7 +157,7 @@ def run_script(function, out_of_memory_advice=""):
             exit_process(1, f"{name}: out of memory; {out_of_memory_advice}")
         if isinstance(error, dist.DistError) or any(words in text for words in LOST_CONNECTION):
             reason = text or type(error).__name__
-            exit_process(1, f"{name}: lost the other processes ({reason}); if one has ended, it says why")
+            exit_process(1, f"{name}: lost the other processes ({reason}); another process may say why")
         raise
     except OSError as error:  # from print; errors of files are UserErrors
         if error.errno not in (errno.EPIPE, errno.ENOSPC):

@@ -26,7 +26,7 @@ N_BEYOND = 100  # sequences of each case beyond training
 
 
 class Task(NamedTuple):
-    """What is scored: a forecast, and how many frames it reads and draws."""
+    """What is scored: a forecast, and how many frames it reads and forecasts."""
 
     forecast: object
     frames_in: int
@@ -65,7 +65,6 @@ def evaluate(task, dataset, names, index=None):
 
 
 def mse_curve(task, dataset):
-    """The MSE of each forecast frame, a list."""
     return evaluate(task, dataset, ["mse_per_frame"])["mse_per_frame"].mean(0).tolist()
 
 
@@ -105,7 +104,8 @@ def table_cells(scores, missing):
 
 def report(results):
     """metrics.json as lines for people."""
-    title = f"{describe_split(results)}, mean over {results['frames_out']} forecast frames (SSIM*: OpenSTL's)"
+    title = f"{describe_split(results)}, mean over {results['frames_out']} forecast frames"
+    title += " (cross-entropy: sum; SSIM*: OpenSTL's)"
     lines = [title, " " * 18 + "".join(f"{name:>14}" for name in metrics.HEADINGS)]
     for who, scores in results["scores"].items():
         cells = table_cells(scores, "-")
@@ -121,7 +121,7 @@ def report(results):
         lines.append(" " * 18 + "".join(f"{figures.LABELS.get(name, name):>20}" for name in names))
         for case, curves in beyond.items():
             lines.append(f"{case:18}" + "".join(f"{np.mean(curves[name]):>20.1f}" for name in names))
-    return "\n".join([*lines, "", f"weights   {results['weights']}, of training step {results['step']:,}"])
+    return "\n".join([*lines, "", "weights   of training step {step:,}, hash {weights}".format(**results)])
 
 
 def draw_samples(folder, task, dataset, title):
@@ -171,14 +171,14 @@ def describe_error(forecast, truth):
 
 
 def score_beyond_training(folder, name, task, patch_size):
-    """Score and draw cases unlike the training data → case → model or baseline → MSE of each frame.
+    """Score and draw cases unlike the training data. Returns case → model or baseline → MSE of each frame.
 
     Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
     """
     try:
         digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
     except UserError as error:  # no reason to lose the scores of the test split
-        print0(f"beyond training: not possible: {error}")
+        print0(f"cannot score the cases beyond training: {error}")
         return {}
     large = max(96, 64 + patch_size)  # it can be cut into patches where 64 can
     double, triple = f"{2 * task.frames_out} frames", f"{3 * task.frames_out} frames"
@@ -200,7 +200,7 @@ def score_beyond_training(folder, name, task, patch_size):
         except Exception as error:  # an edited network, or no memory
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
-            print0(f"beyond training: {case}: not possible ({error!r:.200})")
+            print0(f"cannot score the case {case}: {error!r:.200}")
             continue
         lengths = {"as in training": task.frames_out, double: 2 * task.frames_out} if case == triple else {}
         for part, length in {**lengths, case: n}.items():  # a long forecast begins with the short ones
@@ -218,11 +218,11 @@ SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in",
 
 
 def read_run(folder, config, latest, shape):
-    """config.json and metrics.json of a folder, its first forecast of this shape, its label, its training.
+    """What a comparison needs of a run: config, metrics, first forecast, label, history.
 
     Raises an error if it was tested on something else than the latest run, or cannot stand in a table.
     """
-    label = f"run {folder.name}" if folder.name[0] == "_" else folder.name  # matplotlib hides the former
+    label = f"run {folder.name}" if folder.name[0] == "_" else folder.name  # matplotlib hides _labels
     run = {**config, "folder": folder, "label": label}
     run |= json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
@@ -275,7 +275,7 @@ def compare_runs(out, latest, first_sequence):
 
 
 def label_runs(runs):
-    """Extend each trained run's label by what differs from the first run of its model. Earliest first."""
+    """Extend labels by what differs from the first run of the model. runs: in the order of their start."""
     first = {}
     for run in (run for run in runs if run["is_trained"]):
         before = first.setdefault(run["model"], run)
@@ -287,10 +287,9 @@ def label_runs(runs):
 
 
 def comparison_table(runs, baselines, left_out):
-    """compare.md: one row per run."""
     columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
-    lines += ["Mean over the forecast frames; `metrics.json` has the units, and SSIM* is OpenSTL's."]
+    lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
     lines += ["After a name: what differs from the earliest run of its model.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for run in runs:

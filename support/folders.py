@@ -74,7 +74,6 @@ def describe_edit(name, old, new):
 
 
 def read_source(folder, name):
-    """A source file as saved in a run's folder."""
     path = folder / "source" / name
     return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
@@ -82,7 +81,7 @@ def read_source(folder, name):
 def choose_folder(knobs, asked, facts, stack):
     """The folder of the run that was asked for: an earlier one, or a new one named base, base-2, …
 
-    It is locked until the stack unwinds. Nothing in knobs.out is overwritten. If weights are only scored,
+    It is locked until the stack unwinds. No other run's folder is changed. If weights are only scored,
     base is their folder or file, and "-eval". facts: more for config.json.
     """
     out, base, path = Path(knobs.out), knobs.name or knobs.model, Path(knobs.weights).resolve()
@@ -107,9 +106,9 @@ def choose_folder(knobs, asked, facts, stack):
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
     if trained and not knobs.eval_only:
         name, last = trained[-1]
-        words = "only its name" if asked == last else "lines of knobs in main.py that do not count"
+        words = "only its name" if asked == last else "lines of Knobs, but with the same values here"
         changes = describe_changes(asked, last, out / name, folder) or [words]
-        print(f"new run   compared with {out / name}, which is kept: {', '.join(changes)}", flush=True)
+        print(f"new run   differs from {out / name} (which is kept) in: {', '.join(changes)}", flush=True)
     return folder
 
 

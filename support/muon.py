@@ -8,8 +8,8 @@ import torch
 class Muon(torch.optim.Muon):
     """torch's Muon on convolution kernels, each as a matrix (output channels, everything else).
 
-    torch computes the steps in bf16. On a CPU without a bf16 unit, this takes most of a training step. Here
-    they are in `dtype`, that of training. In bf16 they equal torch's bit for bit.
+    torch iterates (see `orthogonal`) in bf16, which is very slow on a CPU without a bf16 unit. Here it is in
+    `dtype`, that of training. In bf16, results equal torch's bit for bit.
     """
 
     def __init__(self, kernels, dtype, weight_decay):

@@ -25,9 +25,9 @@ from support.checkpoint import load_weights, open_atomic, write_atomic
 from support.distributed import RANK, broadcast, on_rank_0, print0
 from support.evaluation import BASELINES, CROSS_ENTROPY, Task
 
-FIRST_LOOK = 50  # steps to an early evaluation: seconds, on most machines
+FIRST_LOOK = 50  # steps before an early evaluation, which shows that the network learns
 EVALUATIONS = 10  # evenly spaced over training
-LOSSES = 200  # points of the training loss's curve, among them those of the evaluations
+LOSSES = 200  # points of the training loss's curve
 TIMED = range(3, 13)  # steps after a start or resume that measure the speed; earlier ones are slower
 SAVE_EVERY = 120  # seconds between checkpoints
 
@@ -165,16 +165,16 @@ class Run(Progress):
             self.bar.write(words)
 
     def passes(self, n):
-        """Whether the last step reached one of n even points of training. Of unknown length: True."""
+        """Whether the last step reached one of n evenly spaced points of training. True: length unknown."""
         return not self.steps or (self.step - 1) * n // self.steps < self.step * n // self.steps
 
     def evaluation_due(self):
         return self.steps > 0 and (self.step == FIRST_LOOK or self.passes(EVALUATIONS))
 
-    def diverged(self, what, rate):
+    def diverged(self, what, rate, step):
         """The error that stops a run whose numbers are not finite, before they reach a checkpoint."""
         last = f"{self.history[-1]['train_loss']:.4g}" if self.history else "none yet"
-        where = f"epoch {self.step // self.steps_per_epoch + 1}, step {self.step + 1}"
+        where = f"epoch {step // self.steps_per_epoch + 1}, step {step + 1}"
         advice, best = "use a lower --learning_rate", self.folder / "best.pt"
         advice += f", perhaps with --weights {best}" if best.exists() else ""
         words = f"{what} in {where}, learning rate {rate:.4g} (last logged loss: {last})"
@@ -203,7 +203,7 @@ class Run(Progress):
     def evaluate(self, rate):
         """Validate, log, keep the weights if they are the best so far, and redraw the pictures.
 
-        All but the last evaluation use some of the validation sequences, as they may take 5 % of the time.
+        All but the last evaluation use only some validation sequences, so that they take 5 % of the time.
         """
         if not self.baselines:
             self.score_baselines()
@@ -215,7 +215,8 @@ class Run(Progress):
         try:
             scores = evaluation.evaluate(self.task, self.data.validation, names, index)
         except FloatingPointError as error:  # the loss was finite, but not the weights after it
-            raise self.diverged(f"forecasts that are not finite ({error})", rate) from error
+            what = f"forecasts that are not finite ({error})"
+            raise self.diverged(what, rate, self.step - 1) from error
         if self.loss_count:
             self.add_row(rate)
         pixels = self.task.frames_out * math.prod(self.data.validation.shape[1:])

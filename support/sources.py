@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
 IS_RUNNING = SCRIPT.is_file() and SCRIPT.parent == ROOT.resolve() and "main" not in sys.modules
 MAIN = SCRIPT.name if IS_RUNNING else "main.py"  # the experiment may be a copy under another name
-NO_RESULTS = MAIN, "predict.py", "download.py", "figures.py"  # these do not affect results, but for MAIN
+NO_RESULTS = MAIN, "predict.py", "download.py", "figures.py"  # MAIN does affect results, and is in NAMES
 NOT_MINE = "support/", "records/", "tests/", "."
 FILES = (path for path in sorted(ROOT.glob("[!.]*.py")) if path.is_file())
 NAMES = MAIN, *(path.name for path in FILES if path.name not in NO_RESULTS), "support/muon.py"
@@ -20,7 +20,7 @@ TEXTS = {name: (ROOT / name).read_text("utf-8", errors="replace") for name in NA
 
 
 def used():
-    """name → text of the sources of this run: MAIN and what has been imported, files of your own among it."""
+    """name → text of the files that affect results: MAIN, Muon, and imported files, your own included."""
     found = {MAIN, "support/muon.py"}
     environment = {path for path in map(Path, (sys.prefix, sys.base_prefix)) if ROOT in path.parents}
     for module in list(sys.modules.values()):
@@ -35,7 +35,8 @@ def used():
 
 
 if IS_RUNNING:
-    # OpenMP's threads sleep soon when they have nothing to do. If they kept the cores busy, as they would by
-    # default, two runs side by side would each take several times as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Idle threads of GNU's OpenMP sleep soon. By default they keep the cores busy, so that two runs side by
+    # side each take several times as long.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports load: no traceback

@@ -60,7 +60,7 @@ def check(knobs):
         raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
     if not knobs.hidden_channels or min(layers) < 1 or max(layers) > 10**6:
-        raise UserError("hidden_channels and head_channels need 1 to 1,000,000 channels in each layer")
+        raise UserError("hidden_channels needs a layer; each layer has 1 to 1,000,000 channels")
 
 
 @contextlib.contextmanager
@@ -80,12 +80,12 @@ def start(knobs, build, horizon, recipe):
     if weights:
         knobs = with_knobs_of(knobs, weights, recipe)
     if knobs.eval_only:
-        words = f"{knobs.frames_in} in, {knobs.frames_out} out; trained on {weights['knobs'].get('data')}"
+        words = f"{knobs.frames_in} frames in, {knobs.frames_out} out; data {weights['knobs'].get('data')}"
         print0(f"weights   {knobs.weights}: {words}")
     n_frames = knobs.frames_in + knobs.frames_out
     data = load_data(knobs.data, knobs.train_sequences, knobs.seed, n_frames, knobs.video)
     if (first := broadcast(data.name)) != data.name:
-        raise UserError(f"this process has the {data.name}, the first the {first}; give all the same data")
+        raise UserError(f"this process has {data.name}, the first has {first}; give all the same data")
     if knobs.overlay < 0:
         knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
     model = build_checked(knobs, build, data, device)
@@ -107,7 +107,6 @@ def start(knobs, build, horizon, recipe):
 
 
 def describe(knobs, data, model, environment, recipe):
-    """Print what will run."""
     parameters = sum(p.numel() for p in model.parameters())
     words = f", weights of {knobs.weights}" if knobs.weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{words}")
@@ -116,7 +115,7 @@ def describe(knobs, data, model, environment, recipe):
         print0(f"recipe    {', '.join(used)} (RECIPES of main.py)")
     words = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {words.format(**environment)}\nkernels   {environment['kernels']}")
-    on_gpu = " on the GPU" if isinstance(data.training.content, torch.Tensor) else ""
+    on_gpu = " (stored on the GPU)" if isinstance(data.training.content, torch.Tensor) else ""
     splits = (f"training{on_gpu}", data.training), ("validation", data.validation), ("test", data.test)
     print0(f"data      {data.name}: {', '.join(f'{len(split):,} {name}' for name, split in splits)}")
     T, C, H, W = data.training.shape
@@ -163,7 +162,7 @@ def build_checked(knobs, build, data, device):
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
         task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
-        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # not as many as frames
+        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # unlike frames: axes may be swapped
         evaluation.evaluate(task, data.validation, evaluation.CURVES, some)  # tries the metrics
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]

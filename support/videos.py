@@ -1,4 +1,4 @@
-"""Your own videos: a folder of files, or one file → sequences (T, N, C, H, W), as of an array.
+"""Your own videos: a folder of files, or one file → sequences (T, N, C, H, W), as open_array gives them.
 
 Each frame is cropped at its center to the shape of height:width, and resized. Each file is thinned to every
 `stride`-th frame, and cut into sequences that do not overlap. Files are taken in the order of their names.
@@ -25,7 +25,7 @@ def read_videos(path, n_frames, height, width, stride=1, channels=1):
         n = len(frames) // n_frames
         if n == 0:
             words = f"gives {len(frames)} frames at a stride of {stride}, and a sequence needs {n_frames}"
-            raise UserError(f"{file} {words}: remove it, or lower the stride, frames_in or frames_out")
+            raise UserError(f"{file} {words}: remove it, or change --video, frames_in or frames_out")
         sequences.append(np.stack(frames[: n * n_frames]).reshape(n, n_frames, *frames[0].shape))
     return np.concatenate(sequences).swapaxes(0, 1)
 

@@ -57,7 +57,7 @@ def run_edited(code, edits, name, words):
 def test_edited_after_it_has_ended(code):
     what = "learning_rate 0.05"
     first = os.path.join("results", "my_model")
-    run_edited(code, KNOB, "my_model-2", f"compared with {first}, which is kept: {what} (was 0.06)")
+    run_edited(code, KNOB, "my_model-2", f"differs from {first} (which is kept) in: {what} (was 0.06)")
     assert f"| my_model-2: {what} (was 0.06) |" in (code / "results" / "compare.md").read_text("utf-8")
 
 
@@ -70,7 +70,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "which is kept: my_model.py: … size // 2), nn.ReLU()")
+        run_edited(code, HEAD, "my_model-2", "(which is kept) in: my_model.py: … size // 2), nn.ReLU()")
         before = state(first)
         _, refusal = finish(run(code), 1)
         assert "my_model is in use by another run; wait for it, or give this one a --name\n" in refusal
@@ -80,8 +80,8 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     else:
         process.terminate()
         process.send_signal(signal.SIGCONT)
-        assert "stopped; to continue, run the same command" in finish(process, 128 + signal.SIGTERM)[1]
-        run_edited(code, CELL, "my_model-2", "which is kept: my_model.py: ")
+        assert "stopped; run the same command again" in finish(process, 128 + signal.SIGTERM)[1]
+        run_edited(code, CELL, "my_model-2", "(which is kept) in: my_model.py: ")
         run_edited(code, LOSS, "my_model-3", "main.py: loss = ")
         printed, _ = finish(run(code))
         assert "resuming at step 1" in printed and "new run" not in printed
@@ -98,7 +98,7 @@ def test_a_network_in_a_folder_of_its_own(code):
     edit(code, main=[("        knobs.hidden_channels,\n", "        (knobs.width,),\n")])
     finish(run(code, width=16))
     edit(code, **{"nets/mine": [("SCALE = 1", "SCALE = 2")]})
-    assert "which is kept: nets/mine.py: SCALE = 2" in finish(run(code, width=16))[0]
+    assert "(which is kept) in: nets/mine.py: SCALE = 2" in finish(run(code, width=16))[0]
     assert (code / "results" / "my_model-3" / "source" / "nets" / "mine.py").exists()
     np.save(code / "frames.npy", np.zeros((8, 16, 16)))
     words = "frames.npy", "--weights", os.path.join("results", "my_model-3", "best.pt")

@@ -41,7 +41,7 @@ LAYERS = {  # in_channels, hidden, two kernel sizes, (B, T, H, W); dilation, sca
     "one_channel": (1, 1, 5, 3, (2, 3, 4, 5)),
     "enough_for_winograd": (32, 32, 3, 5, (2, 9, 15, 16)),
     "dilation": (4, 8, 5, 3, (2, 3, 6, 5), 3),
-    "dilation_beside_winograd": (32, 32, 3, 3, (2, 9, 15, 16), 2),
+    "dilation_of_many_pixels": (32, 32, 3, 3, (2, 9, 15, 16), 2),
     "hidden_state_of_zeros": (4, 8, 3, 3, (2, 3, 6, 5), 1, 0),
     "hidden_state_of_zeros_no_input": (0, 8, 3, 3, (2, 3, 6, 5), 1, 0),
 }

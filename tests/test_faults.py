@@ -207,7 +207,7 @@ def test_a_malicious_checkpoint_runs_nothing(sealed, begun, tmp_path):
     ("name", "edit", "sentence"),
     [
         ("Muon", lambda muon: muon.param_groups[0].update(momentum=0.5), "its optimizer has other options"),
-        ("build", lambda model: model.register_buffer("mine", torch.ones(1)), "has other weights"),
+        ("build", lambda model: model.register_buffer("mine", torch.ones(1)), "do not fit this model"),
     ],
 )
 def test_a_network_or_an_optimizer_that_was_edited(name, edit, sentence, begun, tmp_path, monkeypatch):
@@ -360,7 +360,7 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
     wait_until((out / "my_model" / "last.pt").exists, process)
     process.send_signal(number)
     _, err = finish(process, status)
-    assert err.endswith("\nstopped; to continue, run the same command again\n")
+    assert err.endswith("\nstopped; run the same command again, and training continues\n")
     goes_on(array, out, whole, capsys)
 
 

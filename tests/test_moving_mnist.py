@@ -204,7 +204,7 @@ def test_an_array_that_is_probably_wrong_is_warned_of(tmp_path, capsys):
     array = moving_squares(200)
     for wrong, warning in (
         (array, ""),
-        (array.swapaxes(0, 1).copy(), "warning   frames differ more than sequences"),
+        (array.swapaxes(0, 1).copy(), "warning   frames of a sequence differ more than sequences"),
         (array // 255, "warning   no value is above 1"),
         (array[:1].repeat(20, axis=0), "warning   hardly anything moves"),
     ):

@@ -76,7 +76,7 @@ def test_arrays(shape, frames, trained, tmp_path, capsys):
     assert found.shape == (9 if shape[0] == "N" else 1, 6, 16, 16)
     assert np.abs(found - drawn(trained, frames, 6)).max() <= 1
     # nine equal sequences look as if time were first
-    assert ("in the right order?" in capsys.readouterr().out) == (shape[0] == "N")
+    assert ("are time and sequence swapped?" in capsys.readouterr().out) == (shape[0] == "N")
 
 
 def test_frames_of_another_range_are_refused(trained):
@@ -103,7 +103,7 @@ def test_a_video_and_a_folder_of_images(frames, trained, tmp_path):
         assert np.abs(forecast(tmp_path / name, trained, tmp_path) - drawn(trained, frames)).max() <= 2
     for content in (images / "000.png").read_bytes()[:50], b"":
         (images / "001.png").write_bytes(content)
-        with pytest.raises(UserError, match="needs images of one size; 10 files"):
+        with pytest.raises(UserError, match="needs readable images of one size; it has 10 image files"):
             predict(images, trained)
 
 

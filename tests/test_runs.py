@@ -121,7 +121,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     np.testing.assert_allclose(np.load(folder / "forecast.npy")[:, 0], drawn, atol=0.51)
     best_row = min(evaluations(folder), key=lambda row: row["val_mse_per_frame"])
     assert found["step"] == best["step"] == best_row["step"]
-    assert found["weights"] == checkpoint.weights_hash(model) and f"weights   {found['weights']}" in printed
+    assert found["weights"] == checkpoint.weights_hash(model) and f"hash {found['weights']}" in printed
 
 
 def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path):

@@ -50,7 +50,7 @@ def self_test(dtype, k):
         return False
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
-    x, dy, weight, bias = draw(2, 7, 6, 32), draw(2, 7, 6, 64), draw(64, 32, k, k), draw(64)
+    x, dy, weight, bias = draw(2, 18, 17, 32), draw(2, 18, 17, 64), draw(64, 32, k, k), draw(64)
     found = convolve(to_points(weight), k, 2, bias, x), weight_gradient(dy, x, k, 2)
     images, options = [t.float().permute(0, 3, 1, 2) for t in (x, dy)], {"padding": k // 2 * 2, "dilation": 2}
     y = F.conv2d(images[0], weight.float(), bias.float(), **options).permute(0, 2, 3, 1)
