@@ -172,7 +172,7 @@ def test_killed_and_continued(server, folder, fatal):
     out, err = process.communicate(timeout=15)
     assert out == "" and not (folder / "seq.npy").exists()
     if fatal == "SIGINT":
-        assert process.returncode == 130 and err.startswith("\nstopped; to continue, run the same command")
+        assert process.returncode == 130 and err.startswith("\nstopped; run the same command again")
     assert_fetched(folder)
 
 

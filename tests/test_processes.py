@@ -107,7 +107,7 @@ def test_one_of_two_processes_ends(victim, number, status, array, tmp_path):
         wait_until(last.exists, both[0])
         both[victim].send_signal(number)
         _, err = finish(both[victim], status)
-        assert victim or "stopped; to continue, run the same command" in err
+        assert victim or "stopped; run the same command again" in err
         _, err = finish(both[1 - victim], 1, timeout=10)
         assert f"main.py, rank {1 - victim}: lost the other processes (" in err
         with checkpoint.lock_folder(last.parent):  # the next run may have it
