@@ -174,10 +174,10 @@ def load_data(data, train_sequences, seed, n_frames, video):
         held_out, digits = training_digits()
         training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
         validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
-        # all of the official array is new to training; of the stand-in, only the test split has new digits
+        # no sequence of the official array is in training; the stand-in has new digits in its test split only
         test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
         if test.shape != training.shape:
-            raise UserError(f"raw/{name} has sequences {test.shape}, not {training.shape}; move it away")
+            raise UserError(f"raw/ has an array of sequences {test.shape}, not {training.shape}; move it")
         name += f", trained on fresh sequences of {len(digits):,} digits"
         return Data(training, validation, test, name)
     for words in find_oddities(array) if name not in (OFFICIAL, STAND_IN) else ():

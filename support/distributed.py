@@ -35,7 +35,7 @@ def choose_device(wanted, precision):
     # TF32 rounds factors to 10 bits: too few for runs in fp32, and for SSIM in any run
     torch.backends.cudnn.conv.fp32_precision = "tf32" if bf16 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    reason = reason if precision == "auto" else "set by --precision"
+    reason = reason if precision == "auto" else "set by the knob precision"
     return device, torch.bfloat16 if bf16 else torch.float32, f"{'bf16' if bf16 else 'fp32'} ({reason})"
 
 
@@ -130,7 +130,7 @@ def stop(signum, frame):
     if RANK == 0:
         with suppress(OSError):  # a closed pipe
             # os.write, as print may be interrupted in its middle
-            os.write(2, b"\nstopped; run the same command again, and training continues\n")
+            os.write(2, b"\nstopped; run the same command again to continue\n")
     raise SystemExit(128 + signum)
 
 

@@ -203,7 +203,7 @@ class Run(Progress):
     def evaluate(self, rate):
         """Validate, log, keep the weights if they are the best so far, and redraw the pictures.
 
-        All but the last evaluation use only some validation sequences, so that they take 5 % of the time.
+        All but the last use some validation sequences: a hundredth of the number in training, at least 40.
         """
         if not self.baselines:
             self.score_baselines()

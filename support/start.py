@@ -60,7 +60,7 @@ def check(knobs):
         raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
     if not knobs.hidden_channels or min(layers) < 1 or max(layers) > 10**6:
-        raise UserError("hidden_channels needs a layer; each layer has 1 to 1,000,000 channels")
+        raise UserError("hidden_channels and head_channels need 1 to 1,000,000 channels in each layer")
 
 
 @contextlib.contextmanager
@@ -80,8 +80,8 @@ def start(knobs, build, horizon, recipe):
     if weights:
         knobs = with_knobs_of(knobs, weights, recipe)
     if knobs.eval_only:
-        words = f"{knobs.frames_in} frames in, {knobs.frames_out} out; data {weights['knobs'].get('data')}"
-        print0(f"weights   {knobs.weights}: {words}")
+        words = f"{knobs.frames_in} frames in, {knobs.frames_out} out"
+        print0(f"weights   {knobs.weights}: {words}; trained on {weights['knobs'].get('data')}")
     n_frames = knobs.frames_in + knobs.frames_out
     data = load_data(knobs.data, knobs.train_sequences, knobs.seed, n_frames, knobs.video)
     if (first := broadcast(data.name)) != data.name:

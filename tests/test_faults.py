@@ -103,9 +103,11 @@ def test_a_metric_of_another_shape_is_refused_before_training(array, tmp_path, m
 
 def test_idle_threads_are_told_to_sleep_before_torch_is_loaded():
     code = "import os, sys, types; sys.meta_path.insert(0, types.SimpleNamespace(find_spec=lambda name, *_: "
-    code += "print('spins', os.environ['GOMP_SPINCOUNT']) if name == 'torch' else None))"
-    out, _ = finish(start("--help", launcher=(AFTER, code)))
-    assert out.startswith("spins 10000\n")
+    code += "print('spins', os.environ.get('GOMP_SPINCOUNT')) if name == 'torch' else None)); "
+    policies = ("pop('OMP_WAIT_POLICY', 0)", 10000), ("update(OMP_WAIT_POLICY='PASSIVE')", None)
+    for policy, spins in policies:
+        out, _ = finish(start("--help", launcher=(AFTER, f"{code}os.environ.{policy}")))
+        assert out.startswith(f"spins {spins}\n")
 
 
 def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
@@ -360,7 +362,7 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
     wait_until((out / "my_model" / "last.pt").exists, process)
     process.send_signal(number)
     _, err = finish(process, status)
-    assert err.endswith("\nstopped; run the same command again, and training continues\n")
+    assert err.endswith("\nstopped; run the same command again to continue\n")
     goes_on(array, out, whole, capsys)
 
 

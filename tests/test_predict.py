@@ -105,12 +105,16 @@ def test_a_video_and_a_folder_of_images(frames, trained, tmp_path):
         (images / "001.png").write_bytes(content)
         with pytest.raises(UserError, match="needs readable images of one size; it has 10 image files"):
             predict(images, trained)
+    (tmp_path / "clip.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"clip\.mp4 gives no frames"):
+        predict(tmp_path / "clip.mp4", trained)
 
 
 NO_FRAMES = [
     (np.zeros((1, 16, 16)), r"shape \(1, 16, 16\); expected .* at least 2 frames"),
     (np.zeros((2, 8, 1, 16, 16)), "1 or 3 channels"),
     (np.full((T, 16, 16), 300.0), "values go from 300 to 300"),
+    (np.full((T, 16, 16), 300), "values go from 300 to 300"),
     (np.full((T, 16, 16), np.nan), "values go from nan"),
     (np.full((T, 16, 16), "a"), "is no .npy of numbers, no video"),
     (Path("missing.mp4"), "is not there"),

@@ -95,7 +95,7 @@ def test_two_processes_of_two_precisions(array, tmp_path):
     """As on two machines, one of them without a bf16 unit: their weights would part."""
     both = two(*(flags(array, tmp_path, precision=precision, **FEW) for precision in ("bf16", "fp32")))
     first, second = (finish(process, 1)[1] for process in both)
-    assert "rank 1: this process computes in fp32 (set by --precision), the first in bf16" in second
+    assert "rank 1: this process computes in fp32 (set by the knob precision), the first in bf16" in second
     assert "rank 0: lost the other processes (" in first
 
 

@@ -106,6 +106,8 @@ def test_what_each_part_adds():
     runs = {label: ablation.read(name, "ladder")[0] for name, label in ablation.LADDER.items()}
     expected = [(label, f"{run['mse_per_frame']:.1f}") for label, run in runs.items()]
     assert rows == expected[:-1]  # the last is the paper's network
+    *_, before, default, _ = (run["mae_per_frame"] for run in runs.values())
+    assert default < before and "MSE rises, but MAE falls" in README
 
 
 def test_the_python_example_forecasts():
