@@ -41,7 +41,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # sequences merged into each training sequence; -1 = 2, or for your own data 0
+    overlay: int = -1  # sequences merged into each training sequence; -1: 2, but 0 for your own data
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -61,7 +61,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     # Output
     out: str = "results"  # folder of all runs
     name: str = ""  # this run's folder in out; empty = the name of the model or the weights
-    eval_only: bool = False  # train nothing: score and draw --weights
+    eval_only: bool = False  # train nothing: score --weights, and draw their forecasts
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
     seed: int = 0  # of weights, order, overlays, dropout and fresh sequences
@@ -197,7 +197,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # to add a mean of your own, multiply it by len(truth) / knobs.batch_size, this process's share
+        # a term of your own that is a mean over sequences needs the same factor as SSIM below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size

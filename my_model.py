@@ -6,7 +6,7 @@ states into frames. `EncoderForecaster()` is that network with the first two cha
 
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: an untrained model draws nearly black frames or, with motion, blurs the last one.
+- Initial output biases: untrained, a model draws black frames or, with motion, its last input, blurred.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther, because a whole digit bounces when one end hits a wall.
