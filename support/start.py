@@ -162,7 +162,7 @@ def build_checked(knobs, build, data, device):
             past, _ = evaluation.split_frames(data.training[np.arange(1)], knobs.frames_in, 0, device)
             model(past, 1)
         task = evaluation.Task(evaluation.BASELINES["copy_last"], knobs.frames_in, knobs.frames_out, device)
-        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # unlike frames: axes may be swapped
+        some = np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int)  # one more than frames: finds swapped axes
         evaluation.evaluate(task, data.validation, evaluation.CURVES, some)  # tries the metrics
     except ValueError as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
