@@ -1,10 +1,8 @@
 /* Winograd's convolution of channels-last images (Lavin & Gray, arxiv.org/abs/1509.09308), over pixels.
-   winograd.py has the idea and the maps. It sets the sizes (-DKERNEL, -DTILE, …) and perhaps -DBF16.
+   winograd.py has the idea and the maps. It sets the sizes (-DKERNEL, -DTILE, …).
 
    K channels in, N out; memory is scratch space. The points of kernels lie as (N / WIDTH, POINTS, K, WIDTH).
    Those of a BLOCK of tiles lie as (POINTS, BLOCK, channels), with a GAP after each point. */
-#include <stdint.h>
-
 enum { SIDE = TILE + KERNEL - 1, POINTS = SIDE * SIDE };
 #ifdef __AVX512F__
 enum { LANES = 16, ROWS = 8 };
@@ -14,23 +12,6 @@ enum { LANES = 8, ROWS = 6 }; /* with 4 rows, gcc loads b again for each */
 
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
-
-#ifdef BF16 /* the upper half of a float32, rounded to nearest even */
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t real, halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-INLINE vector load(const real *x) {
-    return (vector)(__builtin_convertvector(*(const halves *)x, words) << 16);
-}
-INLINE void store(real *y, vector x) {
-    words bits = (words)x, nan = (words)(x != x);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *(halves *)y = __builtin_convertvector((bits & ~nan) | (0x7fc0 & nan), halves);
-}
-#else
-typedef float real;
-INLINE vector load(const real *x) { return *(const vector *)x; }
-INLINE void store(real *y, vector x) { *(vector *)y = x; }
-#endif
 
 /* Tiles that cover so many pixels. With a dilation of D, a tile has every D-th pixel. */
 #define TILES(size, D) (((size) + TILE * D - 1) / (TILE * D))
@@ -61,12 +42,13 @@ INLINE void one_side(int m, int k, int n, const float *map, vector x[SIDE][SIDE]
 }
 
 /* Transform `channels` channels of a tile to points, which are `stride` apart: map · tile · map'. */
-INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], long channels, const real *image,
-                      float *points, long stride) {
+INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], long channels,
+                      const float *image, float *points, long stride) {
     for (long c = 0; c < channels; c += LANES) {
         vector x[SIDE][SIDE], half[SIDE][SIDE], y[SIDE][SIDE];
         for (int i = 0; i < side; i++)
-            for (int j = 0; j < side; j++) x[i][j] = at[i][j] < 0 ? (vector){0} : load(image + at[i][j] + c);
+            for (int j = 0; j < side; j++)
+                x[i][j] = at[i][j] < 0 ? (vector){0} : *(const vector *)(image + at[i][j] + c);
         one_side(SIDE, side, side, map, x, half);
         one_side(SIDE, side, SIDE, map, half, y);
         for (int p = 0; p < POINTS; p++) *(vector *)(points + p * stride + c) = y[p / SIDE][p % SIDE];
@@ -75,7 +57,7 @@ INLINE void to_points(int side, const float *map, const long at[SIDE][SIDE], lon
 
 /* Transform WIDTH channels of points back to a tile. */
 INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float *points, long stride,
-                        const float *bias, real *image, long add) {
+                        const float *bias, float *image, long add) {
     for (long c = 0; c < WIDTH; c += LANES) {
         vector x[SIDE][SIDE], half[SIDE][SIDE], y[SIDE][SIDE];
         for (int p = 0; p < POINTS; p++) x[p / SIDE][p % SIDE] = *(const vector *)(points + p * stride + c);
@@ -84,8 +66,8 @@ INLINE void from_points(const float *map, const long at[SIDE][SIDE], const float
         for (int i = 0; i < TILE; i++)
             for (int j = 0; j < TILE; j++)
                 if (at[i][j] >= 0) {
-                    real *here = image + at[i][j] + c;
-                    store(here, y[i][j] + (add ? load(here) : *(const vector *)(bias + c)));
+                    float *here = image + at[i][j] + c;
+                    *(vector *)here = y[i][j] + *(const vector *)(add ? here : bias + c);
                 }
     }
 }
@@ -119,7 +101,7 @@ INLINE void multiply(long m, long n, const float *a, long down, long across, con
 /* y (B, H, W, N): the convolution of x (B, H, W, K), plus the bias or, with add, plus what y holds.
    memory: POINTS · (BLOCK · (K + WIDTH) + 2 · GAP) for each thread */
 void convolve(long B, long H, long W, long K, long D, long N, long threads, long add, const float *map_in,
-              const float *map_out, const real *x, const float *kernel, const float *bias, real *y,
+              const float *map_out, const float *x, const float *kernel, const float *bias, float *y,
               float *memory) {
     const long all = B * D * D * TILES(H, D) * TILES(W, D);
     const long stride_in = BLOCK * K + GAP, stride_out = BLOCK * WIDTH + GAP;
@@ -148,7 +130,7 @@ void convolve(long B, long H, long W, long K, long D, long N, long threads, long
 
 /* The gradient of the kernel's points. memory: POINTS · (BLOCK · (K + N) + (1 + N / WIDTH) · GAP) */
 void kernel_gradient(long B, long H, long W, long K, long D, long N, long threads, const float *map_in,
-                     const float *map_dy, const real *x, const real *dy, float *d_kernel, float *memory) {
+                     const float *map_dy, const float *x, const float *dy, float *d_kernel, float *memory) {
     const long all = B * D * D * TILES(H, D) * TILES(W, D);
     const long stride_in = BLOCK * K + GAP, stride_dy = BLOCK * WIDTH + GAP;
     float *in = memory, *out = in + POINTS * stride_in;

@@ -28,10 +28,9 @@ PAYS_FROM = {(torch.float32, 3): 1024, (torch.float32, 5): 1024, (torch.bfloat16
 
 
 @functools.cache
-def library(dtype, k):
+def library(k):
     sizes = {"KERNEL": k, "TILE": TILE, "WIDTH": WIDTH, "BLOCK": BLOCK, "GAP": GAP}
-    bf16 = ["-DBF16"] if dtype == torch.bfloat16 else []
-    return build.build("winograd.c", *(f"-D{name}={n}" for name, n in sizes.items()), *bf16)
+    return build.build("winograd.c", *(f"-D{name}={n}" for name, n in sizes.items()))
 
 
 def is_supported(weight, pixels):
@@ -46,7 +45,7 @@ def is_supported(weight, pixels):
 @functools.cache
 def self_test(dtype, k):
     """Whether winograd.c is built, and computes what torch does."""
-    if library(dtype, k) is None:
+    if library(k) is None:
         return False
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
@@ -80,12 +79,11 @@ def convolve(points, k, dilation, bias, x, y=None):
     """x (N, H, W, C_in) → (N, H, W, C_out), "same" padding, added to y if given. points: the kernel's."""
     n_in, n_out = x.shape[3], len(points) * WIDTH
     threads, (of_input, of_output, _) = torch.get_num_threads(), maps(k)
-    add = y is not None
-    y = y if add else x.new_empty(*x.shape[:3], n_out)
+    found = x.new_empty(*x.shape[:3], n_out, dtype=torch.float32) if y is None else y.float()
     memory = points.new_empty(threads, points.shape[1], BLOCK * (n_in + WIDTH) + 2 * GAP)
-    tensors = of_input, of_output.T.contiguous(), x, points, bias.float(), y, memory
-    library(x.dtype, k).convolve(*build.arguments(*x.shape, dilation, n_out, threads, add, *tensors))
-    return y
+    tensors = of_input, of_output.T.contiguous(), x.float(), points, bias.float(), found, memory
+    library(k).convolve(*build.arguments(*x.shape, dilation, n_out, threads, y is not None, *tensors))
+    return found.to(x.dtype) if y is None else y.copy_(found)
 
 
 def weight_gradient(dy, x, k, dilation):
@@ -94,8 +92,8 @@ def weight_gradient(dy, x, k, dilation):
     of_input, of_output, of_kernel = maps(k)
     points = of_input.new_empty(n_out // WIDTH, len(of_kernel), n_in, WIDTH)
     memory = points.new_empty(len(of_kernel), BLOCK * (n_in + n_out) + (1 + n_out // WIDTH) * GAP)
-    tensors = of_input, of_output, x, dy, points, memory
+    tensors = of_input, of_output, x.float(), dy.float(), points, memory
     sizes = *x.shape, dilation, n_out, torch.get_num_threads()
-    library(x.dtype, k).kernel_gradient(*build.arguments(*sizes, *tensors))
+    library(k).kernel_gradient(*build.arguments(*sizes, *tensors))
     parts = (of_kernel.T @ points.flatten(2)).unflatten(2, (n_in, WIDTH))
     return parts.permute(0, 3, 2, 1).reshape(n_out, n_in, k, k).to(x.dtype)
