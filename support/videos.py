@@ -50,16 +50,12 @@ def decode(path, stride=1):
     getattr(cv2.utils, "logging", cv2).setLogLevel(2)  # errors only; up to OpenCV 4.12, the function is cv2's
     video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     try:
-        ok, frame = video.read()
-        while ok:
-            yield frame
+        while (found := video.read())[0]:
+            yield found[1]
             for _ in range(stride - 1):
                 video.grab()
-            ok, frame = video.read()
     except cv2.error as error:
         raise UserError(f"{path} cannot be read as a video ({error.err})") from error
-    finally:
-        video.release()
 
 
 def crop_and_resize(frame, height, width, channels):

@@ -74,7 +74,7 @@ def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
     refused(r"b\.mp4 gives 0 frames")
     assert not capfd.readouterr().err  # OpenCV and FFmpeg add nothing
     huge = lambda: (True, cv2.repeat(np.zeros((SIZE, SIZE, 3), np.uint8), 2**20, 2**25))
-    video = SimpleNamespace(read=huge, release=lambda: None)
+    video = SimpleNamespace(read=huge)
     monkeypatch.setattr(cv2, "VideoCapture", lambda *arguments: video)
     refused(r"PM\.avi cannot be read as a video \(Failed to allocate \d+ bytes\)")
 
