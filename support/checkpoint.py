@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,17 +15,7 @@ from filelock import FileLock, Timeout
 from support import UserError
 from support.distributed import print0
 
-# Windows cannot replace a file that a virus scanner holds open: try again after these seconds
-PAUSES = (0.1, 0.4, 1.5, 3) if os.name == "nt" else ()
 CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
-
-
-def replace(source, target):
-    for pause in PAUSES:
-        with suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(pause)
-    os.replace(source, target)
 
 
 @contextmanager
@@ -41,7 +30,7 @@ def open_atomic(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
+        os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or f"{error} (is the disk full?)"  # NumPy's errors have no strerror
         raise UserError(f"cannot write {path}: {reason}; nothing was overwritten") from error
