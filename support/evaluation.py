@@ -137,10 +137,8 @@ def draw_ranked(folder, task, dataset, ranking, title):
 
     And predict_last_frame.png: the last frame, the hardest, of ten forecasts from the best to the worst.
     """
-    n = len(ranking)
-    ranks = {"best": 0, "median": n // 2, "worst": n - 1}
-    named = {}
-    for name, k in ranks.items():
+    n, named = len(ranking), {}
+    for name, k in {"best": 0, "median": n // 2, "worst": n - 1}.items():
         named[f"predict_{name}"] = int(ranking[k]), f"the {name} of {n:,} sequences"
     draw_named(folder, task, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
@@ -180,31 +178,28 @@ def score_beyond_training(folder, name, task, patch_size):
     except UserError as error:  # no reason to lose the scores of the test split
         print0(f"cannot score the cases beyond training: {error}")
         return {}
-    large = max(96, 64 + patch_size)  # it can be cut into patches where 64 can
-    double, triple = f"{2 * task.frames_out} frames", f"{3 * task.frames_out} frames"
+    n, large = task.frames_out, max(96, 64 + patch_size)  # it can be cut into patches where 64 can
     cases = {
-        triple: {"n_frames": task.frames_in + 3 * task.frames_out},
-        "three digits": {"n_digits": 3},
+        f"{3 * n} frames": (3 * n, {}),
+        "three digits": (n, {"n_digits": 3}),
         # on the larger canvas, a digit moves as many pixels per frame as on 64×64
-        f"{large}×{large} pixels": {"size": large, "step": 0.1 * (64 - 28) / (large - 28)},
+        f"{large}×{large} pixels": (n, {"size": large, "step": 0.1 * (64 - 28) / (large - 28)}),
     }
     forecasts, results = {name: task.forecast, **BASELINES}, {}
-    for case, changes in cases.items():
-        options = {"n_frames": task.frames_in + task.frames_out, **changes}
-        n = options["n_frames"] - task.frames_in
-        longer = task._replace(frames_out=n)
+    for case, (length, options) in cases.items():
+        longer = task._replace(frames_out=length)
         try:
-            frames = moving_mnist.generate(digits, N_BEYOND, seed=0, **options).swapaxes(0, 1)
-            dataset = moving_mnist.MovingMNIST(frames)
+            frames = moving_mnist.generate(digits, N_BEYOND, 0, task.frames_in + length, **options)
+            dataset = moving_mnist.MovingMNIST(frames.swapaxes(0, 1))
             curves = {who: mse_curve(longer._replace(forecast=f), dataset) for who, f in forecasts.items()}
         except Exception as error:  # an edited network, or no memory
             if WORLD_SIZE > 1:
                 raise  # the other processes wait for this one
             print0(f"cannot score the case {case}: {error!r:.200}")
             continue
-        lengths = {"as in training": task.frames_out, double: 2 * task.frames_out} if case == triple else {}
-        for part, length in {**lengths, case: n}.items():  # a long forecast begins with the short ones
-            results[part] = {who: values[:length] for who, values in curves.items()}
+        shorter = {"as in training": n, f"{2 * n} frames": 2 * n} if length > n else {}
+        for part, end in {**shorter, case: length}.items():  # a long forecast begins with the short ones
+            results[part] = {who: values[:end] for who, values in curves.items()}
         if RANK == 0:  # the first sequence, as good or bad as it happens to be
             named = {f"beyond_{case.replace(' ', '_').replace('×', 'x')}": (0, "never trained on")}
             draw_named(folder, longer, dataset, named, f"{name}, {case}")
