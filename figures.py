@@ -63,7 +63,7 @@ def loss(history, baselines, phases, title):
     epochs, training = column("epoch", history), column("train_loss", history)
     validation = column("val_loss", points)
     phases = {epoch: phases[epoch] for epoch in sorted(phases) if epoch <= epochs[-1]}
-    label = f"training (on a task that changes: 1 to {len(phases)})" if phases else "training"
+    label = f"training (its task changes: 1 to {len(phases)})" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
     part = f"{few:,}" if few == last else f"{few:,} of {last:,}"
     style, ring = MODEL_STYLES[0], {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}

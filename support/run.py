@@ -4,7 +4,6 @@
 """
 
 import csv
-import dataclasses
 import hashlib
 import io
 import json
@@ -12,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,12 @@ EVALUATIONS = 10  # evenly spaced over training
 LOSSES = 200  # points of the training loss's curve
 TIMED = range(3, 13)  # steps after a start or resume that measure the speed; earlier ones are slower
 SAVE_EVERY = 120  # seconds between checkpoints
+# How far a run is: what a checkpoint keeps, beside weights and optimizers
+KEPT = "steps", "step", "seconds", "best", "history", "baselines", "loss_sum", "loss_count"
 
 
-@dataclasses.dataclass(kw_only=True)
-class Progress:
-    """How far a run is: what a checkpoint keeps, beside weights and optimizers."""
-
-    steps_per_epoch: int = 0
-    steps: int = 0  # 0: max_minutes has not been turned into steps yet
-    step: int = 0
-    seconds: float = 0.0
-    best: float = math.inf  # validation MSE
-    history: list = dataclasses.field(default_factory=list)  # the rows of log.csv
-    baselines: dict = dataclasses.field(default_factory=dict)  # name → validation MSE of each frame
-    loss_sum: float = 0.0  # of the steps since the last row
-    loss_count: int = 0
-
-
-@dataclasses.dataclass
-class Run(Progress):
+@dataclass
+class Run:
     """What a run was asked for, where it computes, and how far it is."""
 
     knobs: Any
@@ -66,8 +53,17 @@ class Run(Progress):
         self.scored_step = 0  # the training step at which the scored weights were saved
         self.order, self.epoch = None, -1  # the order of the training sequences, and the epoch that has it
         self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
+        # 0: max_minutes has not been turned into steps yet
         self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
+        self.step, self.seconds = 0, 0.0
+        self.best = math.inf  # validation MSE
+        self.history = []  # the rows of log.csv
+        self.baselines = {}  # name → validation MSE of each frame
+        self.loss_sum, self.loss_count = 0.0, 0  # of the steps since the last row
         self.task = Task(self.forecast, knobs.frames_in, knobs.frames_out, self.device)
+        self.validated = f"validation split of the {self.data.name}"  # in titles
+        if knobs.data == "fresh":
+            self.validated = "fresh sequences of held-out digits"
 
     def autocast(self):
         """The context in which the model computes in its dtype."""
@@ -100,8 +96,8 @@ class Run(Progress):
             try:
                 for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                     load_optimizer(optimizer, saved)
-                for field in dataclasses.fields(Progress):
-                    setattr(self, field.name, state[field.name])
+                for name in KEPT:
+                    setattr(self, name, state[name])
             except Exception as error:  # untrusted file: anything may be in it
                 reason = f"it does not fit this code ({error})"
                 raise UserError(f"cannot resume from {path}: {reason}; {advice}") from error
@@ -113,7 +109,7 @@ class Run(Progress):
     def show_results(self):
         """Whether the run has ended and its results can be read: then print them."""
         files = self.folder / "log.csv", self.folder / "loss.png"
-        if self.history and RANK == 0 and not all(file.exists() for file in files):
+        if self.has_ended and RANK == 0 and not all(file.exists() for file in files):
             self.write_log()
         if words := on_rank_0(self.read_report) if self.has_ended or not self.step else None:
             print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
@@ -146,7 +142,7 @@ class Run(Progress):
             self.step_seconds += seconds / len(TIMED)
         if since_start == TIMED[-1]:
             self.estimate_time()
-        if self.passes(LOSSES):
+        if self.passes(LOSSES) or self.evaluation_due():
             self.add_row(rate)
         self.tick = time.perf_counter()
 
@@ -217,8 +213,6 @@ class Run(Progress):
         except FloatingPointError as error:  # the loss was finite, but not the weights after it
             what = f"forecasts that are not finite ({error})"
             raise self.diverged(what, rate, self.step - 1) from error
-        if self.loss_count:
-            self.add_row(rate)
         pixels = self.task.frames_out * math.prod(self.data.validation.shape[1:])
         row = self.history[-1]
         row["val_loss"] = float(scores[CROSS_ENTROPY].mean()) / pixels
@@ -236,19 +230,10 @@ class Run(Progress):
             self.write_log()
             curves = {self.knobs.model: scores["mse_per_frame"].mean(0).tolist(), **self.baselines}
             write_atomic(self.folder / "per_frame.png", figures.per_frame({self.validated: curves}))
-            self.draw_validation(f"after {row['sequences']:,} training sequences")
+            title = f"{self.validated}, after {row['sequences']:,} training sequences"
+            evaluation.draw_samples(self.folder, self.task, self.data.validation, title)
         self.saved_at = -math.inf  # a checkpoint is due
         self.tick = time.perf_counter()
-
-    @property
-    def validated(self):
-        """What the validation split is, for pictures."""
-        if self.knobs.data == "fresh":
-            return "fresh sequences of held-out digits"
-        return f"validation split of the {self.data.name}"
-
-    def draw_validation(self, when):
-        evaluation.draw_samples(self.folder, self.task, self.data.validation, f"{self.validated}, {when}")
 
     def save_best(self):
         if RANK == 0:
@@ -262,8 +247,7 @@ class Run(Progress):
 
     def save(self, optimizers):
         if RANK == 0:
-            kept = {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
-            state = {**self.network(), **kept}
+            state = self.network() | {name: getattr(self, name) for name in KEPT}
             state |= {"environment": self.environment, "optimizers": [o.state_dict() for o in optimizers]}
             checkpoint.save(self.folder / "last.pt", state)
         self.saved_at = self.tick = time.perf_counter()
@@ -274,17 +258,12 @@ class Run(Progress):
         rows = [self.history[-1].keys(), *(row.values() for row in self.history)]
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_atomic(self.folder / "log.csv", text.getvalue().encode())
-        self.draw_loss()
-
-    def draw_loss(self):
-        if not (self.steps and any(row["val_loss"] for row in self.history)):
-            return
         knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, {}
         if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
-            words = ["forecasts 1 frame", "more and more frames", f"all {knobs.frames_out} frames"]
-            if knobs.overlay:
-                n = knobs.overlay
-                merged = f"{n} sequences merged into each", f"{n} merged, then fewer", "none merged"
+            words = ["forecasts 1 frame", "more frames", f"all {knobs.frames_out} frames"]
+            if n := knobs.overlay:
+                fewer = f"{n} merged" + ", fewer where the curve drops" * (n > 1)
+                merged = f"{n} sequences merged into each", fewer, "none merged"
                 words = [", ".join(pair) for pair in zip(words, merged, strict=True)]
             phases = dict(zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True))
         if knobs.ssim_from < 1:
@@ -331,7 +310,8 @@ class Run(Progress):
             beyond = evaluation.score_beyond_training(folder, knobs.model, self.task, knobs.patch_size)
             results["beyond"] = beyond
         if RANK == 0:
-            self.draw_validation("best weights")
+            title = f"{self.validated}, best weights"
+            evaluation.draw_samples(folder, self.task, self.data.validation, title)
             title = results["data_tested"] + ("" if test.split == "all" else f", {test.split} split")
             evaluation.draw_ranked(folder, self.task, test, ranking, title)
             past, _ = evaluation.split_frames(first, *self.task[1:])

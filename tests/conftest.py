@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import figures
 import main
 import moving_mnist
 from support import evaluation
@@ -98,10 +99,9 @@ def here(data, out, pictures=False, **changes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "start", noting_the_folder)
-        of_run = [(Run, name) for name in ("draw_loss", "draw_validation")]
-        of_scores = [(evaluation, name) for name in ("draw_ranked", "draw_named", "compare_runs")]
-        for place in [] if pictures else of_run + of_scores:
-            patch.setattr(*place, lambda *_: None)
+        names = "draw_samples", "draw_ranked", "draw_named", "compare_runs"
+        for place in [] if pictures else [(figures, "loss"), *((evaluation, name) for name in names)]:
+            patch.setattr(*place, lambda *_: b"")
         main.main(main.parse(flags(data, out, **changes)))
     return folders[-1]
 
