@@ -41,7 +41,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
-    overlay: int = -1  # sequences merged into each training sequence; -1: 2, but 0 for your own data
+    overlay: int = -1  # sequences merged into each training sequence; -1 = automatic (2; your own data: 0)
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -60,7 +60,7 @@ class Knobs:  # its docstring and comments are the text of --help; see build for
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
     # Output
     out: str = "results"  # folder of all runs
-    name: str = ""  # this run's folder in out; empty = the name of the model or the weights
+    name: str = ""  # this run's folder inside --out; empty = the name of the model or the weights
     eval_only: bool = False  # train nothing: score --weights, and draw their forecasts
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
@@ -135,7 +135,7 @@ def learning_rate(knobs, progress):
 def horizon(knobs, progress):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first. my_model then reads a longer input: the total number is constant.
+    A short horizon teaches motion first. While it is short, my_model reads more input frames instead.
     """
     start, end = knobs.grow_horizon
     grown = 1 if progress >= end else 0 if progress < start else (progress - start) / (end - start)
@@ -186,7 +186,7 @@ def train(run, optimizers):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
         past, future = load_batch(run, n_past, n_future)
-        # dense targets: in a longer input, the later frames are forecast, too, from the frames before them
+        # dense targets: while the input is longer, frames after the first frames_in / 2 are forecast, too
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
         # seeds dropout, if there is any
@@ -197,9 +197,9 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # a term of your own that is a mean over sequences needs the same factor as SSIM below
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
+            # a mean over this process's part of the batch; weight a term of your own in the same way
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
