@@ -197,9 +197,9 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
+        # with torchrun, a process has a part of the batch: multiply means by len(truth) / batch_size
         loss = cross_entropy
         if run.progress >= knobs.ssim_from:
-            # a mean over this process's part of the batch; weight a term of your own in the same way
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -264,7 +264,7 @@ class Run:
             if n := knobs.overlay:
                 fewer = f"{n} merged" + ", fewer where the curve drops" * (n > 1)
                 merged = f"{n} sequences merged into each", fewer, "none merged"
-                words = [", ".join(pair) for pair in zip(words, merged, strict=True)]
+                words = ["; ".join(pair) for pair in zip(words, merged, strict=True)]
             phases = dict(zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True))
         if knobs.ssim_from < 1:
             start, words = knobs.ssim_from * epochs, "SSIM joins the loss"

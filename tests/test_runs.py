@@ -30,7 +30,7 @@ import figures
 import main
 import metrics
 from moving_mnist import MovingMNIST
-from support import UserError, checkpoint, evaluation
+from support import UserError, checkpoint, evaluation, run
 
 PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst", "last_frame")]
 PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
@@ -144,6 +144,15 @@ def test_baselines_stand_beside_every_epoch(array, tmp_path, monkeypatch):
     assert drawn and all(means == pytest.approx(expected) for _, means, _, _ in drawn)
     curves = checkpoint.load(folder / "last.pt")["baselines"]
     assert {who: np.mean(curve) for who, curve in curves.items()} == pytest.approx(expected)
+
+
+def test_an_evaluation_has_a_row_of_its_own(array, tmp_path, monkeypatch):
+    """Also between two points of the training loss's curve, which here are at steps 5 and 9."""
+    monkeypatch.setattr(run, "LOSSES", 2)
+    monkeypatch.setattr(run, "EVALUATIONS", 3)
+    monkeypatch.setattr(run, "FIRST_LOOK", 2)
+    rows = evaluations(here(array, tmp_path, epochs=1))
+    assert [row["step"] for row in rows] == [2, 3, 6, 9]
 
 
 def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
