@@ -110,6 +110,7 @@ def predict(
     if truth.shape[1]:
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
+        words += f" (mean of {n} sequences; pictures show the first)" * (n > 1)
     print(words)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -221,7 +221,7 @@ class Run:
         if RANK == 0:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
             words = f"epoch {row['epoch']:<6g} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
-            self.bar.write(f"{words}  {row['minutes']:.1f} min")
+            self.bar.write(f"{words} of {len(index)} sequences, {row['minutes']:.1f} min")
         mse_of_some = float(scores["mse_per_frame"][some if self.has_ended else slice(None)].mean())
         if mse_of_some < self.best:
             self.best = mse_of_some
@@ -290,6 +290,7 @@ class Run:
     def finish(self):
         """Score the weights on the test split, draw their forecasts, compare with other runs."""
         knobs, folder, test, name = self.knobs, self.folder, self.data.test, self.data.name
+        print0(f"testing   {len(test):,} sequences")
         scores, ranking = evaluation.score(knobs.model, self.task, test)
         first = test[np.arange(1)]
         results = {
