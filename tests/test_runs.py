@@ -79,7 +79,8 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
 
 
 def test_a_run_leaves_every_file(reference):
-    folder, _ = reference
+    folder, printed = reference
+    assert printed.count(" of 5 sequences, ") == 10 and "testing   6 sequences" in printed
     assert {path.name for path in folder.iterdir()} == {*FILES, ".lock", "source"}
     assert all((folder / name).stat().st_size for name in FILES)
     for name in SOURCES:
