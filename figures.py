@@ -57,20 +57,15 @@ def loss(history, baselines, phases, title):
     figure = Figure(figsize=(11, 4.4))
     left, right = figure.subplots(1, 2)
     points = [row for row in history if row["val_loss"] is not None]
-    few, last = points[0]["val_sequences"], points[-1]["val_sequences"]
-    some = [row for row in points if row["val_sequences"] == few]  # all but perhaps the last
     column = lambda name, rows: [row[name] for row in rows]
     epochs, training = column("epoch", history), column("train_loss", history)
     validation = column("val_loss", points)
     phases = {epoch: phases[epoch] for epoch in sorted(phases) if epoch <= epochs[-1]}
     label = f"training (its task changes: 1 to {len(phases)})" if phases else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
-    part = f"{few:,}" if few == last else f"{few:,} of {last:,}"
-    style, ring = MODEL_STYLES[0], {**MODEL_STYLES[0], "marker": "D", "ms": 7, "mfc": "none"}
+    words = f"validation, {points[-1]['val_sequences']:,} sequences"
     for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
-        axes.plot(column("epoch", some), column(name, some), **style, label=f"validation, {part} sequences")
-        if last != few:
-            axes.plot(epochs[-1], points[-1][name], **ring, label=f"validation, all {last:,} sequences")
+        axes.plot(column("epoch", points), column(name, points), **MODEL_STYLES[0], label=words)
     for k, (epoch, words) in enumerate(phases.items(), 1):  # numbers side by side may be close: two heights
         left.axvline(epoch, lw=1, ls=":", color="black", label=f"from {k}: {words}")
         left.text(epoch, 0.92 + 0.06 * (k % 2), f" {k}", va="top", transform=left.get_xaxis_transform())

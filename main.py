@@ -237,7 +237,7 @@ def main(knobs):
             if run.show_results():  # an earlier start finished this run
                 return
             train(run, optimizers)
-            run.choose_best()
+            run.load_best()
         run.finish()
 
 

@@ -64,8 +64,8 @@ def evaluate(task, dataset, names, index=None):
     return {name: all_reduce(values, task.device).cpu() for name, values in found.items()}
 
 
-def mse_curve(task, dataset):
-    return evaluate(task, dataset, ["mse_per_frame"])["mse_per_frame"].mean(0).tolist()
+def mse_curve(task, dataset, index=None):
+    return evaluate(task, dataset, ["mse_per_frame"], index)["mse_per_frame"].mean(0).tolist()
 
 
 def score(name, task, dataset):
@@ -121,7 +121,10 @@ def report(results):
         lines.append(" " * 18 + "".join(f"{figures.LABELS.get(name, name):>20}" for name in names))
         for case, curves in beyond.items():
             lines.append(f"{case:18}" + "".join(f"{np.mean(curves[name]):>20.1f}" for name in names))
-    return "\n".join([*lines, "", "weights   of training step {step:,}, hash {weights}".format(**results)])
+    lines += ["", "weights   of training step {step:,}, hash {weights}".format(**results)]
+    if mse := results.get("validation_mse"):
+        lines[-1] += f", validation MSE {mse:.2f} (to choose between runs)"
+    return "\n".join(lines)
 
 
 def draw_samples(folder, task, dataset, title):
@@ -253,10 +256,11 @@ def compare_runs(out, latest, first_sequence):
         runs = [run for run in runs if run["is_trained"] or found(run) not in trained]
         if len(runs) < 2:
             return
-        label_runs(sorted(runs, key=lambda run: run["started"]))
-        runs.sort(key=lambda run: run["curve"].mean())
+        runs.sort(key=lambda run: run["started"])
+        label_runs(runs)
         baselines = {who: latest["scores"][who] for who in figures.LABELS}
-        write_atomic(out / "compare.md", comparison_table(runs, baselines, left_out).encode())
+        ranked = sorted(runs, key=lambda run: run["curve"].mean())
+        write_atomic(out / "compare.md", comparison_table(ranked, baselines, left_out).encode())
         title = describe_split({**latest, "data": latest["data_tested"]})
         histories = {run["label"]: run["history"] for run in runs}
         curves = {run["label"]: run["curve"] for run in runs}
@@ -282,20 +286,23 @@ def label_runs(runs):
 
 
 def comparison_table(runs, baselines, left_out):
-    columns = "parameters", "sequences", "minutes", *metrics.HEADINGS
+    columns = "parameters", "sequences", "minutes", "validation MSE", *metrics.HEADINGS
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
     lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
-    lines += ["After a name: what differs from the earliest run of its model.", ""]
+    lines += ["After a name: what differs from the earliest run of its model."]
+    lines += ["To choose between runs, use the validation MSE: the other scores are of the test split.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for run in runs:
         seen, minutes = "–", "–"
         if run["history"]:
             seen, minutes = f"{run['history'][-1]['sequences']:,.0f}", f"{run['history'][-1]['minutes']:.1f}"
-        cells = [f"{run['parameters']:,}", seen, minutes, *table_cells(run["scores"][run["model"]], "–")]
+        mse = run.get("validation_mse")  # None if the weights were only scored
+        cells = [f"{run['parameters']:,}", seen, minutes, f"{mse:.2f}" if mse else "–"]
+        cells += table_cells(run["scores"][run["model"]], "–")
         label = run["label"].replace("|", "\\|")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     for who, scores in baselines.items():
-        lines.append(f"| {figures.LABELS[who]} | – | – | – | {' | '.join(table_cells(scores, '–'))} |")
+        lines.append(f"| {figures.LABELS[who]} | – | – | – | – | {' | '.join(table_cells(scores, '–'))} |")
     if left_out:
         words = "Left out, as tested on something else, damaged, or of another version"
         lines += ["", f"{words}: {', '.join(left_out)}."]

@@ -56,9 +56,9 @@ class Run:
         # 0: max_minutes has not been turned into steps yet
         self.steps = 0 if knobs.max_minutes else knobs.epochs * self.steps_per_epoch
         self.step, self.seconds = 0, 0.0
-        self.best = math.inf  # validation MSE
+        self.best = math.inf  # MSE of the watched validation sequences
         self.history = []  # the rows of log.csv
-        self.baselines = {}  # name → validation MSE of each frame
+        self.baselines = {}  # name → MSE of each frame, of the same sequences
         self.loss_sum, self.loss_count = 0.0, 0  # of the steps since the last row
         self.task = Task(self.forecast, knobs.frames_in, knobs.frames_out, self.device)
         self.validated = f"validation split of the {self.data.name}"  # in titles
@@ -85,6 +85,13 @@ class Run:
     def progress(self):
         """The fraction of training done at the middle of the next step, in [0, 1)."""
         return (self.step + 0.5) / self.steps if self.steps else 0.005  # until the pace is known
+
+    @property
+    def watched(self):
+        """The validation sequences that are scored during training: at least 40, at most all."""
+        n_all = len(self.data.validation)
+        n_some = min(n_all, max(40, self.steps * self.knobs.batch_size // 100))
+        return np.linspace(0, n_all - 1, n_some).astype(int)
 
     def resume(self, optimizers):
         """Continue from last.pt, if it is there. Raises UserError if it cannot be used."""
@@ -191,25 +198,18 @@ class Run:
     def score_baselines(self):
         for who, forecast in BASELINES.items():
             task = self.task._replace(forecast=forecast)
-            self.baselines[who] = evaluation.mse_curve(task, self.data.validation)
+            self.baselines[who] = evaluation.mse_curve(task, self.data.validation, self.watched)
         if RANK == 0:
             levels = (f"{figures.LABELS[who]} {np.mean(mse):.1f}" for who, mse in self.baselines.items())
             self.bar.write(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
 
     def evaluate(self, rate):
-        """Validate, log, keep the weights if they are the best so far, and redraw the pictures.
-
-        All but the last use some validation sequences: a hundredth of the number in training, at least 40.
-        """
+        """Validate, log, keep the weights if they are the best so far, and redraw the pictures."""
         if not self.baselines:
             self.score_baselines()
-        n_all = len(self.data.validation)
-        n_some = min(n_all, max(40, self.steps * self.knobs.batch_size // 100))
-        some = np.linspace(0, n_all - 1, n_some).astype(int)
-        index = np.arange(n_all) if self.has_ended else some
         names = "mse_per_frame", CROSS_ENTROPY
         try:
-            scores = evaluation.evaluate(self.task, self.data.validation, names, index)
+            scores = evaluation.evaluate(self.task, self.data.validation, names, self.watched)
         except FloatingPointError as error:  # the loss was finite, but not the weights after it
             what = f"forecasts that are not finite ({error})"
             raise self.diverged(what, rate, self.step - 1) from error
@@ -217,16 +217,14 @@ class Run:
         row = self.history[-1]
         row["val_loss"] = float(scores[CROSS_ENTROPY].mean()) / pixels
         row["val_mse_per_frame"] = float(scores["mse_per_frame"].mean())
-        row["val_sequences"] = len(index)
+        row["val_sequences"] = len(self.watched)
         if RANK == 0:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
             words = f"epoch {row['epoch']:<6g} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
-            self.bar.write(f"{words} of {len(index)} sequences, {row['minutes']:.1f} min")
-        mse_of_some = float(scores["mse_per_frame"][some if self.has_ended else slice(None)].mean())
-        if mse_of_some < self.best:
-            self.best = mse_of_some
-            self.save_best()
-        if RANK == 0:
+            self.bar.write(f"{words} of {len(self.watched)} sequences, {row['minutes']:.1f} min")
+            if row["val_mse_per_frame"] < self.best:
+                self.best = row["val_mse_per_frame"]
+                checkpoint.save(self.folder / "best.pt", {**self.network(), "step": self.step})
             self.write_log()
             curves = {self.knobs.model: scores["mse_per_frame"].mean(0).tolist(), **self.baselines}
             write_atomic(self.folder / "per_frame.png", figures.per_frame({self.validated: curves}))
@@ -234,10 +232,6 @@ class Run:
             evaluation.draw_samples(self.folder, self.task, self.data.validation, title)
         self.saved_at = -math.inf  # a checkpoint is due
         self.tick = time.perf_counter()
-
-    def save_best(self):
-        if RANK == 0:
-            checkpoint.save(self.folder / "best.pt", {**self.network(), "step": self.step})
 
     def network(self):
         """What a checkpoint needs for `main.load`."""
@@ -273,24 +267,21 @@ class Run:
         title = f"{self.folder.name}, {self.data.name}"
         write_atomic(self.folder / "loss.png", figures.loss(self.history, means, phases, title))
 
-    def choose_best(self):
-        """Load the best weights. Earlier ones have to beat the last ones on all validation sequences."""
+    def load_best(self):
+        """Load the weights with the lowest MSE of the watched validation sequences."""
         path, last = self.folder / "best.pt", self.folder / "last.pt"
         best = on_rank_0(checkpoint.load, path, f"delete it and {last} to start over")
-        last_weights = {name: value.clone() for name, value in self.model.state_dict().items()}
         load_weights(self.model, best, path)
         self.scored_step = best["step"]
-        if best["step"] != self.step:
-            mse = np.mean(evaluation.mse_curve(self.task, self.data.validation))
-            if mse >= self.history[-1]["val_mse_per_frame"]:
-                self.model.load_state_dict(last_weights)
-                self.scored_step = self.step
-                self.save_best()
 
     def finish(self):
-        """Score the weights on the test split, draw their forecasts, compare with other runs."""
+        """Score the weights on all of validation and test, draw their forecasts, compare with other runs."""
         knobs, folder, test, name = self.knobs, self.folder, self.data.test, self.data.name
-        print0(f"testing   {len(test):,} sequences")
+        validation, validation_mse = self.data.validation, None
+        if not knobs.eval_only:
+            print0(f"scoring   {len(validation):,} validation sequences")
+            validation_mse = float(np.mean(evaluation.mse_curve(self.task, validation)))
+        print0(f"scoring   {len(test):,} test sequences")
         scores, ranking = evaluation.score(knobs.model, self.task, test)
         first = test[np.arange(1)]
         results = {
@@ -305,6 +296,7 @@ class Run:
             "step": self.scored_step,
             "weights": checkpoint.weights_hash(self.model),
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "validation_mse": validation_mse,
             "scores": scores,
         }
         if self.data.is_moving_mnist:
@@ -312,7 +304,7 @@ class Run:
             results["beyond"] = beyond
         if RANK == 0:
             title = f"{self.validated}, best weights"
-            evaluation.draw_samples(folder, self.task, self.data.validation, title)
+            evaluation.draw_samples(folder, self.task, validation, title)
             title = results["data_tested"] + ("" if test.split == "all" else f", {test.split} split")
             evaluation.draw_ranked(folder, self.task, test, ranking, title)
             past, _ = evaluation.split_frames(first, *self.task[1:])

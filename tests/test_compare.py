@@ -41,8 +41,9 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     found = rows(tmp_path / "compare.md")
     assert set(found) == {*models, *BASELINES}
     for name in models:
-        scored, (parameters, seen, _, error, *_) = results(tmp_path / name), found[name]
+        scored, (parameters, seen, _, validated, error, *_) = results(tmp_path / name), found[name]
         assert (parameters, seen) == (f"{scored['parameters']:,}", "10")
+        assert validated == f"{scored['validation_mse']:.2f}"
         assert error == f"{scored['scores'][name]['mse_per_frame']['mean']:#.4g}"
     for picture in ("compare.png", "compare_strip.png"):
         with Image.open(tmp_path / picture) as image:
@@ -106,7 +107,7 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
     found = rows(tmp_path / "compare.md")
     one = "one: main.py: \ufffd, model my_model"
     assert set(found) == {one, "scored", "run _a\\|b: model my_model", *BASELINES}
-    assert found[one][7] == "–" != found["scored"][7]
+    assert found[one][8] == "–" != found["scored"][8]
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 

@@ -60,6 +60,16 @@ def split(array, sequences):
     return frames[:, :FRAMES_IN], frames[:, FRAMES_IN : FRAMES_IN + FRAMES_OUT]
 
 
+def logits_of(folder, array, sequences):
+    """(logits (B, T, H, W) of best.pt, by nothing fast; past; truth)."""
+    past, truth = split(array, sequences)
+    model = main.build(main.parse(flags(array, folder)), 1)
+    model.load_state_dict(torch.load(folder / "best.pt")["model"])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(past[:, :, None]).float(), FRAMES_OUT)[:, :, 0]
+    return logits.double().numpy(), past, truth
+
+
 def mse(prediction, truth):
     return np.square(prediction - truth).sum((2, 3)).mean()
 
@@ -80,7 +90,7 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
 
 def test_a_run_leaves_every_file(reference):
     folder, printed = reference
-    assert printed.count(" of 5 sequences, ") == 10 and "testing   6 sequences" in printed
+    assert printed.count(" of 5 sequences, ") == 10 and "scoring   6 test sequences" in printed
     assert {path.name for path in folder.iterdir()} == {*FILES, ".lock", "source"}
     assert all((folder / name).stat().st_size for name in FILES)
     for name in SOURCES:
@@ -107,12 +117,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
         for name, score in scores.items():
             assert score["unit"] == metrics.METRICS[name][1]
             assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
-    model = main.build(main.parse(flags(array, folder)), 1)  # nothing fast is attached
-    best = torch.load(folder / "best.pt")
-    model.load_state_dict(best["model"])
-    past, truth = split(array, TEST)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(past[:, :, None]).float(), FRAMES_OUT)[:, :, 0].double().numpy()
+    logits, past, truth = logits_of(folder, array, TEST)
     assert mean(folder) == pytest.approx(mse(1 / (1 + np.exp(-logits)), truth), rel=1e-4)
     nats = (np.logaddexp(0, logits) - truth * logits).sum((1, 2, 3)).mean()
     assert mean(folder, "cross_entropy_per_sequence") == pytest.approx(nats, rel=1e-4)
@@ -121,16 +126,22 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     drawn = 255 / (1 + np.exp(-logits[0]))  # forecast.npy: of the first sequence, to a grey level
     np.testing.assert_allclose(np.load(folder / "forecast.npy")[:, 0], drawn, atol=0.51)
     best_row = min(evaluations(folder), key=lambda row: row["val_mse_per_frame"])
-    assert found["step"] == best["step"] == best_row["step"]
+    assert found["step"] == best_row["step"]
+    model = main.load(folder / "best.pt")
     assert found["weights"] == checkpoint.weights_hash(model) and f"hash {found['weights']}" in printed
 
 
-def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path):
-    """Of a run that learns five sequences by heart."""
+def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path, monkeypatch):
+    """Of a run that learns five sequences by heart, and watches two of the five validation sequences."""
+    monkeypatch.setattr(run.Run, "watched", np.array([0, 3]))
     folder = here(array, tmp_path, train_sequences=5, epochs=18, learning_rate=1)
     rows = evaluations(folder)
     best = min(rows, key=lambda row: row["val_mse_per_frame"])
     assert results(folder)["step"] == best["step"] < rows[-1]["step"]
+    logits, _, truth = logits_of(folder, array, VALIDATION)
+    probabilities = 1 / (1 + np.exp(-logits))
+    assert best["val_mse_per_frame"] == pytest.approx(mse(probabilities[::3], truth[::3]), rel=1e-4)
+    assert results(folder)["validation_mse"] == pytest.approx(mse(probabilities, truth), rel=1e-4)
     assert mean(here(array, tmp_path, eval_only=True, weights=folder / "last.pt")) != mean(folder)
 
 
@@ -312,7 +323,7 @@ def test_evaluation_alone_replaces_no_scores(reference, array, tmp_path):
     for _ in range(2):  # the second time into the same folder
         main.main(main.parse([*words, "--device", "cpu", "--precision", "fp32"]))
         again = tmp_path / "my_model-eval"
-        assert results(again) == results(folder)
+        assert results(again) == results(folder) | {"validation_mse": None}
     made = {path.name for path in again.iterdir()}
     assert {*PREDICTIONS, "predict.gif", "per_frame.png"} <= made and not {"last.pt", "loss.png"} & made
     other = tmp_path / "other.npy"
