@@ -21,6 +21,7 @@ from support.distributed import run_script
 
 RAW = Path(__file__).with_name("raw")
 TIMEOUT = 10  # seconds without an answer or a byte
+FAULTS = OSError, ValueError, EOFError, zlib.error, UserError  # of a download, or of a file that it left
 
 
 class File(NamedTuple):
@@ -55,7 +56,7 @@ def fetch(file):
                 if source is not by_hand:
                     download(source, part, None)
                 write_atomic(path, read_verified(by_hand if source is by_hand else part, file))
-            except (OSError, ValueError, EOFError, zlib.error, UserError) as error:
+            except FAULTS as error:
                 failures.append(f"from {source} ({describe(error)})")
         part.unlink(missing_ok=True)
     if has_size(path, file.size):
@@ -91,8 +92,8 @@ def main():
     try:
         if os.path.exists(path):  # put there by hand, or your own
             read_verified(path, ARRAY)
-    except UserError as error:
-        raise UserError(f"{path} has {error}; move it away and start again") from error
+    except FAULTS as error:
+        raise UserError(f"{path} is not the array ({describe(error)}); move it away") from error
     print(f"{fetch(ARRAY)} is complete")
 
 

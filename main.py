@@ -181,7 +181,7 @@ def train(run, optimizers):
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     run.start_clock()
     while not run.has_ended:
-        rate = learning_rate(knobs, run.progress)
+        rate = float(learning_rate(knobs, run.progress))  # a checkpoint cannot hold a NumPy number
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)

@@ -190,7 +190,8 @@ def find_oddities(array):
     """Sentences on what is probably wrong with an array (T, N, C, H, W) of your own."""
     N = array.shape[1]
     some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
-    along_time, along_sequences = (np.abs(np.diff(some, axis=axis)).mean() for axis in (0, 1))
+    steps = (np.abs(np.diff(some, axis=axis)) for axis in (0, 1))
+    along_time, along_sequences = (step.mean() if step.size else np.inf for step in steps)
     if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
         yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
     if some.max() <= 1:

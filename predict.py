@@ -30,7 +30,7 @@ def read_frames(path, most):
         raise UserError(f"{path} is not there")
     if path.is_dir():
         files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-        files.sort(key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])  # 2 < 10
+        files.sort(key=lambda p: re.sub(r"\d+", lambda digits: digits[0].zfill(20), p.name))  # 2 < 10
         contents = [np.fromfile(file, np.uint8) for file in files[:most]]
         images = [cv2.imdecode(c, cv2.IMREAD_COLOR) if c.size else None for c in contents]
         if not images or any(image is None or image.shape != images[0].shape for image in images):
@@ -99,14 +99,15 @@ def predict(
         raise UserError(f"{weights} is for {model.channels} channels; predict.py draws 1 or 3")
     given = read_frames(source, model.frames_in + frames)
     some = given[:: -(-len(given) // 20)]  # evenly chosen, as all may be gigabytes
-    for words in find_oddities(some.swapaxes(0, 1) * 255) if len(some) > 1 else ():
+    for words in find_oddities(some.swapaxes(0, 1) * 255):
         print(f"warning   {words}")
     given = fit_to_model(given, model)
     past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
     forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
     n, n_frames, _, height, width = given.shape
     print(f"used      sequences: {n}, of {n_frames} frames of {height}×{width}")
-    words = f"{source.name}: {past.shape[1]} frames in, {frames} forecast"
+    name = source.resolve().name.encode(errors="replace").decode()
+    words = f"{name}: {past.shape[1]} frames in, {frames} forecast"
     if truth.shape[1]:
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
@@ -123,7 +124,7 @@ def predict(
     past, truth, shown = (some[0, ..., ::shrink, ::shrink] for some in (past, truth, forecast))
     write_atomic(out / "forecast.png", figures.prediction(past, truth if len(truth) else None, shown, words))
     known = truth if len(truth) == frames else None
-    write_atomic(out / "forecast.gif", figures.animation(past, known, shown, source.name))
+    write_atomic(out / "forecast.gif", figures.animation(past, known, shown, name))
     print(f"output    {out}")
 
 

@@ -26,7 +26,7 @@ PAPER = {"model": "paper", **main.RECIPES["paper"]}
 CONTENDERS = {"reference": {**PAPER, "model": "convlstm"}, "paper": PAPER, "my_model": {"model": "my_model"}}
 
 
-def make_step(name, dtype, device, batch, frames=10, training=True):
+def make_step(name, dtype, device, batch, training=True):
     """A function that does one training step of a contender, and returns the loss; or does one forecast."""
     torch.manual_seed(0)
     knobs = replace(main.Knobs(), **CONTENDERS[name])
@@ -34,11 +34,11 @@ def make_step(name, dtype, device, batch, frames=10, training=True):
     attach(knobs, model, device, dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    past, future = torch.rand(2, batch, frames, 1, 64, 64, device=device)
+    past, future = torch.rand(2, batch, 10, 1, 64, 64, device=device)
 
     def step():
         with torch.inference_mode(not training), autocast:
-            logits = model(past, frames)
+            logits = model(past, 10)
         if training:
             loss = F.binary_cross_entropy_with_logits(logits.float(), future)
             loss.backward()

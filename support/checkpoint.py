@@ -45,9 +45,7 @@ def write_atomic(path, content):
 
 
 def save(path, state):
-    """torch.save with a checksum, whole or not at all. Refuses weights that are not finite."""
-    if not all(weight.isfinite().all() for weight in state["model"].values()):
-        raise FloatingPointError(f"weights are not finite, and {path} was left as it is; lower learning_rate")
+    """torch.save with a checksum, whole or not at all."""
     # to memory first: when it writes a file, torch.save reports a full disk as an unrelated error
     buffer = io.BytesIO()
     torch.save(state, buffer)

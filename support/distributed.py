@@ -32,8 +32,8 @@ def choose_device(wanted, precision):
     device = torch.device(kind, LOCAL_RANK) if kind == "cuda" else torch.device(kind)
     native, reason = {"cuda": check_gpu, "mps": lambda _: (False, "mps")}.get(kind, check_cpu)(device)
     bf16 = native if precision == "auto" else precision == "bf16"
-    # TF32 rounds factors to 10 bits: too few for runs in fp32, and for SSIM in any run
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if bf16 else "ieee"
+    # TF32 rounds factors to 10 bits: too few for fp32, and for SSIM
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     reason = reason if precision == "auto" else "set by the knob precision"
     return device, torch.bfloat16 if bf16 else torch.float32, f"{'bf16' if bf16 else 'fp32'} ({reason})"

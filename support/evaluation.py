@@ -290,13 +290,13 @@ def comparison_table(runs, baselines, left_out):
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
     lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
     lines += ["After a name: what differs from the earliest run of its model."]
-    lines += ["To choose between runs, use the validation MSE: the other scores are of the test split.", ""]
+    lines += ["Choose between runs on the same data by validation MSE; other scores are of test data.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for run in runs:
         seen, minutes = "–", "–"
         if run["history"]:
             seen, minutes = f"{run['history'][-1]['sequences']:,.0f}", f"{run['history'][-1]['minutes']:.1f}"
-        mse = run.get("validation_mse")  # None if the weights were only scored
+        mse = run.get("validation_mse")  # None: the weights were only scored
         cells = [f"{run['parameters']:,}", seen, minutes, f"{mse:.2f}" if mse else "–"]
         cells += table_cells(run["scores"][run["model"]], "–")
         label = run["label"].replace("|", "\\|")

@@ -127,8 +127,8 @@ def read_configs(out):
 
 
 def write_facts(folder, config):
-    """Write config.json, and the sources that run. A run that has ended keeps its own."""
-    if (folder / "metrics.json").exists():
+    """Write config.json, and the sources that run. A trained run that has ended keeps its own."""
+    if (folder / "metrics.json").exists() and not config["asked"]["knobs"]["eval_only"]:
         return
     git = ["git", "-C", str(sources.ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

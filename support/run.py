@@ -25,6 +25,7 @@ from support.checkpoint import load_weights, open_atomic, write_atomic
 from support.distributed import RANK, broadcast, on_rank_0, print0
 from support.evaluation import BASELINES, CROSS_ENTROPY, Task
 
+WATCHED = 100  # validation sequences, evenly chosen, that every evaluation scores
 FIRST_LOOK = 50  # steps before an early evaluation, which shows that the network learns
 EVALUATIONS = 10  # evenly spaced over training
 LOSSES = 200  # points of the training loss's curve
@@ -60,6 +61,8 @@ class Run:
         self.history = []  # the rows of log.csv
         self.baselines = {}  # name → MSE of each frame, of the same sequences
         self.loss_sum, self.loss_count = 0.0, 0  # of the steps since the last row
+        n = len(self.data.validation)
+        self.watched = np.linspace(0, n - 1, min(n, WATCHED)).astype(int)
         self.task = Task(self.forecast, knobs.frames_in, knobs.frames_out, self.device)
         self.validated = f"validation split of the {self.data.name}"  # in titles
         if knobs.data == "fresh":
@@ -85,13 +88,6 @@ class Run:
     def progress(self):
         """The fraction of training done at the middle of the next step, in [0, 1)."""
         return (self.step + 0.5) / self.steps if self.steps else 0.005  # until the pace is known
-
-    @property
-    def watched(self):
-        """The validation sequences that are scored during training: at least 40, at most all."""
-        n_all = len(self.data.validation)
-        n_some = min(n_all, max(40, self.steps * self.knobs.batch_size // 100))
-        return np.linspace(0, n_all - 1, n_some).astype(int)
 
     def resume(self, optimizers):
         """Continue from last.pt, if it is there. Raises UserError if it cannot be used."""
@@ -127,7 +123,10 @@ class Run:
 
     def read_report(self):
         with suppress(Exception):  # lost or damaged: it is made again
-            return evaluation.report(json.loads((self.folder / "metrics.json").read_bytes()))
+            results = json.loads((self.folder / "metrics.json").read_bytes())
+            words = evaluation.report(results)
+            evaluation.compare_runs(self.folder.parent, results, self.data.test[np.arange(1)][0].numpy())
+            return words
 
     def start_clock(self):
         self.started_at, self.saved_at = self.step, time.perf_counter()
@@ -188,7 +187,7 @@ class Run:
 
     def add_row(self, rate):
         """A row of log.csv. Its loss is the mean of the steps since the row before."""
-        row = {"epoch": round(self.step / self.steps_per_epoch, 4), "step": self.step}
+        row = {"epoch": self.step / self.steps_per_epoch, "step": self.step}
         row |= {"sequences": self.step * self.knobs.batch_size, "minutes": round(self.seconds / 60, 3)}
         row |= {"learning_rate": rate, "train_loss": self.loss_sum / self.loss_count}
         row |= dict.fromkeys(("val_loss", "val_mse_per_frame", "val_sequences"))
@@ -234,7 +233,9 @@ class Run:
         self.tick = time.perf_counter()
 
     def network(self):
-        """What a checkpoint needs for `main.load`."""
+        """What a checkpoint needs for `main.load`. Raises FloatingPointError if weights are not finite."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise FloatingPointError("weights are not finite, and were not saved; lower learning_rate")
         channels = self.data.training.shape[1]
         state = {"knobs": self.asked["knobs"], "channels": channels, "model": self.model.state_dict()}
         return state | {"fixed_forecast": checkpoint.fixed_forecast(self.model, channels)}
@@ -303,7 +304,7 @@ class Run:
             beyond = evaluation.score_beyond_training(folder, knobs.model, self.task, knobs.patch_size)
             results["beyond"] = beyond
         if RANK == 0:
-            title = f"{self.validated}, best weights"
+            title = f"{self.validated}, weights of step {self.scored_step:,}"
             evaluation.draw_samples(folder, self.task, validation, title)
             title = results["data_tested"] + ("" if test.split == "all" else f", {test.split} split")
             evaluation.draw_ranked(folder, self.task, test, ranking, title)

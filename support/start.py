@@ -56,8 +56,8 @@ def check(knobs):
     if not (12 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
         words = "expected height and width (12 to 4096), every Nth frame, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
-    if Path(knobs.name).name != knobs.name or knobs.name == "..":
-        raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
+    if Path(knobs.name).name != knobs.name or knobs.name == ".." or not knobs.name.isprintable():
+        raise UserError(f"name is {knobs.name!a}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
     if not knobs.hidden_channels or min(layers) < 1 or max(layers) > 10**6:
         raise UserError("hidden_channels and head_channels need 1 to 1,000,000 channels in each layer")

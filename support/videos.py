@@ -39,16 +39,16 @@ def find_videos(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not files:
         raise UserError(f"{path} is no .npy and holds no video: {', '.join(sorted(VIDEOS))}")
-    for file in files:
-        if os.fsencode(file) != str(file).encode(errors="ignore"):  # OpenCV dies of a name that is not UTF-8
-            raise UserError(f"{str(file)!a} is a name that OpenCV cannot open; rename the file")
     return files
 
 
 def decode(path, stride=1):
     """Every stride-th frame, (H, W, 3) in OpenCV's order blue, green, red, until the file ends or breaks."""
     getattr(cv2.utils, "logging", cv2).setLogLevel(2)  # errors only; up to OpenCV 4.12, the function is cv2's
-    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    name = os.path.abspath(path)  # FFmpeg takes a name that begins with "12:" for a protocol
+    if os.fsencode(name) != name.encode(errors="ignore"):  # OpenCV dies of a name that is not UTF-8
+        raise UserError(f"{name!a} is a name that OpenCV cannot open; rename it")
+    video = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
     try:
         while (found := video.read())[0]:
             yield found[1]

@@ -256,7 +256,8 @@ def test_fast_network_is_plain(dtype, options):
     assert_close(found, plain, TOLERANCE[dtype])
 
 
-def test_an_edited_cell_is_what_runs(monkeypatch):
+def test_an_edited_layer_is_what_runs(monkeypatch):
+    """Also where the edit acts in one layer only, or in evaluation only."""
     of_layer, forward = ConvLSTM.forward, ConvLSTMCell.forward
 
     def with_dropout(self, *given):
@@ -265,17 +266,19 @@ def test_an_edited_cell_is_what_runs(monkeypatch):
 
     with monkeypatch.context() as patch:  # of the layer, which the fast functions do not replace
         patch.setattr(ConvLSTM, "forward", with_dropout)
-        assert fast.agrees()
+        with torch.inference_mode():  # wherever it is called
+            assert "fast layer" in fast.attach(small(), CPU, torch.float32)
     doubled = lambda self, x, state: [2 * s for s in forward(self, x, state)]
-    only_without = lambda self, *given: (doubled if self.peephole is None else forward)(self, *given)
+    if_dilated = lambda self, *given: (doubled if self.dilation > 1 else forward)(self, *given)
+    if_scored = lambda self, *given: (forward if self.training else doubled)(self, *given)
     clamped = lambda self, *given: [s.clamp(-9, 9) for s in forward(self, *given)]  # more than c soon reaches
     detached = lambda self, x, state: forward(self, x, (state[0], state[1].detach()))  # same hidden states
     cut_off = lambda self, x, state: forward(self, None if x is None else x.detach(), state)
     broken = lambda self, x, state: self.no_such_part
-    for edited in (only_without, clamped, detached, cut_off, broken):
+    for edited in (if_dilated, if_scored, clamped, detached, cut_off, broken):
         monkeypatch.setattr(ConvLSTMCell, "forward", edited)
-        model = small()
-        assert "the edited ConvLSTMCell as it stands" in fast.attach(model, CPU, torch.float32)
+        model = small(hidden_channels=(8, 8), dilation=2)
+        assert "the edited ConvLSTM layer as it stands" in fast.attach(model, CPU, torch.float32)
         assert {layer.fast for layer in (*model.encoder, *model.forecaster)} == {None}
 
 
@@ -289,7 +292,7 @@ def test_edited_gates_are_noticed(monkeypatch):
     def agreeing():
         layer.gate_functions.cache_clear()
         compiled = [layer.gate_functions("cpu", dtype)[0] is not layer.gates_forward for dtype in DTYPES]
-        return [fast.agrees(), *compiled]
+        return [fast.agrees(ConvLSTM(4, 4, 3, 3)), *compiled]
 
     assert agreeing() == [True] * 3
     double, clamp = lambda t: t.mul_(2), lambda t: t.clamp_(-9, 9)  # beyond what c soon reaches

@@ -54,7 +54,8 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"head_channels": 10**19}, "hidden_channels and head_channels"),  # beyond: torch's own traceback
         ({"grow_horizon": [0.9, 0.1]}, "grow_horizon is 0.9 0.1; expected"),
         ({"video": [64, 64, 1, 2]}, "video is 64 64 1 2; expected"),
-        ({"name": "../elsewhere"}, r"name is \.\./elsewhere; it must be"),
+        ({"name": "../elsewhere"}, r"name is '\.\./elsewhere'; it must be"),
+        ({"name": "two\nlines"}, r"name is 'two\\nlines'; it must be"),
         ({"device": "cuda" if sys.platform == "darwin" else "mps"}, "was not found; set device to auto or"),
         ({"data": "nowhere.npy"}, r"cannot read nowhere\.npy: No such file"),
         ({"weights": "nowhere.pt"}, r"cannot read nowhere\.pt: No such file"),

@@ -53,7 +53,7 @@ def test_a_training_step_reads_once_and_copies_its_batch(monkeypatch, tmp_path, 
     sequences = MovingMNIST(frames.numpy())
     sequences.content = frames.to("meta") if on_gpu else sequences.content
     options = {"knobs": KNOBS, "folder": tmp_path, "asked": {}, "environment": {}, "dtype": torch.float32}
-    options |= {"data": Data(sequences, None, None, ""), "device": torch.device("meta")}
+    options |= {"data": Data(sequences, sequences, None, ""), "device": torch.device("meta")}
     run = Run(**options, model=model, horizon=main.horizon)
     optimizers = main.make_optimizers(model, KNOBS, torch.float32)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(t) or [0.5] * t.numel())
@@ -67,6 +67,8 @@ def test_a_training_step_reads_once_and_copies_its_batch(monkeypatch, tmp_path, 
         main.train(run, optimizers)
     assert len(reads) == run.steps == 2 and watch.launches <= limit * run.steps
     assert watch.copies == ({torch.int64: 2} if on_gpu else {torch.uint8: 2})
+    monkeypatch.setattr(fast.layer, "gate_functions", None)  # a forecast compiles nothing
+    run.forecast(torch.zeros(1, 10, 1, 64, 64, device="meta"), 2)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.float32)])

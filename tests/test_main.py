@@ -3,7 +3,7 @@
 import ast
 import csv
 import re
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +15,9 @@ from torch.nn import functional as F
 import main
 import metrics
 from main import Knobs, Muon, parse
-from moving_mnist import Data, MovingMNIST
-from support import UserError
+from moving_mnist import MovingMNIST
 from support.run import Run
-from support.start import check, with_knobs_of
+from support.start import with_knobs_of
 
 FEW = {"epochs": 1, "train_sequences": 10}
 
@@ -59,19 +58,6 @@ def test_a_recipe_replaces_defaults(capsys):
     with pytest.raises(SystemExit):
         parse(["--model", "paper", "--help"])
     assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_knob_of_your_own_is_checked():
-    Edited = make_dataclass("Edited", [("mine", float | None, None)], bases=(Knobs,), frozen=True)
-    check(Edited())
-    with pytest.raises(UserError, match=r"^mine is 'x': .* union: .*NoneType"):
-        check(Edited(mine="x"))
-
-
-def test_what_is_moving_mnist():
-    for name in ("Moving MNIST array", "stand-in array", "stand-in array, trained on fresh sequences"):
-        assert Data(None, None, None, name).is_moving_mnist
-    assert not Data(None, None, None, "own.npy").is_moving_mnist
 
 
 def test_schedules():

@@ -130,14 +130,14 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
 
 def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path, monkeypatch):
     """Of a run that learns five sequences by heart, and watches two of the five validation sequences."""
-    monkeypatch.setattr(run.Run, "watched", np.array([0, 3]))
+    monkeypatch.setattr(run, "WATCHED", 2)
     folder = here(array, tmp_path, train_sequences=5, epochs=18, learning_rate=1)
     rows = evaluations(folder)
     best = min(rows, key=lambda row: row["val_mse_per_frame"])
     assert results(folder)["step"] == best["step"] < rows[-1]["step"]
     logits, _, truth = logits_of(folder, array, VALIDATION)
     errors = (1 / (1 + np.exp(-logits)) - truth) ** 2
-    for found, some in (best["val_mse_per_frame"], [0, 3]), (results(folder)["validation_mse"], range(5)):
+    for found, some in (best["val_mse_per_frame"], [0, 4]), (results(folder)["validation_mse"], range(5)):
         assert found == pytest.approx(errors[some].sum((2, 3)).mean(), rel=1e-4)
     assert mean(here(array, tmp_path, eval_only=True, weights=folder / "last.pt")) != mean(folder)
 
@@ -186,16 +186,18 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
-    """The references, and a network with dropout. Stopped after its first checkpoint."""
+    """The references; a network with dropout and a mask, its schedule by NumPy. Stopped once."""
     if model == "my_model":
-        build = main.build
+        build, schedule = main.build, main.learning_rate
 
         def with_dropout(*arguments):
             network = build(*arguments)
             network.head.insert(1, torch.nn.Dropout())
+            network.register_buffer("mask", torch.tensor(-torch.inf))
             return network
 
         monkeypatch.setattr(main, "build", with_dropout)
+        monkeypatch.setattr(main, "learning_rate", lambda *given: np.float64(schedule(*given)))
     alone = here(array, tmp_path / "alone", model=model, **FEW)
     assert set(results(alone)["scores"][model]) == set(metrics.METRICS)
     with stopped_after_a_checkpoint():
@@ -319,6 +321,9 @@ def test_evaluation_alone_replaces_no_scores(reference, array, tmp_path):
         main.main(main.parse([*words, "--device", "cpu", "--precision", "fp32"]))
         again = tmp_path / "my_model-eval"
         assert results(again) == results(folder) | {"validation_mse": None}
+        text = (again / "config.json").read_text("utf-8")
+        assert '"threads": 1,' in text  # not as it was left
+        (again / "config.json").write_text(text.replace('"threads": 1,', '"threads": 9,'))
     made = {path.name for path in again.iterdir()}
     assert {*PREDICTIONS, "predict.gif", "per_frame.png"} <= made and not {"last.pt", "loss.png"} & made
     other = tmp_path / "other.npy"

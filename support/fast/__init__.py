@@ -4,6 +4,7 @@ At each start, a fast function that disagrees with the plain one, beyond roundin
 """
 
 import contextlib
+import copy
 import ctypes
 
 import torch
@@ -12,6 +13,8 @@ import my_model
 from support.fast import layer, motion
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # to compare gradients, wherever it is called
 def attach(model, device, dtype):
     """Give an EncoderForecaster the fast functions that work here → what is in use, in words."""
     if not isinstance(model, my_model.EncoderForecaster) or device.type not in ("cpu", "cuda"):
@@ -24,18 +27,18 @@ def attach(model, device, dtype):
             model.advect, model.matching_costs = motion.advect, motion.matching_costs
             used.append("compiled motion")
     elif compiling and model.max_motion and motion.costs_on_gpu(*moves) is not my_model.matching_costs:
-        model.matching_costs = motion.matching_costs
+        model.matching_costs = motion.matching_costs_on_gpu
         used.append("compiled matching")
-    if agrees():
-        for module in model.modules():
-            if isinstance(module, my_model.ConvLSTM):
-                module.fast = layer.fast_layer
+    layers = [module for module in model.modules() if isinstance(module, my_model.ConvLSTM)]
+    if all(map(agrees, layers)):
+        for module in layers:
+            module.fast = layer.fast_layer
         compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
         used.append("fast layer with compiled gates" if compiled else "fast layer")
         if on_cpu and not compiled:
             used.append("slower, as gates.c could not be built (it needs gcc on x86 Linux)")
     else:
-        used.append("the edited ConvLSTMCell as it stands, which is slower")
+        used.append("the edited ConvLSTM layer as it stands, which is slower")
     return ", ".join(used)
 
 
@@ -48,24 +51,25 @@ def keep_freed_memory():
             libc.mallopt(-1, 2**31 - 1)
 
 
-def agrees():
-    """Whether the fast layer computes what ConvLSTM and its cell say, forward and backward, in float64."""
+def agrees(module):
+    """Whether a ConvLSTM computes the same with the fast layer, forward and backward, in float64."""
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):  # an edited cell may raise
         torch.default_generator.manual_seed(0)
-        for in_channels, peephole, dilation in ((4, True, 1), (4, False, 2), (0, True, 1)):
-            x, state = torch.randn(1, 3, 4, 5, 5).double(), torch.randn(2, 1, 4, 5, 5).double().mul(20)
-            x.requires_grad_(), state.requires_grad_()
-            plain = my_model.ConvLSTM(in_channels, 4, 3, 3, peephole, dilation).double()
-            plain.eval().cell.train()  # dropout after the cell is not what is compared
-            for parameter in plain.parameters():
-                torch.nn.init.uniform_(parameter, -1, 1)
-            leaves = [*plain.parameters(), state, *([x] if in_channels else [])]
+        plain = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
+        for p in plain.parameters():
+            torch.nn.init.uniform_(p, -1, 1).data /= p.shape[1:].numel() ** 0.5
+        kernel, state = plain.cell.input_to_state, torch.randn(2, 1, plain.cell.hidden_channels, 5, 5) * 20
+        x = None if kernel is None else torch.randn(1, 3, kernel.shape[1], 5, 5)
+        x, *state = (t if t is None else t.double().requires_grad_() for t in (x, *state))
+        leaves = [t for t in (x, *state, *plain.parameters()) if t is not None]
+        for training in (True, False):
             found = []
-            for plain.fast in (layer.fast_layer, None):
-                hidden_states, (_, c) = plain(x if in_channels else None, state.unbind(), 3)
-                total = hidden_states.sum() + c.sum()
-                gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
-                found.append((hidden_states, c, *gradients))
+            for plain.train(training).fast in (layer.fast_layer, None):
+                hidden_states, last = plain(x, state, 3)
+                # in training, dropout after the cell may change them
+                outputs = last if training else (hidden_states, *last)
+                total = sum(output.sum() for output in outputs)
+                found.append((*outputs, *torch.autograd.grad(total, leaves, materialize_grads=True)))
             if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
                 return False
         return True

@@ -37,8 +37,11 @@ def fast_layer(cell, x, state, n_frames):
     peephole = state[0].new_zeros(3, cell.hidden_channels) if cell.peephole is None else cell.peephole
     h, c = (s.permute(0, 2, 3, 1) for s in state)
     x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
+    gates = gates_forward, gates_backward
+    if device == "cpu" or torch.is_grad_enabled():  # evaluation on a GPU is too short to compile for
+        gates = gate_functions(device, dtype)
     with torch.autocast(device, enabled=False):
-        options = n_frames, *weights, peephole.to(c_dtype), cell.dilation
+        options = n_frames, gates, *weights, peephole.to(c_dtype), cell.dilation
         hs, h, c = FastConvLSTM.apply(x, h.to(dtype), c.to(c_dtype), *options)
     return hs.permute(1, 0, 4, 2, 3), (h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2))
 
@@ -112,7 +115,7 @@ class FastConvLSTM(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, h, c, n_frames, input_weight, state_weight, bias, peephole, dilation):
+    def forward(ctx, x, h, c, n_frames, gates, input_weight, state_weight, bias, peephole, dilation):
         B, H, W, C = c.shape
         pixels = n_frames * B * H * W
         c = c.clone(memory_format=torch.contiguous_format)
@@ -127,9 +130,6 @@ class FastConvLSTM(torch.autograd.Function):
             z = h.new_empty(n_frames, B, H, W, 4 * C)
         else:
             z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
-        # evaluation on a GPU is too short to compile for
-        fast = z.device.type == "cpu" or any(ctx.needs_input_grad)
-        gates = gate_functions(z.device.type, z.dtype)[0] if fast else gates_forward
         peephole = peephole.detach()  # torch.compile compiles anew for what needs a gradient
         state_to_state = convolution(state_weight, pixels, dilation=dilation)
         for t in range(n_frames):
@@ -137,9 +137,9 @@ class FastConvLSTM(torch.autograd.Function):
                 z[t] = bias  # now, so that it is in the cache when it is added to
             if t >= first:
                 state_to_state(hiddens[t], z[t])
-            gates(z[t], peephole, c, cells[t], hiddens[t + 1])
+            gates[0](z[t], peephole, c, cells[t], hiddens[t + 1])
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
-        ctx.sequences, ctx.first, ctx.dilation = (z, cells, hiddens), first, dilation
+        ctx.sequences, ctx.first, ctx.dilation, ctx.gates = (z, cells, hiddens), first, dilation, gates
         return hiddens[1:], hiddens[-1], c
 
     @staticmethod
@@ -150,13 +150,12 @@ class FastConvLSTM(torch.autograd.Function):
         z, cells, hiddens = ctx.sequences
         pixels = z[..., 0].numel()
         del ctx.sequences  # z is about to be overwritten
-        _, gates = gate_functions(z.device.type, z.dtype)
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh, dh_next = dh.contiguous(), dh_next.contiguous()
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
         to_dh = convolution(flipped(state_weight), pixels, dilation=ctx.dilation)
         for t in reversed(range(len(z))):
-            gates(z[t], peephole, cells[t], dh[t], dh_next, dc, sums)
+            ctx.gates[1](z[t], peephole, cells[t], dh[t], dh_next, dc, sums)
             if t or ctx.needs_input_grad[1]:
                 dh_next = to_dh(z[t])
         del cells, dh, to_dh  # what follows needs room of its own
@@ -169,7 +168,7 @@ class FastConvLSTM(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = convolution(flipped(input_weight), pixels)(dz).view(x.shape)
         sums = sums.sum(0)
-        return dx, dh_next, dc, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
+        return dx, dh_next, dc, None, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
 
 
 def convolution(weight, pixels, bias=None, dilation=1):

@@ -1,4 +1,4 @@
-"""`advect` and `matching_costs` of motion.py, compiled, for the CPU in fp32; the latter for a GPU as well."""
+"""`advect` and `matching_costs` of motion.py, compiled: for the CPU in fp32, the latter also for a GPU."""
 
 import functools
 
@@ -16,17 +16,22 @@ def advect(frames, weights, patch_size):
 
 
 def matching_costs(frames, before, patch_size, max_motion):
-    """`motion.matching_costs`."""
-    if frames.device.type == "cuda" and not torch.is_inference_mode_enabled():  # evaluation is too short
-        with torch.autocast("cuda", enabled=False):  # under autocast, torch.compile would start anew
-            images = frames.detach(), before.detach()
-            return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
+    """`motion.matching_costs`, many times as fast on a CPU."""
     if frames.device.type != "cpu" or frames.dtype != torch.float32:
         return plain.matching_costs(frames, before, patch_size, max_motion)
     N, _, H, W = frames.shape
     costs = frames.new_empty(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2)
     call("match", patch_size, before, costs, frames)
     return costs
+
+
+def matching_costs_on_gpu(frames, before, patch_size, max_motion):
+    """`motion.matching_costs`, compiled for a GPU."""
+    if frames.device.type != "cuda" or torch.is_inference_mode_enabled():  # evaluation is too short
+        return plain.matching_costs(frames, before, patch_size, max_motion)
+    with torch.autocast("cuda", enabled=False):  # under autocast, torch.compile would start anew
+        images = frames.detach(), before.detach()
+        return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
 
 
 @functools.cache
