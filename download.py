@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tyro
 
 from support import UserError
-from support.checkpoint import lock_folder, remove_strays, write_atomic
+from support.checkpoint import lock_folder, write_atomic
 from support.distributed import run_script
 
 RAW = Path(__file__).with_name("raw")
@@ -48,7 +48,6 @@ def fetch(file):
 
     download, failures = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**16, timeout=TIMEOUT), []
     with lock_folder(RAW, wait=True):
-        remove_strays(RAW)
         sources = [by_hand] * os.path.exists(by_hand) + list(file.urls)
         while sources and not has_size(path, file.size):  # another process may have been faster
             source = sources.pop(0)

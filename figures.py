@@ -49,35 +49,34 @@ def to_png(figure, title=""):
 
 
 @styled
-def loss(history, baselines, phases, title):
-    """Loss and validation MSE. history: rows of log.csv, of which some have a validation loss.
+def loss(history, baselines, title):
+    """Loss, validation MSE and schedule. history: rows of log.csv, of which some have a validation loss.
 
-    baselines: name → MSE. phases: epoch → what training does from there on.
+    baselines: name → MSE.
     """
-    figure = Figure(figsize=(11, 4.4))
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4.4))
+    left, right, schedule = figure.subplots(1, 3)
     points = [row for row in history if row["val_loss"] is not None]
     column = lambda name, rows: [row[name] for row in rows]
     epochs, training = column("epoch", history), column("train_loss", history)
     validation = column("val_loss", points)
-    phases = {epoch: phases[epoch] for epoch in sorted(phases) if epoch <= epochs[-1]}
-    label = f"training (its task changes: 1 to {len(phases)})" if phases else "training"
-    left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=label)
+    left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label="training")
     words = f"validation, {points[-1]['val_sequences']:,} sequences"
     for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
         axes.plot(column("epoch", points), column(name, points), **MODEL_STYLES[0], label=words)
-    for k, (epoch, words) in enumerate(phases.items(), 1):  # numbers side by side may be close: two heights
-        left.axvline(epoch, lw=1, ls=":", color="black", label=f"from {k}: {words}")
-        left.text(epoch, 0.92 + 0.06 * (k % 2), f" {k}", va="top", transform=left.get_xaxis_transform())
     left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, 1.2 * max(*training, *validation)))
     left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
     right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.1f}")
+    names = list(history[0])
+    for name, color in zip(names[names.index("val_sequences") + 1 :], MODEL_COLORS[1:], strict=False):
+        schedule.step(epochs, column(name, history), color=color, label=name.replace("_", " "))
+    schedule.set(title="schedule of training", ylim=(0, None))
     thousands = history[-1]["sequences"] / epochs[-1] / 1000
     functions = lambda x: x * thousands, lambda x: x / thousands
-    for axes in (left, right):
+    for axes in (left, right, schedule):
         axes.set(xlabel="epoch", xlim=(0, 1.03 * epochs[-1]))
         axes.secondary_xaxis("top", functions, xlabel="training sequences (thousands)")
     return to_png(figure, title)

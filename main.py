@@ -144,11 +144,14 @@ def horizon(knobs, progress):
     return knobs.frames_in + longer, n_future
 
 
-def load_batch(run, n_past, n_future):
-    """(past, future) in [0, 1], this process's share of a batch.
+def overlays(knobs, n_future):
+    """How many other sequences are merged into each: fewer as the horizon grows, none when it is full."""
+    fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
+    return math.ceil(knobs.overlay * fraction_left)
 
-    Overlays: other sequences are merged into each sequence, fewer as the horizon grows, none when it is full.
-    """
+
+def load_batch(run, n_past, n_future, n_overlays):
+    """(past, future) in [0, 1], this process's share of a batch."""
     knobs, training = run.knobs, run.data.training
     epoch, k = divmod(run.step, run.steps_per_epoch)
     if run.epoch != epoch:
@@ -158,8 +161,6 @@ def load_batch(run, n_past, n_future):
     index = run.order[k * knobs.batch_size :][: knobs.batch_size]
     my_share, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
     frames = training[index[my_share]]
-    fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
-    n_overlays = math.ceil(knobs.overlay * fraction_left)
     # random numbers for the whole batch, so that the number of processes changes nothing
     for others in rng.integers(len(training), size=(n_overlays, len(index))):
         frames = torch.maximum(frames, training[others[my_share]])
@@ -185,7 +186,8 @@ def train(run, optimizers):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
-        past, future = load_batch(run, n_past, n_future)
+        n_overlays = overlays(knobs, n_future)
+        past, future = load_batch(run, n_past, n_future, n_overlays)
         # dense targets: while the input is longer, frames after the first frames_in / 2 are forecast, too
         draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
 
@@ -199,7 +201,8 @@ def train(run, optimizers):
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
         # with torchrun, a process has a part of the batch: multiply means by len(truth) / batch_size
         loss = cross_entropy
-        if run.progress >= knobs.ssim_from:
+        with_ssim = run.progress >= knobs.ssim_from
+        if with_ssim:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -213,7 +216,9 @@ def train(run, optimizers):
             optimizer.step()
         model.zero_grad()
 
-        run.count_step(loss_and_norm[0], rate)
+        # numbers for log.csv and loss.png; add your own
+        schedule = {"forecast_frames": n_future, "overlays": n_overlays, "SSIM_in_loss": with_ssim}
+        run.count_step(loss_and_norm[0], rate, schedule)
         if run.evaluation_due():
             run.evaluate(rate)
         if run.save_due():

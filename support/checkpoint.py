@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -103,17 +103,16 @@ def fixed_forecast(model, channels):
         return model(frames, 2)[..., ::8, ::8].clone()
 
 
-@contextmanager
 def lock_folder(folder, wait=False):
-    """Hold a folder for this process, and make it first. Raises UserError where it cannot be held.
+    """Make a folder, hold it until a `with` block ends, and remove what killed runs left half-written.
 
-    wait: until another process releases it. Where the file system has no locks, none is held.
+    Raises UserError where it cannot be held. wait: until another process releases it. Where the file system
+    has no locks, none is held.
     """
-    folder = Path(folder)
-    lock = FileLock(folder / ".lock")
+    folder, lock = Path(folder), nullcontext()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
+        lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
     except Timeout as error:
         words = f"{folder} is in use by another run; wait for it, or give this one a --name"
         raise UserError(words) from error
@@ -122,18 +121,11 @@ def lock_folder(folder, wait=False):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def remove_strays(folder):
-    """Remove half-written files that killed runs left behind."""
-    for stray in (*Path(folder).glob("*.tmp"), *Path(folder).glob("source/**/*.tmp")):
+    for stray in (*folder.glob("*.tmp"), *folder.glob("source/**/*.tmp")):
         if re.fullmatch(r".+\.\d+\.tmp", stray.name):
             with suppress(OSError):
                 stray.unlink()
+    return lock
 
 
 def weights_hash(model):

@@ -15,7 +15,7 @@ import figures
 import metrics
 import moving_mnist
 from support import UserError
-from support.checkpoint import lock_folder, remove_strays, write_atomic
+from support.checkpoint import lock_folder, write_atomic
 from support.distributed import RANK, WORLD_SIZE, all_reduce, print0
 from support.folders import describe_changes, read_configs
 
@@ -243,7 +243,6 @@ def compare_runs(out, latest, first_sequence):
     A single run is not compared. Weights that were only scored are left out if training gave the same scores.
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
-        remove_strays(out)
         runs, left_out, configs = [], [], read_configs(out)
         shape = latest["frames_out"], *first_sequence.shape[1:]
         for path in sorted(out.glob("*/metrics.json")):

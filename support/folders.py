@@ -93,7 +93,6 @@ def choose_folder(knobs, asked, facts, stack):
             fits = not knobs.name or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
             if config["asked"] == asked and fits:
                 stack.enter_context(checkpoint.lock_folder(out / name))
-                checkpoint.remove_strays(out / name)
                 write_facts(out / name, config | facts)
                 return out / name
         is_taken = lambda f: any(p.name != ".lock" for p in f.iterdir()) if f.is_dir() else f.exists()

@@ -134,8 +134,11 @@ class Run:
         hidden = bool(RANK) or None  # None: shown in a terminal, but not in a file
         self.bar = tqdm(total=self.steps or None, initial=self.step, unit="step", disable=hidden, leave=False)
 
-    def count_step(self, loss, rate):
-        """Count a training step and its cross-entropy. After a few steps, print how long the rest takes."""
+    def count_step(self, loss, rate, schedule):
+        """Count a training step and its cross-entropy. After a few steps, print how long the rest takes.
+
+        schedule: name → number of this step, for log.csv and loss.png.
+        """
         seconds = time.perf_counter() - self.tick
         self.seconds += seconds
         since_start = self.step - self.started_at
@@ -149,7 +152,7 @@ class Run:
         if since_start == TIMED[-1]:
             self.estimate_time()
         if self.passes(LOSSES) or self.evaluation_due():
-            self.add_row(rate)
+            self.add_row(rate, schedule)
         self.tick = time.perf_counter()
 
     def estimate_time(self):
@@ -185,13 +188,13 @@ class Run:
     def save_due(self):
         return time.perf_counter() - self.saved_at > SAVE_EVERY
 
-    def add_row(self, rate):
+    def add_row(self, rate, schedule):
         """A row of log.csv. Its loss is the mean of the steps since the row before."""
         row = {"epoch": self.step / self.steps_per_epoch, "step": self.step}
         row |= {"sequences": self.step * self.knobs.batch_size, "minutes": round(self.seconds / 60, 3)}
         row |= {"learning_rate": rate, "train_loss": self.loss_sum / self.loss_count}
         row |= dict.fromkeys(("val_loss", "val_mse_per_frame", "val_sequences"))
-        self.history.append(row)
+        self.history.append(row | {name: float(value) for name, value in schedule.items()})
         self.loss_sum, self.loss_count = 0.0, 0
 
     def score_baselines(self):
@@ -253,20 +256,9 @@ class Run:
         rows = [self.history[-1].keys(), *(row.values() for row in self.history)]
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_atomic(self.folder / "log.csv", text.getvalue().encode())
-        knobs, epochs, phases = self.knobs, self.steps / self.steps_per_epoch, {}
-        if knobs.grow_horizon[1] > 0 and knobs.frames_out > 1:
-            words = ["forecasts 1 frame", "more frames", f"all {knobs.frames_out} frames"]
-            if n := knobs.overlay:
-                fewer = f"{n} merged" + ", fewer where the curve drops" * (n > 1)
-                merged = f"{n} sequences merged into each", fewer, "none merged"
-                words = ["; ".join(pair) for pair in zip(words, merged, strict=True)]
-            phases = dict(zip((0, *(part * epochs for part in knobs.grow_horizon)), words, strict=True))
-        if knobs.ssim_from < 1:
-            start, words = knobs.ssim_from * epochs, "SSIM joins the loss"
-            phases[start] = f"{phases[start]}, {words}" if start in phases else words
         means = {who: float(np.mean(curve)) for who, curve in self.baselines.items()}
         title = f"{self.folder.name}, {self.data.name}"
-        write_atomic(self.folder / "loss.png", figures.loss(self.history, means, phases, title))
+        write_atomic(self.folder / "loss.png", figures.loss(self.history, means, title))
 
     def load_best(self):
         """Load the weights with the lowest MSE of the watched validation sequences."""

@@ -14,7 +14,6 @@ from PIL import Image
 import figures
 
 BASELINES = {"black": 175.0, "copy_last": 123_456.0, "optical_flow": 180.0}
-PHASES = {1.8: "all frames", 0: "1 frame", 1.75: "SSIM", 0.8: "more and more frames", 9: "later"}
 RUN = "my_model-2: hidden_channels 64 64 (was 96 96), my_model.py edited"
 TITLE = "cost$1_$2.npy: validation split of an array of a long name, best weights; " * 3
 
@@ -26,10 +25,11 @@ def flat(value, frames, channels=1):
 def history(n):
     """n rows of log.csv, with an evaluation in the first, in every tenth after it, and in the last."""
     names = "epoch", "sequences", "minutes", "train_loss", "val_loss", "val_mse_per_frame", "val_sequences"
+    names += "forecast_frames", "a_number_of_your_own"
     rows = []
     for k in range(1, n + 1):
         found = (0.4 / k, 90 / k, 200) if k % 10 == 1 or k == n else (None,) * 3
-        rows.append(dict(zip(names, (2 * k / n, 2000 * k / n, k, 0.5 / k, *found), strict=True)))
+        rows.append(dict(zip(names, (2 * k / n, 2000 * k / n, k, 0.5 / k, *found, k, 9), strict=True)))
     return rows
 
 
@@ -39,7 +39,7 @@ CURVES = {name: [1, 2] for name in (*RUNS, *BASELINES)}
 WORDS = [f"sequence {k:,}" for k in range(1000, 1010)]
 ROWS = {RUN: (1, flat(0, 12)), RUN * 5: (1, flat(0, 2)), "last frame copied": (WORDS, flat(0, 10))}
 DRAW = {
-    **{f"loss {n}": lambda n=n: figures.loss(history(n), BASELINES, PHASES, TITLE) for n in (1, 2, 200)},
+    **{f"loss {n}": lambda n=n: figures.loss(history(n), BASELINES, TITLE) for n in (1, 2, 200)},
     "compare": lambda: figures.compare(RUNS, CURVES, TITLE),
     "per_frame": lambda: figures.per_frame({TITLE: {RUN * 3: [1], "black": [2]}}),
     "beyond": lambda: figures.per_frame({t: {RUN: [1, n] * 15} for t, n in (("a", 2), (TITLE, 9), ("c", 5))}),
@@ -83,13 +83,10 @@ def lines(axes):
 
 
 def test_losses_are_those_of_the_history(drawn):
-    left, right = drawn("loss 2").axes
-    assert lines(left)[:2] == [[[1, 2], [0.5, 0.25]], [[1, 2], [0.4, 0.2]]]
-    starts = [0, 0.8, 1.75, 1.8]  # of the phases that have begun
-    assert [x[0] for x, _ in lines(left)[2:]] == starts == [text.get_position()[0] for text in left.texts]
-    assert [text.get_text() for text in left.texts] == [" 1", " 2", " 3", " 4"]
-    names = [f"from {k}: {PHASES[start]}" for k, start in enumerate(starts, 1)]
-    assert [line.get_label() for line in left.lines[2:]] == names
+    left, right, schedule = drawn("loss 2").axes
+    assert lines(left) == [[[1, 2], [0.5, 0.25]], [[1, 2], [0.4, 0.2]]]
+    assert lines(schedule) == [[[1, 2], [1, 2]], [[1, 2], [9, 9]]]
+    assert [line.get_label() for line in schedule.lines] == ["forecast frames", "a number of your own"]
     assert lines(right)[0] == [[1, 2], [90, 45]]
     assert [y[0] for _, y in lines(right)[1:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences

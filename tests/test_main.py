@@ -99,7 +99,7 @@ def batches(overlay, knobs=(), horizons=((9, 1), (9, 1), (7, 3), (6, 4))):
     run = SimpleNamespace(knobs=knobs, data=data, steps_per_epoch=4, epoch=-1, device=torch.device("cpu"))
     for run.step, (n_past, n_future) in enumerate(horizons):
         training.fetched = []
-        frames = main.load_batch(run, n_past, n_future)
+        frames = main.load_batch(run, n_past, n_future, main.overlays(knobs, n_future))
         assert [part.shape[1] for part in frames] == [n_past, n_future]
         yield training.fetched, torch.cat(frames, 1)
 

@@ -150,7 +150,7 @@ def test_baselines_stand_beside_every_epoch(array, tmp_path, monkeypatch):
     flow = metrics.optical_flow(torch.from_numpy(past[:, :, None]).float(), FRAMES_OUT)[:, :, 0].numpy()
     expected = {"black": 0, "copy_last": past[:, -1:], "optical_flow": flow}
     expected = {who: mse(prediction, truth) for who, prediction in expected.items()}
-    assert drawn and all(means == pytest.approx(expected) for _, means, _, _ in drawn)
+    assert drawn and all(means == pytest.approx(expected) for _, means, _ in drawn)
     curves = checkpoint.load(folder / "last.pt")["baselines"]
     assert {who: np.mean(curve) for who, curve in curves.items()} == pytest.approx(expected)
 
