@@ -21,7 +21,7 @@ from support.distributed import run_script
 
 RAW = Path(__file__).with_name("raw")
 TIMEOUT = 10  # seconds without an answer or a byte
-FAULTS = OSError, ValueError, EOFError, zlib.error, UserError  # of a download, or of a file that it left
+FAULTS = OSError, ValueError, EOFError, zlib.error, UserError  # of a download, or of a file that is there
 
 
 class File(NamedTuple):
@@ -92,7 +92,7 @@ def main():
         if os.path.exists(path):  # put there by hand, or your own
             read_verified(path, ARRAY)
     except FAULTS as error:
-        raise UserError(f"{path} is not the array ({describe(error)}); move it away") from error
+        raise UserError(f"{path} cannot be used ({describe(error)}); move it away") from error
     print(f"{fetch(ARRAY)} is complete")
 
 

@@ -50,14 +50,14 @@ def to_png(figure, title=""):
 
 @styled
 def loss(history, baselines, title):
-    """Loss, validation MSE and schedule. history: rows of log.csv, of which some have a validation loss.
+    """Loss, validation MSE, and other numbers. history: rows of log.csv, some with a validation loss.
 
     baselines: name → MSE.
     """
     figure = Figure(figsize=(14, 4.4))
-    left, right, schedule = figure.subplots(1, 3)
+    left, right, others = figure.subplots(1, 3)
     points = [row for row in history if row["val_loss"] is not None]
-    column = lambda name, rows: [row[name] for row in rows]
+    column = lambda name, rows: [row.get(name, np.nan) for row in rows]
     epochs, training = column("epoch", history), column("train_loss", history)
     validation = column("val_loss", points)
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label="training")
@@ -70,13 +70,16 @@ def loss(history, baselines, title):
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
     right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.1f}")
-    names = list(history[0])
-    for name, color in zip(names[names.index("val_sequences") + 1 :], MODEL_COLORS[1:], strict=False):
-        schedule.step(epochs, column(name, history), color=color, label=name.replace("_", " "))
-    schedule.set(title="schedule of training", ylim=(0, None))
+    names = list(dict.fromkeys(name for row in history for name in row))
+    names = "learning_rate", *names[names.index("val_sequences") + 1 :]
+    for name, color in zip(names, itertools.cycle(MODEL_COLORS[1:]), strict=False):
+        numbers = np.array(column(name, history))
+        most = np.nanmax(np.abs(numbers)) or 1
+        others.step(epochs, numbers / most, color=color, label=f"{name.replace('_', ' ')}, up to {most:.3g}")
+    others.set(title="schedule of training", ylabel="fraction of the largest value")
     thousands = history[-1]["sequences"] / epochs[-1] / 1000
     functions = lambda x: x * thousands, lambda x: x / thousands
-    for axes in (left, right, schedule):
+    for axes in (left, right, others):
         axes.set(xlabel="epoch", xlim=(0, 1.03 * epochs[-1]))
         axes.secondary_xaxis("top", functions, xlabel="training sequences (thousands)")
     return to_png(figure, title)

@@ -182,7 +182,7 @@ def train(run, optimizers):
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     run.start_clock()
     while not run.has_ended:
-        rate = float(learning_rate(knobs, run.progress))  # a checkpoint cannot hold a NumPy number
+        rate = float(learning_rate(knobs, run.progress))  # an edit may use NumPy; checkpoints must not
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group.get("rate", 1) * rate
         n_past, n_future = horizon(knobs, run.progress)
@@ -199,7 +199,7 @@ def train(run, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # with torchrun, a process has a part of the batch: multiply means by len(truth) / batch_size
+        # if you add a mean: with torchrun, multiply it by len(truth) / batch_size, as below
         loss = cross_entropy
         with_ssim = run.progress >= knobs.ssim_from
         if with_ssim:
@@ -216,9 +216,9 @@ def train(run, optimizers):
             optimizer.step()
         model.zero_grad()
 
-        # numbers for log.csv and loss.png; add your own
-        schedule = {"forecast_frames": n_future, "overlays": n_overlays, "SSIM_in_loss": with_ssim}
-        run.count_step(loss_and_norm[0], rate, schedule)
+        # of this step, for log.csv and loss.png; add your own
+        numbers = {"forecast_frames": n_future, "overlays": n_overlays, "SSIM_in_loss": with_ssim}
+        run.count_step(loss_and_norm[0], rate, numbers)
         if run.evaluation_due():
             run.evaluate(rate)
         if run.save_due():
@@ -239,7 +239,7 @@ def main(knobs):
         if not run.knobs.eval_only:
             optimizers = make_optimizers(run.model, run.knobs, run.dtype)
             run.resume(optimizers)
-            if run.show_results():  # an earlier start finished this run
+            if run.show_results():  # it had ended before
                 return
             train(run, optimizers)
             run.load_best()

@@ -106,7 +106,7 @@ def predict(
     forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
     n, n_frames, _, height, width = given.shape
     print(f"used      sequences: {n}, of {n_frames} frames of {height}×{width}")
-    name = source.resolve().name.encode(errors="replace").decode()
+    name = source.absolute().name.encode(errors="replace").decode()
     words = f"{name}: {past.shape[1]} frames in, {frames} forecast"
     if truth.shape[1]:
         mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()

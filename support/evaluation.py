@@ -258,7 +258,7 @@ def compare_runs(out, latest, first_sequence):
         runs.sort(key=lambda run: run["started"])
         label_runs(runs)
         baselines = {who: latest["scores"][who] for who in figures.LABELS}
-        ranked = sorted(runs, key=lambda run: run["curve"].mean())
+        ranked = sorted(runs, key=lambda run: (run.get("validation_mse") or np.inf, run["curve"].mean()))
         write_atomic(out / "compare.md", comparison_table(ranked, baselines, left_out).encode())
         title = describe_split({**latest, "data": latest["data_tested"]})
         histories = {run["label"]: run["history"] for run in runs}
@@ -289,7 +289,8 @@ def comparison_table(runs, baselines, left_out):
     lines = [f"# {describe_split({**runs[0], 'data': runs[0]['data_tested']})}", ""]
     lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
     lines += ["After a name: what differs from the earliest run of its model."]
-    lines += ["Choose between runs on the same data by validation MSE; other scores are of test data.", ""]
+    lines += ["Sorted by validation MSE: choose by it, between runs trained on the same data."]
+    lines += ["All other scores are of test data.", ""]
     lines += [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for run in runs:
         seen, minutes = "–", "–"

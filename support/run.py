@@ -114,19 +114,21 @@ class Run:
         files = self.folder / "log.csv", self.folder / "loss.png"
         if self.has_ended and RANK == 0 and not all(file.exists() for file in files):
             self.write_log()
-        if words := on_rank_0(self.read_report) if self.has_ended or not self.step else None:
+        if results := on_rank_0(self.read_results) if self.has_ended or not self.step else None:
+            words = evaluation.report(results)
             print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
+            if RANK == 0 and not (self.folder.parent / "compare.md").exists():
+                evaluation.compare_runs(self.folder.parent, results, self.data.test[np.arange(1)][0].numpy())
             return True
         words = f", resuming at step {self.step:,}" if self.step and not self.has_ended else ""
         print0(f"output    {self.folder}{words}")
         return False
 
-    def read_report(self):
+    def read_results(self):
         with suppress(Exception):  # lost or damaged: it is made again
             results = json.loads((self.folder / "metrics.json").read_bytes())
-            words = evaluation.report(results)
-            evaluation.compare_runs(self.folder.parent, results, self.data.test[np.arange(1)][0].numpy())
-            return words
+            evaluation.report(results)  # raises for what cannot be shown
+            return results
 
     def start_clock(self):
         self.started_at, self.saved_at = self.step, time.perf_counter()
@@ -134,10 +136,10 @@ class Run:
         hidden = bool(RANK) or None  # None: shown in a terminal, but not in a file
         self.bar = tqdm(total=self.steps or None, initial=self.step, unit="step", disable=hidden, leave=False)
 
-    def count_step(self, loss, rate, schedule):
+    def count_step(self, loss, rate, numbers):
         """Count a training step and its cross-entropy. After a few steps, print how long the rest takes.
 
-        schedule: name → number of this step, for log.csv and loss.png.
+        numbers: name → another number of this step, for log.csv and loss.png.
         """
         seconds = time.perf_counter() - self.tick
         self.seconds += seconds
@@ -152,7 +154,7 @@ class Run:
         if since_start == TIMED[-1]:
             self.estimate_time()
         if self.passes(LOSSES) or self.evaluation_due():
-            self.add_row(rate, schedule)
+            self.add_row(rate, numbers)
         self.tick = time.perf_counter()
 
     def estimate_time(self):
@@ -188,13 +190,15 @@ class Run:
     def save_due(self):
         return time.perf_counter() - self.saved_at > SAVE_EVERY
 
-    def add_row(self, rate, schedule):
+    def add_row(self, rate, numbers):
         """A row of log.csv. Its loss is the mean of the steps since the row before."""
         row = {"epoch": self.step / self.steps_per_epoch, "step": self.step}
         row |= {"sequences": self.step * self.knobs.batch_size, "minutes": round(self.seconds / 60, 3)}
         row |= {"learning_rate": rate, "train_loss": self.loss_sum / self.loss_count}
         row |= dict.fromkeys(("val_loss", "val_mse_per_frame", "val_sequences"))
-        self.history.append(row | {name: float(value) for name, value in schedule.items()})
+        for name, value in numbers.items():
+            row.setdefault(name, float(value))
+        self.history.append(row)
         self.loss_sum, self.loss_count = 0.0, 0
 
     def score_baselines(self):
@@ -222,7 +226,7 @@ class Run:
         row["val_sequences"] = len(self.watched)
         if RANK == 0:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
-            words = f"epoch {row['epoch']:<6g} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
+            words = f"epoch {row['epoch']:.3f} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
             self.bar.write(f"{words} of {len(self.watched)} sequences, {row['minutes']:.1f} min")
             if row["val_mse_per_frame"] < self.best:
                 self.best = row["val_mse_per_frame"]
@@ -253,8 +257,10 @@ class Run:
     def write_log(self):
         """log.csv and loss.png."""
         text = io.StringIO()
-        rows = [self.history[-1].keys(), *(row.values() for row in self.history)]
-        csv.writer(text, lineterminator="\n").writerows(rows)
+        names = dict.fromkeys(name for row in self.history for name in row)  # some rows may have more
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
         write_atomic(self.folder / "log.csv", text.getvalue().encode())
         means = {who: float(np.mean(curve)) for who, curve in self.baselines.items()}
         title = f"{self.folder.name}, {self.data.name}"

@@ -39,7 +39,7 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     printed = [finish(process)[0] for process in processes]
     assert sorted("new run   differs from" in text for text in printed) == [False, True]
     (tmp_path / "compare.md").unlink()
-    finish(start(*flags(array, tmp_path, model=models[0], **few)))  # has ended, and only compares
+    assert "run has ended" in finish(start(*flags(array, tmp_path, model=models[0], **few)))[0]
     found = rows(tmp_path / "compare.md")
     assert set(found) == {*models, *BASELINES}
     for name in models:

@@ -158,7 +158,7 @@ def test_what_was_put_there_by_hand(server, folder):
     assert_fetched(folder)
     assert server.asked == [] and names(folder) == ["seq.npy", "seq.npy.gz"]
     (folder / "seq.npy").write_bytes(WRONG)  # of the right length
-    with pytest.raises(UserError, match=r"seq\.npy is not the array \(.* with md5 .*; move it"):
+    with pytest.raises(UserError, match=r"seq\.npy cannot be used \(.* with md5 .*; move it"):
         download.main()
     assert (folder / "seq.npy").read_bytes() == WRONG
 

@@ -257,7 +257,7 @@ def test_fast_network_is_plain(dtype, options):
 
 
 def test_an_edited_layer_is_what_runs(monkeypatch):
-    """Also where the edit acts in one layer only, or in evaluation only."""
+    """Also where the edit acts in one layer only, in evaluation only, or in training only."""
     of_layer, forward = ConvLSTM.forward, ConvLSTMCell.forward
 
     def with_dropout(self, *given):
@@ -269,13 +269,13 @@ def test_an_edited_layer_is_what_runs(monkeypatch):
         with torch.inference_mode():  # wherever it is called
             assert "fast layer" in fast.attach(small(), CPU, torch.float32)
     doubled = lambda self, x, state: [2 * s for s in forward(self, x, state)]
-    if_dilated = lambda self, *given: (doubled if self.dilation > 1 else forward)(self, *given)
-    if_scored = lambda self, *given: (forward if self.training else doubled)(self, *given)
+    where = lambda applies: lambda self, *given: (doubled if applies(self) else forward)(self, *given)
+    partly = (where(f) for f in (lambda s: s.dilation > 1, lambda s: s.training, lambda s: not s.training))
     clamped = lambda self, *given: [s.clamp(-9, 9) for s in forward(self, *given)]  # more than c soon reaches
     detached = lambda self, x, state: forward(self, x, (state[0], state[1].detach()))  # same hidden states
     cut_off = lambda self, x, state: forward(self, None if x is None else x.detach(), state)
     broken = lambda self, x, state: self.no_such_part
-    for edited in (if_dilated, if_scored, clamped, detached, cut_off, broken):
+    for edited in (*partly, clamped, detached, cut_off, broken):
         monkeypatch.setattr(ConvLSTMCell, "forward", edited)
         model = small(hidden_channels=(8, 8), dilation=2)
         assert "the edited ConvLSTM layer as it stands" in fast.attach(model, CPU, torch.float32)

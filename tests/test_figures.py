@@ -24,12 +24,13 @@ def flat(value, frames, channels=1):
 
 def history(n):
     """n rows of log.csv, with an evaluation in the first, in every tenth after it, and in the last."""
-    names = "epoch", "sequences", "minutes", "train_loss", "val_loss", "val_mse_per_frame", "val_sequences"
-    names += "forecast_frames", "a_number_of_your_own"
+    names = "epoch", "sequences", "minutes", "learning_rate", "train_loss"
+    names += "val_loss", "val_mse_per_frame", "val_sequences", "forecast_frames", "a_number_of_your_own"
     rows = []
     for k in range(1, n + 1):
         found = (0.4 / k, 90 / k, 200) if k % 10 == 1 or k == n else (None,) * 3
-        rows.append(dict(zip(names, (2 * k / n, 2000 * k / n, k, 0.5 / k, *found, k, 9), strict=True)))
+        row = 2 * k / n, 2000 * k / n, k, 0.06, 0.5 / k, *found, k, 0.002 / k
+        rows.append(dict(zip(names, row, strict=True)))
     return rows
 
 
@@ -44,7 +45,6 @@ DRAW = {
     "per_frame": lambda: figures.per_frame({TITLE: {RUN * 3: [1], "black": [2]}}),
     "beyond": lambda: figures.per_frame({t: {RUN: [1, n] * 15} for t, n in (("a", 2), (TITLE, 9), ("c", 5))}),
     "grid": lambda: figures.grid(ROWS, TITLE),
-    "strip": lambda: figures.grid({"my_model-3 (seed 1)": (1, flat(0, 10))}, "short labels"),
 }
 
 
@@ -83,10 +83,11 @@ def lines(axes):
 
 
 def test_losses_are_those_of_the_history(drawn):
-    left, right, schedule = drawn("loss 2").axes
+    left, right, others = drawn("loss 2").axes
     assert lines(left) == [[[1, 2], [0.5, 0.25]], [[1, 2], [0.4, 0.2]]]
-    assert lines(schedule) == [[[1, 2], [1, 2]], [[1, 2], [9, 9]]]
-    assert [line.get_label() for line in schedule.lines] == ["forecast frames", "a number of your own"]
+    assert [y for _, y in lines(others)] == [[1, 1], [0.5, 1], [1, 0.5]]  # fractions of the largest
+    labels = ["learning rate, up to 0.06", "forecast frames, up to 2", "a number of your own, up to 0.002"]
+    assert [line.get_label() for line in others.lines] == labels
     assert lines(right)[0] == [[1, 2], [90, 45]]
     assert [y[0] for _, y in lines(right)[1:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences

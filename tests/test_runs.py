@@ -88,7 +88,7 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
         assert content(folder / name) == content(reference / name), name
 
 
-def test_a_run_leaves_every_file(reference):
+def test_a_run_leaves_every_file(reference, array):
     folder, printed = reference
     assert printed.count(" of 5 sequences, ") == 10 and "scoring   6 test sequences" in printed
     assert {path.name for path in folder.iterdir()} == {*FILES, ".lock", "source"}
@@ -100,6 +100,9 @@ def test_a_run_leaves_every_file(reference):
     assert (config["torch"], config["device"], config["threads"]) == (torch.__version__, "cpu", 1)
     rows = evaluations(folder)
     assert len(rows) == 10 and (rows[-1]["epoch"], rows[-1]["step"]) == (2, 2 * STEPS)
+    knobs, parts = main.parse(flags(array, folder)), [(row["step"] - 0.5) / (2 * STEPS) for row in rows]
+    assert [row["forecast_frames"] for row in rows] == [main.horizon(knobs, part)[1] for part in parts]
+    assert [row["SSIM_in_loss"] for row in rows] == [part >= knobs.ssim_from for part in parts]
     for name in PICTURES:
         with Image.open(folder / name) as image:
             image.load()
