@@ -107,7 +107,7 @@ def test_what_each_part_adds():
     expected = [(label, f"{run['mse_per_frame']:.1f}") for label, run in runs.items()]
     assert rows == expected[:-1]  # the last is the paper's network
     *_, before, default, _ = (run["mae_per_frame"] for run in runs.values())
-    assert default < before and "MSE rises, but MAE falls" in README
+    assert default < before and "MSE rises, MAE falls" in README
 
 
 def test_the_python_example_forecasts():
