@@ -72,11 +72,13 @@ def loss(history, baselines, title):
     right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.1f}")
     names = list(dict.fromkeys(name for row in history for name in row))
     names = "learning_rate", *names[names.index("val_sequences") + 1 :]
-    for name, color in zip(names, itertools.cycle(MODEL_COLORS[1:]), strict=False):
+    styles = itertools.cycle(itertools.product(("-", "--", ":"), MODEL_COLORS[1:]))
+    for name, (style, color) in zip(names, styles, strict=False):
         numbers = np.array(column(name, history))
-        most = np.nanmax(np.abs(numbers)) or 1
-        others.step(epochs, numbers / most, color=color, label=f"{name.replace('_', ' ')}, up to {most:.3g}")
-    others.set(title="schedule of training", ylabel="fraction of the largest value")
+        most = max(np.nan_to_num(numbers), key=abs)
+        label = f"{name.replace('_', ' ')}, up to {most:.3g}"
+        others.step(epochs, numbers / (most or 1), color=color, ls=style, label=label)
+    others.set(title="schedule and other numbers", ylabel="fraction of the largest value")
     thousands = history[-1]["sequences"] / epochs[-1] / 1000
     functions = lambda x: x * thousands, lambda x: x / thousands
     for axes in (left, right, others):
@@ -151,7 +153,7 @@ def grid(rows, title, most=10):
     the PNG. One Axes per frame would take ten times as long.
     """
     height, width = np.shape(next(iter(rows.values()))[1])[-2:]
-    scale = max(1, -(-128 // width))
+    scale = max(1, min(-(-128 // width), 1024 // height))
     height, width = height * scale, width * scale
     labels = [fill(name, 24 if len(name) > 24 else 12, max_lines=6, placeholder=" …") for name in rows]
     left = 20 + 13 * max(len(line) for label in labels for line in label.split("\n"))  # 13 pixels a character

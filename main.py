@@ -115,14 +115,14 @@ def build(knobs, channels):
 def make_optimizers(model, knobs, dtype):
     """Muon for the kernels; AdamW for biases, peepholes and the output layer.
 
-    At each step, `train` sets each group's learning rate: the schedule times the group's "rate" (default 1).
+    The learning rates given here are the highest. In training they follow the schedule, `learning_rate`.
     """
     kernels = [p for p in model.parameters() if p.ndim >= 4]
     kernels, output = kernels[:-1], kernels[-1:]  # the last one is the output layer's
     kernels = [kernel for kernel in kernels if kernel.requires_grad]
-    rest = {"params": [p for p in model.parameters() if p.ndim < 4] + output, "rate": ADAMW_RATE}
-    adamw = torch.optim.AdamW([rest], betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(kernels, dtype, knobs.weight_decay), adamw] if kernels else [adamw]
+    rest = [p for p in model.parameters() if p.ndim < 4] + output
+    adamw = torch.optim.AdamW(rest, ADAMW_RATE * knobs.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(kernels, dtype, knobs.learning_rate, knobs.weight_decay), adamw] if kernels else [adamw]
 
 
 def learning_rate(knobs, progress):
@@ -180,11 +180,14 @@ def train(run, optimizers):
     """Train until the last step. `run` (support/run.py) counts steps, evaluates and saves."""
     knobs, model, device = run.knobs, run.model, run.device
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group.setdefault("initial_lr", group["lr"])  # a resumed run has it
     run.start_clock()
     while not run.has_ended:
-        rate = float(learning_rate(knobs, run.progress))  # an edit may use NumPy; checkpoints must not
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group.get("rate", 1) * rate
+        for group in groups:
+            group["lr"] = group["initial_lr"] / knobs.learning_rate * learning_rate(knobs, run.progress)
+        rate = groups[0]["lr"]  # of Muon
         n_past, n_future = horizon(knobs, run.progress)
         n_overlays = overlays(knobs, n_future)
         past, future = load_batch(run, n_past, n_future, n_overlays)

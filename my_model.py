@@ -177,19 +177,17 @@ class EncoderForecaster(nn.Module):
         if self.max_motion:
             below = pixels + hidden_grids(MOTION_CHANNELS)
             make_equivariant(self.motion.weight, hidden_grids(MOTION_CHANNELS), moves)
-        for stack in (self.encoder, self.forecaster or ()):
-            for layer in stack:
-                hidden = hidden_grids(layer.cell.hidden_channels)
-                if layer.cell.input_to_state is not None:
-                    make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
-                make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
-                below = hidden
+        for layer in (*self.encoder, *(self.forecaster or ())):
+            hidden = hidden_grids(layer.cell.hidden_channels)
+            if layer.cell.input_to_state is not None:
+                make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
+            make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
+            below = hidden
         below = [s for layer in self.encoder for s in hidden_grids(layer.cell.hidden_channels)]
         *convolutions, draw = (m for m in self.head.modules() if isinstance(m, nn.Conv2d))
         for convolution in convolutions:
-            hidden = hidden_grids(convolution.out_channels)
-            make_equivariant(convolution.weight, hidden, below)
-            below = hidden
+            make_equivariant(convolution.weight, hidden_grids(convolution.out_channels), below)
+            below = hidden_grids(convolution.out_channels)
         make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
 
     def forward(self, past, n_future, draw_from=None):
@@ -293,6 +291,8 @@ def make_equivariant(kernel, outputs, inputs):
     outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
     rounding. Deep copies lose the hook: call this again for them.
     """
+    fits = sum((places >= 0).sum() for places in inputs) == kernel.shape[1]  # not in a head with branches
+    inputs = inputs if fits else hidden_grids(kernel.shape[1])
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
     orders_on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
     mean = symmetric_mean(kernel, permutations)

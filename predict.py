@@ -113,10 +113,7 @@ def predict(
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
         words += f" (mean of {n} sequences; pictures show the first)" * (n > 1)
     print(words)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+    out.mkdir(parents=True, exist_ok=True)
     array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
     with open_atomic(out / "forecast.npy") as file:
         np.save(file, array[..., 0] if model.channels == 1 else array)

@@ -9,6 +9,7 @@ import re
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -48,10 +49,19 @@ def save(path, state):
     """torch.save with a checksum, whole or not at all."""
     # to memory first: when it writes a file, torch.save reports a full disk as an unrelated error
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(without_numpy(state), buffer)
     content = buffer.getvalue()  # a zip archive ends with the length of its comment, here 0
     comment = hashlib.sha256(content).hexdigest().encode()
     write_atomic(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+
+
+def without_numpy(value):
+    """The same with Python's numbers: an edit may leave NumPy's, which torch.load refuses."""
+    if isinstance(value, dict):
+        return {name: without_numpy(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def load(path, advice="give another file to --weights"):
@@ -78,7 +88,7 @@ def load_weights(model, state, path):
     try:
         model.load_state_dict(state["model"])
     except Exception as error:  # untrusted file: anything may be in it
-        reason = "the network's code or the channels of the data have changed"
+        reason = "the network's code, a knob of your own or the channels of the data have changed"
         advice = "undo that, or use another file"
         raise UserError(f"weights in {path} do not fit this model: {reason}; {advice}") from error
 
@@ -90,12 +100,15 @@ def report_edits(model, state, path):
     now = fixed_forecast(model, state["channels"])
     same_shape = now is not None and now.shape == before.shape
     if not (same_shape and torch.allclose(before, now, rtol=1e-4, atol=1e-4)):
-        print0(f"edited    the network has changed: {path} forecasts other frames than when it was saved")
+        words = "the network, or a knob of your own, has changed"
+        print0(f"edited    {words}: {path} forecasts other frames than when it was saved")
 
 
 def fixed_forecast(model, channels):
     """Logits of a fixed input, by which an edited network is noticed; None where it cannot read that."""
-    with suppress(Exception), torch.no_grad():  # an edited network may raise anything
+    # an edited network may raise anything, and may draw random numbers
+    with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         model = copy.deepcopy(model).to("cpu", torch.float32).eval()
         patch = getattr(model, "patch_size", 1)
         size = -(-64 // patch) * patch

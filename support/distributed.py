@@ -159,7 +159,10 @@ def run_script(function, out_of_memory_advice=""):
             reason = text or type(error).__name__
             exit_process(1, f"{name}: lost the other processes ({reason}); another process may say why")
         raise
-    except OSError as error:  # from print; errors of files are UserErrors
+    except OSError as error:
+        if error.filename:
+            exit_process(1, f"{name}: cannot use {error.filename}: {error.strerror}")
+        # from print
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         print(f"{name}: cannot print: {error.strerror}", file=sys.stderr, flush=True)

@@ -106,10 +106,11 @@ def report(results):
     """metrics.json as lines for people."""
     title = f"{describe_split(results)}, mean over {results['frames_out']} forecast frames"
     title += " (cross-entropy: sum; SSIM*: OpenSTL's)"
-    lines = [title, " " * 18 + "".join(f"{name:>14}" for name in metrics.HEADINGS)]
+    width = 1 + max(map(len, metrics.HEADINGS))
+    lines = [title, " " * 18 + "".join(f"{name:>{width}}" for name in metrics.HEADINGS)]
     for who, scores in results["scores"].items():
         cells = table_cells(scores, "-")
-        lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>14}" for cell in cells))
+        lines.append(f"{figures.LABELS.get(who, who):18}" + "".join(f"{cell:>{width}}" for cell in cells))
     mse = {who: scores["mse_per_frame"]["mean"] for who, scores in results["scores"].items()}
     better = [who for who in BASELINES if mse[who] < mse[results["model"]]]
     better = [f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in better]
@@ -151,7 +152,7 @@ def draw_ranked(folder, task, dataset, ranking, title):
     errors = [describe_error(f, t) for f, t in zip(all_frames, truth, strict=True)]
     last = torch.stack([frames[-1] for frames in all_frames])
     rows = {"truth": ([f"sequence {i + 1:,}" for i in index], truth[:, -1]), "forecast": (errors, last)}
-    title = f"{title}: the last frame of {len(index)} sequences, from the best to the worst forecast"
+    title += f": last frames, from the best forecast to the worst (MSE: all {task.frames_out} frames)"
     write_atomic(folder / "predict_last_frame.png", figures.grid(rows, title))
 
 

@@ -1,7 +1,6 @@
 """Folders of runs: the same knobs, code and data find their folder again, anything else gets a new one."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import platform
@@ -65,12 +64,8 @@ def describe_edit(name, old, new):
         return f"{name} edited"
     if not code:
         return "" if all(map(is_knob, removed)) else f"{name} edited"
-    line = code[0]
-    (closest,) = difflib.get_close_matches(line, map(str.strip, before), n=1, cutoff=0)
-    same = next((k for k, pair in enumerate(zip(line, closest, strict=False)) if len(set(pair)) > 1), 0)
-    line = f"… {line[same - 15 :]}" if same > 40 else line
     more = f" (+ {len(code) - 1} more)" if len(code) > 1 else ""
-    return f"{name}: {textwrap.shorten(line, 60, placeholder=' …')}{more}"
+    return f"{name}: {textwrap.shorten(code[0], 90, placeholder=' …')}{more}"
 
 
 def read_source(folder, name):
@@ -95,7 +90,8 @@ def choose_folder(knobs, asked, facts, stack):
                 stack.enter_context(checkpoint.lock_folder(out / name))
                 write_facts(out / name, config | facts)
                 return out / name
-        is_taken = lambda f: any(p.name != ".lock" for p in f.iterdir()) if f.is_dir() else f.exists()
+        is_left = lambda path: path.name == ".lock" or path.suffix == ".tmp"  # by a run that never began
+        is_taken = lambda f: not all(map(is_left, f.iterdir())) if f.is_dir() else f.exists()
         number, folder = 1, out / base
         while is_taken(folder):
             number += 1

@@ -12,10 +12,10 @@ class Muon(torch.optim.Muon):
     `dtype`, that of training. In bf16, results equal torch's bit for bit.
     """
 
-    def __init__(self, kernels, dtype, weight_decay):
+    def __init__(self, kernels, dtype, learning_rate, weight_decay):
         self.kernels, self.dtype = kernels, dtype
         matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in kernels]  # views, no copies
-        super().__init__(matrices, weight_decay=weight_decay)
+        super().__init__(matrices, learning_rate, weight_decay)
 
     @torch.no_grad()
     def step(self):

@@ -197,7 +197,8 @@ class Run:
         row |= {"learning_rate": rate, "train_loss": self.loss_sum / self.loss_count}
         row |= dict.fromkeys(("val_loss", "val_mse_per_frame", "val_sequences"))
         for name, value in numbers.items():
-            row.setdefault(name, float(value))
+            assert name not in row, f"log.csv has a column {name} of its own; give your number another name"
+            row[name] = float(value.item() if isinstance(value, torch.Tensor) else value)
         self.history.append(row)
         self.loss_sum, self.loss_count = 0.0, 0
 
@@ -228,7 +229,7 @@ class Run:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
             words = f"epoch {row['epoch']:.3f} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
             self.bar.write(f"{words} of {len(self.watched)} sequences, {row['minutes']:.1f} min")
-            if row["val_mse_per_frame"] < self.best:
+            if not row["val_mse_per_frame"] >= self.best:  # also if an edited metric gives NaN
                 self.best = row["val_mse_per_frame"]
                 checkpoint.save(self.folder / "best.pt", {**self.network(), "step": self.step})
             self.write_log()
@@ -277,6 +278,7 @@ class Run:
         """Score the weights on all of validation and test, draw their forecasts, compare with other runs."""
         knobs, folder, test, name = self.knobs, self.folder, self.data.test, self.data.name
         validation, validation_mse = self.data.validation, None
+        torch.manual_seed(knobs.seed)  # for a network that draws random numbers
         if not knobs.eval_only:
             print0(f"scoring   {len(validation):,} validation sequences")
             validation_mse = float(np.mean(evaluation.mse_curve(self.task, validation)))
@@ -320,7 +322,7 @@ class Run:
 
 def load_optimizer(optimizer, saved):
     """Raises ValueError for other options, which would silently replace those in the code."""
-    of_group = lambda group: {k: repr(v) for k, v in group.items() if k not in ("params", "lr")}
+    of_group = lambda group: {k: repr(v) for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
     options = lambda: list(map(of_group, optimizer.param_groups))
     before = options()
     optimizer.load_state_dict(saved)

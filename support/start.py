@@ -53,8 +53,8 @@ def check(knobs):
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
     *size, stride, channels = knobs.video
-    if not (12 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
-        words = "expected height and width (12 to 4096), every Nth frame, 1 or 3 channels"
+    if not (16 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
+        words = "expected height and width (16 to 4096), every Nth frame, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
     if Path(knobs.name).name != knobs.name or knobs.name == ".." or not knobs.name.isprintable():
         raise UserError(f"name is {knobs.name!a}; it must be one folder name, without slashes")
@@ -148,8 +148,8 @@ def build_checked(knobs, build, data, device):
     if n_frames < knobs.frames_in + knobs.frames_out:
         wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
         raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
-    if min(height, width) < 12:
-        raise UserError(f"frames are {height}×{width}; SSIM and optical flow need at least 12×12")
+    if min(height, width) < 16:
+        raise UserError(f"frames are {height}×{width}; OpenCV's optical flow needs at least 16×16")
     if not (WORLD_SIZE <= knobs.batch_size <= len(data.training) or knobs.eval_only):
         limits = f"{WORLD_SIZE} (processes) to {len(data.training)} (training sequences)"
         raise UserError(f"batch_size is {knobs.batch_size}; it must be from {limits}")

@@ -32,11 +32,9 @@ def read_videos(path, n_frames, height, width, stride=1, channels=1):
 
 def find_videos(path):
     """The video files of a folder, or the one file, in the order of their names. Hidden files are skipped."""
-    try:  # files only: a pipe would be waited for
-        folder = [path] if os.path.isfile(path) else sorted(path.iterdir())
-        files = [p for p in folder if p.suffix.lower() in VIDEOS and p.name[0] != "." and p.is_file()]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    folder = [path] if os.path.isfile(path) else sorted(path.iterdir())
+    # files only: a pipe would be waited for
+    files = [p for p in folder if p.suffix.lower() in VIDEOS and p.name[0] != "." and p.is_file()]
     if not files:
         raise UserError(f"{path} is no .npy and holds no video: {', '.join(sorted(VIDEOS))}")
     return files

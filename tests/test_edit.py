@@ -70,7 +70,7 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "(which is kept) in: my_model.py: … size // 2), nn.ReLU()")
+        run_edited(code, HEAD, "my_model-2", "(which is kept) in: my_model.py: head += nn.Conv2d(")
         before = state(first)
         _, refusal = finish(run(code), 1)
         assert "my_model is in use by another run; wait for it, or give this one a --name\n" in refusal
@@ -111,14 +111,14 @@ def test_weights_whose_code_has_changed(code):
     edit(code, **HARMLESS)
     given = os.path.join("results", "my_model", "best.pt")
     printed, _ = finish(run(code, eval_only=True, weights=given))
-    assert "the network has changed" not in printed
+    assert "edited  " not in printed
     assert state(code / "results").items() >= before.items()
     assert weights(code, "my_model-eval") == weights(code)
     # a look at the input frames and the fixed forecast of 5 frames first, then whole forecasts
     frames, each = printed.count("the cell sees a frame\n") - FRAMES_IN - 5, FRAMES_IN + FRAMES_OUT - 1
     assert frames > each and frames % each == 0
     edit(code, **CELL)
-    changed = f"edited    the network has changed: {given} forecasts other frames"
+    changed = f"edited    the network, or a knob of your own, has changed: {given} forecasts other frames"
     assert changed in finish(run(code, eval_only=True, weights=given))[0]
     assert state(code / "results").items() >= before.items()
 

@@ -25,11 +25,11 @@ def flat(value, frames, channels=1):
 def history(n):
     """n rows of log.csv, with an evaluation in the first, in every tenth after it, and in the last."""
     names = "epoch", "sequences", "minutes", "learning_rate", "train_loss"
-    names += "val_loss", "val_mse_per_frame", "val_sequences", "forecast_frames", "a_number_of_your_own"
+    names += "val_loss", "val_mse_per_frame", "val_sequences", "forecast_frames", "none", "a_number_of_mine"
     rows = []
     for k in range(1, n + 1):
         found = (0.4 / k, 90 / k, 200) if k % 10 == 1 or k == n else (None,) * 3
-        row = 2 * k / n, 2000 * k / n, k, 0.06, 0.5 / k, *found, k, 0.002 / k
+        row = 2 * k / n, 2000 * k / n, k, 0.06, 0.5 / k, *found, k, 0, 0.002 / k
         rows.append(dict(zip(names, row, strict=True)))
     return rows
 
@@ -85,9 +85,10 @@ def lines(axes):
 def test_losses_are_those_of_the_history(drawn):
     left, right, others = drawn("loss 2").axes
     assert lines(left) == [[[1, 2], [0.5, 0.25]], [[1, 2], [0.4, 0.2]]]
-    assert [y for _, y in lines(others)] == [[1, 1], [0.5, 1], [1, 0.5]]  # fractions of the largest
-    labels = ["learning rate, up to 0.06", "forecast frames, up to 2", "a number of your own, up to 0.002"]
-    assert [line.get_label() for line in others.lines] == labels
+    assert [y for _, y in lines(others)] == [[1, 1], [0.5, 1], [0, 0], [1, 0.5]]  # fractions of the largest
+    names = "learning rate, up to 0.06", "forecast frames, up to 2", "none, up to 0"
+    labels = [line.get_label() for line in others.lines]
+    assert labels == [*names, "a number of mine, up to 0.002"]
     assert lines(right)[0] == [[1, 2], [90, 45]]
     assert [y[0] for _, y in lines(right)[1:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, here, moving_squares, results
+from conftest import ROOT, flags, here, moving_squares, results, stopped_after_a_checkpoint
 from torch.nn import functional as F
 
 import main
@@ -180,8 +180,7 @@ def test_muon_is_torchs(shape):
     expected = matrix.detach().view(shape)
     for dtype in (torch.bfloat16, torch.float32):
         kernel = torch.nn.Parameter(start.clone())
-        muon = Muon([kernel], dtype, 0.2)
-        muon.param_groups[0]["lr"] = 0.1
+        muon = Muon([kernel], dtype, 0.1, 0.2)
         for kernel.grad in gradients:
             muon.step()
         assert torch.equal(kernel, expected) == (dtype == torch.bfloat16)
@@ -223,15 +222,18 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_one_optimizer_is_enough(array, tmp_path, monkeypatch, precision, dtype):
-    """It is told in what training computes. By default, own data has no overlays."""
+    """Its learning rate is the highest, also after a stop. By default, own data has no overlays."""
     told = []
     alone = lambda model, _, t: told.append(t) or [torch.optim.AdamW(model.parameters(), amsgrad=True)]
     monkeypatch.setattr(main, "make_optimizers", alone)
-    folder = here(array, tmp_path, learning_rate=0.01, precision=precision, overlay=-1, **FEW)
+    with stopped_after_a_checkpoint():
+        here(array, tmp_path, precision=precision, overlay=-1, **FEW)
+    folder = here(array, tmp_path, precision=precision, overlay=-1, **FEW)
     last = torch.load(folder / "last.pt")
     (group,) = last["optimizers"][0]["param_groups"]
     assert last["knobs"]["overlay"] == 0
-    assert 0 < group["lr"] < 0.01 and (folder / "metrics.json").exists() and told == [dtype]
+    assert group["lr"] == last["history"][-1]["learning_rate"] == pytest.approx(0.001 * 0.25 / 0.95)
+    assert (folder / "metrics.json").exists() and told == [dtype] * 2
 
 
 def test_the_seed_decides(array, tmp_path):

@@ -132,8 +132,9 @@ def test_what_is_no_frames(source, sentence, trained, tmp_path):
 
 def test_a_file_where_the_folder_should_be(trained, tmp_path):
     np.save(tmp_path / "mine.npy", np.zeros((T, 16, 16)))
-    with pytest.raises(UserError, match=r"cannot write to .*mine\.npy: "):
-        predict(tmp_path / "mine.npy", trained, 1, tmp_path / "mine.npy")
+    words = tmp_path / "mine.npy", "--weights", trained, "--out", tmp_path / "mine.npy"
+    _, err = finish(start(*words, script=ROOT / "predict.py"), 1)
+    assert err == f"predict.py: cannot use {tmp_path / 'mine.npy'}: File exists\n"
 
 
 @pytest.mark.parametrize("model", ["paper", "convlstm", "seq2seq"])

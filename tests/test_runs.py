@@ -158,13 +158,16 @@ def test_baselines_stand_beside_every_epoch(array, tmp_path, monkeypatch):
     assert {who: np.mean(curve) for who, curve in curves.items()} == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("error:Converting a tensor")
 def test_an_evaluation_has_a_row_of_its_own(array, tmp_path, monkeypatch):
     """Also between two points of the training loss's curve, which here are at steps 5 and 9."""
     monkeypatch.setattr(run, "LOSSES", 2)
     monkeypatch.setattr(run, "EVALUATIONS", 3)
     monkeypatch.setattr(run, "FIRST_LOOK", 2)
+    count, mine = run.Run.count_step, {"mine": torch.tensor(7.0, requires_grad=True)}
+    monkeypatch.setattr(run.Run, "count_step", lambda *given: count(*given[:3], given[3] | mine))
     rows = evaluations(here(array, tmp_path, epochs=1))
-    assert [row["step"] for row in rows] == [2, 3, 6, 9]
+    assert [(row["step"], row["mine"]) for row in rows] == [(2, 7), (3, 7), (6, 7), (9, 7)]
 
 
 def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
@@ -189,18 +192,20 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
-    """The references; a network with dropout and a mask, its schedule by NumPy. Stopped once."""
+    """The references; a network with dropout in evaluation, too, rates by NumPy, and a mask. Stopped once."""
     if model == "my_model":
         build, schedule = main.build, main.learning_rate
 
         def with_dropout(*arguments):
             network = build(*arguments)
             network.head.insert(1, torch.nn.Dropout())
+            network.register_forward_hook(lambda *given: torch.nn.functional.dropout(given[-1]))
             network.register_buffer("mask", torch.tensor(-torch.inf))
             return network
 
         monkeypatch.setattr(main, "build", with_dropout)
         monkeypatch.setattr(main, "learning_rate", lambda *given: np.float64(schedule(*given)))
+        monkeypatch.setattr(main, "ADAMW_RATE", np.float64(main.ADAMW_RATE))
     alone = here(array, tmp_path / "alone", model=model, **FEW)
     assert set(results(alone)["scores"][model]) == set(metrics.METRICS)
     with stopped_after_a_checkpoint():

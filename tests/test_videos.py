@@ -1,17 +1,14 @@
 """Your own videos: frames, colors and order as written, a whole run on them, and files that are none."""
 
 import os
+import random
 import sys
-from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from conftest import here
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from support import UserError, videos
 
@@ -66,7 +63,8 @@ def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
             videos.read_videos(path, 10, SIZE, SIZE)
 
     refused(r"holds no video: \.avi, ")
-    refused(r"cannot read .*missing: No such file", tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        videos.read_videos(tmp_path / "missing", 10, SIZE, SIZE)
     write(tmp_path / "Screen Recording 3.41\u202fPM.avi", 9)  # as macOS calls them
     refused(r"PM\.avi gives 9 frames.*a sequence needs 10")
     write(tmp_path / "Screen Recording 3.41\u202fPM.avi", 20)
@@ -79,56 +77,29 @@ def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
     refused(r"PM\.avi cannot be read as a video \(Failed to allocate \d+ bytes\)")
 
 
-def spare(n):
-    """No more than n bytes of memory from here on, where the system tells what is in use."""
-    if sys.platform == "linux":
-        import resource
-
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + n, used + n))
-
-
-def read(folder):
-    """How the reading of a folder ended, in words."""
-    try:
-        return f"read {videos.read_videos(folder, 4, SIZE, SIZE).shape}"
-    except UserError as error:
-        return f"refused {error}"
-
-
-@pytest.fixture(scope="module")
-def reader():
-    """`read` in a process with a GiB of memory to spare, which a hostile file may crash or hang."""
-    with get_context("spawn").Pool(1, spare, [2**30]) as pool:
-        yield lambda folder: pool.apply_async(read, [folder]).get(30)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names and pipes")
-def test_a_pipe_and_a_name_that_is_no_text(reader, tmp_path):
+def test_a_pipe_and_a_name_that_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "a.avi")
-    assert "holds no video" in reader(tmp_path)
+    with pytest.raises(UserError, match="holds no video"):  # nor waits for one
+        videos.read_videos(tmp_path, 10, SIZE, SIZE)
     (tmp_path / os.fsdecode(b"\xff.avi")).touch()
     with pytest.raises(UserError, match=r"udcff\.avi' is a name that OpenCV cannot open; rename"):
         videos.read_videos(tmp_path, 10, SIZE, SIZE)
 
 
-PLACES = st.one_of(st.integers(0, 400), st.integers(-800, -1), st.integers(0, 2**16))
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from([("avi", "MJPG"), ("mp4", "mp4v"), ("mkv", "mp4v")]),
-    changes=st.lists(st.tuples(PLACES, st.integers(0, 255)), max_size=8),
-    cut=st.one_of(st.none(), PLACES),
-)
-def test_a_damaged_video_is_read_or_refused(reader, tmp_path_factory, kind, changes, cut):
+@pytest.mark.parametrize(("suffix", "fourcc"), [("avi", "MJPG"), ("mp4", "mp4v"), ("mkv", "mp4v")])
+def test_a_damaged_video_is_read_or_refused(suffix, fourcc, tmp_path):
     """Cut short or with bytes changed: frames of the right shape, or a UserError, and nothing else."""
-    folder = tmp_path_factory.mktemp("damaged")
-    path = folder / f"a.{kind[0]}"
-    write(path, 12, fourcc=kind[1])
-    content = bytearray(path.read_bytes())
-    for place, byte in changes:
-        content[place % len(content)] = byte
-    path.write_bytes(content if cut is None else content[: cut % len(content)])
-    ended = reader(folder)
-    assert (ended.startswith("read (4, ") and ended.endswith(f", 1, {SIZE}, {SIZE})")) or path.name in ended
+    path, rng = tmp_path / f"a.{suffix}", random.Random(0)
+    write(path, 12, fourcc=fourcc)
+    whole = path.read_bytes()
+    for _ in range(20):
+        content = bytearray(whole)
+        for _ in range(rng.randrange(9)):  # most of them in the header or in the index
+            content[rng.choice((rng.randrange(400), -1 - rng.randrange(800)))] = rng.randrange(256)
+        path.write_bytes(content[: rng.choice((len(content), rng.randrange(len(content))))])
+        try:
+            frames = videos.read_videos(tmp_path, 4, SIZE, SIZE)
+            assert (frames.shape[0], *frames.shape[2:]) == (4, 1, SIZE, SIZE)
+        except UserError as error:
+            assert path.name in str(error)

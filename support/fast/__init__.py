@@ -30,7 +30,7 @@ def attach(model, device, dtype):
         model.matching_costs = motion.matching_costs_on_gpu
         used.append("compiled matching")
     layers = [module for module in model.modules() if isinstance(module, my_model.ConvLSTM)]
-    if all(map(agrees, layers)):
+    if layers and all(map(agrees, layers)):
         for module in layers:
             module.fast = layer.fast_layer
         compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
@@ -56,25 +56,29 @@ def agrees(module):
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):  # an edited cell may raise
         torch.default_generator.manual_seed(0)
         plain = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
-        for p in plain.parameters():
+        for p in (*plain.parameters(), *plain.cell.buffers()):
             torch.nn.init.uniform_(p, -1, 1).data /= p.shape[1:].numel() ** 0.5
+        for name, value in vars(plain.cell).items():
+            if isinstance(value, float):  # an edit may change it in training
+                setattr(plain.cell, name, value / 3 + 0.1)
         kernel, state = plain.cell.input_to_state, torch.randn(2, 1, plain.cell.hidden_channels, 5, 5) * 20
-        x = None if kernel is None else torch.randn(1, 3, kernel.shape[1], 5, 5)
+        x = None if kernel is None else torch.randn(1, 6, kernel.shape[1], 5, 5)
         x, *state = (t if t is None else t.double().requires_grad_() for t in (x, *state))
         leaves = [t for t in (x, *state, *plain.parameters()) if t is not None]
-        before = torch.get_rng_state()
+        before, parts = torch.get_rng_state(), {**vars(plain.cell), "training": False}
         for training in (True, False):
             found = []
             for plain.train(training).fast in (layer.fast_layer, None):
                 torch.set_rng_state(before)
-                hidden_states, last = plain(x, state, 3)
+                hidden_states, last = plain(x, state, 6)
                 after = torch.get_rng_state()
                 # dropout after the cell changes hidden states at random; dropout in the cell changes `after`
                 outputs = (hidden_states, *last) if torch.equal(before, after) else last
                 total = sum(output.sum() for output in outputs)
-                gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
+                gradients = torch.autograd.grad(total, leaves, materialize_grads=True) if training else ()
                 found.append((after, *outputs, *gradients))
             if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
                 return False
-        return True
+        # an edited cell may store something, for use elsewhere
+        return list(map(id, parts.values())) == list(map(id, vars(plain.cell).values()))
     return False
