@@ -77,7 +77,7 @@ def loss(history, baselines, title):
         numbers = np.array(column(name, history))
         most = max(np.nan_to_num(numbers), key=abs)
         label = f"{name.replace('_', ' ')}, up to {most:.3g}"
-        others.step(epochs, numbers / (most or 1), color=color, ls=style, label=label)
+        others.step(epochs, numbers / (abs(most) or 1), color=color, ls=style, label=label)
     others.set(title="schedule and other numbers", ylabel="fraction of the largest value")
     thousands = history[-1]["sequences"] / epochs[-1] / 1000
     functions = lambda x: x * thousands, lambda x: x / thousands

@@ -185,9 +185,10 @@ def train(run, optimizers):
         group.setdefault("initial_lr", group["lr"])  # a resumed run has it
     run.start_clock()
     while not run.has_ended:
+        scheduled = float(learning_rate(knobs, run.progress))  # an edit may give NumPy's or torch's numbers
         for group in groups:
-            group["lr"] = group["initial_lr"] / knobs.learning_rate * learning_rate(knobs, run.progress)
-        rate = groups[0]["lr"]  # of Muon
+            group["lr"] = group["initial_lr"] / knobs.learning_rate * scheduled
+        rate = groups[0]["lr"]  # for the log
         n_past, n_future = horizon(knobs, run.progress)
         n_overlays = overlays(knobs, n_future)
         past, future = load_batch(run, n_past, n_future, n_overlays)

@@ -162,7 +162,7 @@ class Data(NamedTuple):
 
 
 def load_data(data, train_sequences, seed, n_frames, video):
-    """The three splits, as knobs of main.py say; n_frames: in and out together. Raises UserError."""
+    """The three splits, as knobs of main.py say; n_frames: in and out together. Raises UserError, OSError."""
     if data in ("array", "fresh"):
         array, name = moving_mnist_array()
     else:

@@ -184,11 +184,13 @@ class EncoderForecaster(nn.Module):
             make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
             below = hidden
         below = [s for layer in self.encoder for s in hidden_grids(layer.cell.hidden_channels)]
-        *convolutions, draw = (m for m in self.head.modules() if isinstance(m, nn.Conv2d))
-        for convolution in convolutions:
-            make_equivariant(convolution.weight, hidden_grids(convolution.out_channels), below)
-            below = hidden_grids(convolution.out_channels)
-        make_equivariant(draw.weight, 2 * pixels + moves if self.max_motion else pixels, below)
+        kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
+        outputs = [hidden_grids(len(kernel)) for kernel in kernels]
+        outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
+        for kernel, above in zip(kernels, outputs, strict=True):
+            fits = kernel.shape[1] == sum((places >= 0).sum() for places in below)  # if not, it is a branch's
+            make_equivariant(kernel, above, below if fits else hidden_grids(kernel.shape[1]))
+            below = above
 
     def forward(self, past, n_future, draw_from=None):
         """With draw_from, each input frame after that index is predicted, too, from the frames before it.
@@ -291,8 +293,6 @@ def make_equivariant(kernel, outputs, inputs):
     outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
     rounding. Deep copies lose the hook: call this again for them.
     """
-    fits = sum((places >= 0).sum() for places in inputs) == kernel.shape[1]  # not in a head with branches
-    inputs = inputs if fits else hidden_grids(kernel.shape[1])
     permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
     orders_on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
     mean = symmetric_mean(kernel, permutations)

@@ -161,7 +161,7 @@ def run_script(function, out_of_memory_advice=""):
         raise
     except OSError as error:
         if error.filename:
-            exit_process(1, f"{name}: cannot use {error.filename}: {error.strerror}")
+            exit_process(1, f"{name}: {error.filename}: {error.strerror or error}")
         # from print
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

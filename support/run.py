@@ -229,7 +229,7 @@ class Run:
             losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
             words = f"epoch {row['epoch']:.3f} cross-entropy {losses}, MSE {row['val_mse_per_frame']:.1f}"
             self.bar.write(f"{words} of {len(self.watched)} sequences, {row['minutes']:.1f} min")
-            if not row["val_mse_per_frame"] >= self.best:  # also if an edited metric gives NaN
+            if row["val_mse_per_frame"] < self.best:
                 self.best = row["val_mse_per_frame"]
                 checkpoint.save(self.folder / "best.pt", {**self.network(), "step": self.step})
             self.write_log()
@@ -322,9 +322,13 @@ class Run:
 
 def load_optimizer(optimizer, saved):
     """Raises ValueError for other options, which would silently replace those in the code."""
-    of_group = lambda group: {k: repr(v) for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
-    options = lambda: list(map(of_group, optimizer.param_groups))
-    before = options()
+
+    def options():
+        for group in checkpoint.without_numpy(optimizer.param_groups):
+            group["lr"] = group.pop("initial_lr", group["lr"])  # before it was scheduled
+            yield {name: repr(value) for name, value in group.items() if name != "params"}
+
+    before = list(options())
     optimizer.load_state_dict(saved)
-    if options() != before:
+    if list(options()) != before:
         raise ValueError("its optimizer has other options")

@@ -6,6 +6,7 @@ At each start, a fast function that disagrees with the plain one, beyond roundin
 import contextlib
 import copy
 import ctypes
+import io
 
 import torch
 
@@ -58,14 +59,19 @@ def agrees(module):
         plain = copy.deepcopy(module).to("cpu", torch.float64).requires_grad_()
         for p in (*plain.parameters(), *plain.cell.buffers()):
             torch.nn.init.uniform_(p, -1, 1).data /= p.shape[1:].numel() ** 0.5
-        for name, value in vars(plain.cell).items():
+        for part, name, value in [(m, *item) for m in plain.cell.modules() for item in vars(m).items()]:
             if isinstance(value, float):  # an edit may change it in training
-                setattr(plain.cell, name, value / 3 + 0.1)
+                setattr(part, name, value / 3 + 0.1)
         kernel, state = plain.cell.input_to_state, torch.randn(2, 1, plain.cell.hidden_channels, 5, 5) * 20
         x = None if kernel is None else torch.randn(1, 6, kernel.shape[1], 5, 5)
         x, *state = (t if t is None else t.double().requires_grad_() for t in (x, *state))
         leaves = [t for t in (x, *state, *plain.parameters()) if t is not None]
-        before, parts = torch.get_rng_state(), {**vars(plain.cell), "training": False}
+
+        def stored():  # an edited cell may store something, for use elsewhere
+            torch.save(vars(plain.eval().cell), content := io.BytesIO())
+            return content.getvalue()
+
+        before, empty = torch.get_rng_state(), stored()
         for training in (True, False):
             found = []
             for plain.train(training).fast in (layer.fast_layer, None):
@@ -79,6 +85,5 @@ def agrees(module):
                 found.append((after, *outputs, *gradients))
             if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
                 return False
-        # an edited cell may store something, for use elsewhere
-        return list(map(id, parts.values())) == list(map(id, vars(plain.cell).values()))
+        return stored() == empty
     return False
