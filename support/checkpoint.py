@@ -134,11 +134,15 @@ def lock_folder(folder, wait=False):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    for stray in (*folder.glob("*.tmp"), *folder.glob("source/**/*.tmp")):
-        if re.fullmatch(r".+\.\d+\.tmp", stray.name):
-            with suppress(OSError):
-                stray.unlink()
+    for stray in filter(is_half_written, (*folder.glob("*.tmp"), *folder.glob("source/**/*.tmp"))):
+        with suppress(OSError):
+            stray.unlink()
     return lock
+
+
+def is_half_written(path):
+    """Whether it has a temporary name of open_atomic's: what a killed run leaves."""
+    return re.fullmatch(r".+\.\d+\.tmp", path.name) is not None
 
 
 def weights_hash(model):

@@ -90,7 +90,7 @@ def choose_folder(knobs, asked, facts, stack):
                 stack.enter_context(checkpoint.lock_folder(out / name))
                 write_facts(out / name, config | facts)
                 return out / name
-        is_left = lambda path: path.name == ".lock" or path.suffix == ".tmp"  # by a run that never began
+        is_left = lambda p: p.name == ".lock" or checkpoint.is_half_written(p)  # by a run that never began
         is_taken = lambda f: not all(map(is_left, f.iterdir())) if f.is_dir() else f.exists()
         number, folder = 1, out / base
         while is_taken(folder):

@@ -148,7 +148,7 @@ def build_checked(knobs, build, data, device):
     if n_frames < knobs.frames_in + knobs.frames_out:
         wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
         raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
-    if min(height, width) < 16:  # it ends the process
+    if min(height, width) < 16:  # flat, wide frames would end the process
         raise UserError(f"frames are {height}×{width}; OpenCV's optical flow needs at least 16×16")
     if not (WORLD_SIZE <= knobs.batch_size <= len(data.training) or knobs.eval_only):
         limits = f"{WORLD_SIZE} (processes) to {len(data.training)} (training sequences)"

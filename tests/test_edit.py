@@ -70,7 +70,8 @@ def test_edited_before_it_has_ended(goes_on, code, ended):
     wait_until((first / "last.pt").exists, process)  # half of the training
     process.send_signal(signal.SIGSTOP)
     if goes_on:
-        run_edited(code, HEAD, "my_model-2", "(which is kept) in: my_model.py: head += nn.Conv2d(")
+        line = "head += nn.Conv2d(n_in, n, size, padding=size // 2), nn.ReLU()"
+        run_edited(code, HEAD, "my_model-2", f"(which is kept) in: my_model.py: {line}")
         before = state(first)
         _, refusal = finish(run(code), 1)
         assert "my_model is in use by another run; wait for it, or give this one a --name\n" in refusal

@@ -25,7 +25,7 @@ def flat(value, frames, channels=1):
 def history(n):
     """n rows of log.csv, with an evaluation in the first, in every tenth after it, and in the last."""
     names = "epoch", "sequences", "minutes", "learning_rate", "train_loss"
-    names += "val_loss", "val_mse_per_frame", "val_sequences", "forecast_frames", "none", "a_number_of_mine"
+    names += "val_loss", "val_mse_per_frame", "val_sequences", "forecast_frames", "none", "my_own"
     rows = []
     for k in range(1, n + 1):
         found = (0.4 / k, 90 / k, 200) if k % 10 == 1 or k == n else (None,) * 3
@@ -86,9 +86,8 @@ def test_losses_are_those_of_the_history(drawn):
     left, right, others = drawn("loss 2").axes
     assert lines(left) == [[[1, 2], [0.5, 0.25]], [[1, 2], [0.4, 0.2]]]
     assert [y for _, y in lines(others)] == [[1, 1], [0.5, 1], [0, 0], [1, 0.5]]  # fractions of the largest
-    names = "learning rate, up to 0.06", "forecast frames, up to 2", "none, up to 0"
-    labels = [line.get_label() for line in others.lines]
-    assert labels == [*names, "a number of mine, up to 0.002"]
+    labels = ["learning rate, up to 0.06", "forecast frames, up to 2", "none, up to 0", "my own, up to 0.002"]
+    assert [line.get_label() for line in others.lines] == labels
     assert lines(right)[0] == [[1, 2], [90, 45]]
     assert [y[0] for _, y in lines(right)[1:]] == [*BASELINES.values()]
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences

@@ -254,8 +254,8 @@ def test_an_edited_head_is_equivariant_too():
     model = small(hidden_channels=(8, 19), **RECIPE)
     model.head.insert(2, torch.nn.Conv2d(16, 16, 3, padding=1, groups=16))
     model.double().make_kernels_equivariant()
-    for p in model.parameters():
-        torch.nn.init.constant_(p, 0.3) if p.ndim < 4 else None
+    for p in (p for p in model.parameters() if p.ndim < 4):
+        torch.nn.init.constant_(p, 0.3)
     past = torch.rand(2, 4, 1, 16, 24, dtype=torch.float64)
     forecast = model(past, 3)
     assert max(relative_error(model(image(past), 3), image(forecast)) for image in POSITIONS) < 1e-12

@@ -71,7 +71,7 @@ def agrees(module):
             torch.save(vars(plain.eval().cell), content := io.BytesIO())
             return content.getvalue()
 
-        before, empty = torch.get_rng_state(), stored()
+        before, stored_before = torch.get_rng_state(), stored()
         for training in (True, False):
             found = []
             for plain.train(training).fast in (layer.fast_layer, None):
@@ -85,5 +85,5 @@ def agrees(module):
                 found.append((after, *outputs, *gradients))
             if not all(torch.allclose(*pair) for pair in zip(*found, strict=True)):
                 return False
-        return stored() == empty
+        return stored() == stored_before
     return False
