@@ -8,7 +8,7 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (first: it copies the code, before anyone edits it)
+from support import sources  # noqa: F401 (first: it keeps the code as it is at the start)
 
 # isort: split
 import math
@@ -32,18 +32,18 @@ from support.start import load_model, start
 
 
 @dataclass(frozen=True)
-class Knobs:  # its docstring and comments are the text of --help; see build for the knobs each model uses
+class Knobs:  # its docstring and comments are the text of --help; UNUSED lists what a model ignores
     """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
 
     # Data
-    data: str = "array"  # "array", "fresh" (new sequences all the time), a .npy, or a folder of videos
+    data: str = "array"  # "array", "fresh" (new sequences in each epoch), a .npy, or a folder of videos
     train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 per epoch). Tried: 8 to 174960
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
-    video: tuple[int, int, int, int] = (64, 64, 1, 1)  # height, width, every Nth frame, channels (1 or 3)
+    video: tuple[int, int, int, int] = (64, 64, 1, 1)  # videos: height, width, frame step, channels (1 or 3)
     overlay: int = -1  # sequences merged into each training sequence; -1 = automatic (2; your own data: 0)
     # Model
-    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network; see build
+    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
@@ -185,7 +185,7 @@ def train(run, optimizers):
         group.setdefault("initial_lr", group["lr"])  # a resumed run has it
     run.start_clock()
     while not run.has_ended:
-        scheduled = float(learning_rate(knobs, run.progress))  # an edit may give NumPy's or torch's numbers
+        scheduled = float(learning_rate(knobs, run.progress))  # an edit may return a tensor
         for group in groups:
             group["lr"] = group["initial_lr"] / knobs.learning_rate * scheduled
         rate = groups[0]["lr"]  # for the log
@@ -224,7 +224,7 @@ def train(run, optimizers):
         numbers = {"forecast_frames": n_future, "overlays": n_overlays, "SSIM_in_loss": with_ssim}
         run.count_step(loss_and_norm[0], rate, numbers)
         if run.evaluation_due():
-            run.evaluate(rate)
+            run.evaluate()
         if run.save_due():
             run.save(optimizers)
     run.bar.close()

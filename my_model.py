@@ -6,7 +6,7 @@ states into frames. `EncoderForecaster()` is that network with the first two cha
 
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: untrained, a model draws black frames or, with motion, its last input, blurred.
+- Initial output biases: untrained, a model draws nearly black frames or, with motion, a blurred last input.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. They need to: a whole digit bounces when one end hits a wall.
@@ -54,7 +54,6 @@ class ConvLSTMCell(nn.Module):
                 raise ValueError(f"kernel size {k} is even; use an odd one, so that frames keep their size")
         self.hidden_channels = hidden_channels
         self.dilation = dilation  # of the state-to-state kernel
-        self.padding = kernel_size // 2, dilation * (state_kernel_size // 2)
         n_gates = 4 * hidden_channels
         self.input_to_state = new_kernel(in_channels, n_gates, kernel_size) if in_channels else None
         self.state_to_state = new_kernel(hidden_channels, n_gates, state_kernel_size)
@@ -64,9 +63,9 @@ class ConvLSTMCell(nn.Module):
     def forward(self, x, state):
         """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each → the next (h, c)."""
         h, c = state
-        z = F.conv2d(h, self.state_to_state, self.bias, padding=self.padding[1], dilation=self.dilation)
+        z = F.conv2d(h, self.state_to_state, self.bias, padding="same", dilation=self.dilation)
         if x is not None:
-            z = z + F.conv2d(x, self.input_to_state, padding=self.padding[0])
+            z = z + F.conv2d(x, self.input_to_state, padding="same")
         i, f, o, g = z.chunk(4, 1)
         wi, wf, wo = self.peephole[:, :, None, None] if self.peephole is not None else (0, 0, 0)
         c_next = torch.sigmoid(f + wf * c) * c + torch.sigmoid(i + wi * c) * torch.tanh(g)
@@ -188,7 +187,7 @@ class EncoderForecaster(nn.Module):
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
         for kernel, above in zip(kernels, outputs, strict=True):
-            fits = kernel.shape[1] == sum((places >= 0).sum() for places in below)  # if not, it is a branch's
+            fits = kernel.shape[1] == sum((places >= 0).sum() for places in below)  # if not: in a branch
             make_equivariant(kernel, above, below if fits else hidden_grids(kernel.shape[1]))
             below = above
 

@@ -41,7 +41,7 @@ def open_atomic(path):
 
 
 def write_atomic(path, content):
-    with open_atomic(Path(path)) as file:
+    with open_atomic(path) as file:
         file.write(content)
 
 
@@ -149,5 +149,5 @@ def weights_hash(model):
     """A fingerprint of the weights. The same seed, machine and thread count give the same."""
     sha = hashlib.sha256()
     for value in model.state_dict().values():
-        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # NumPy has no bf16
     return sha.hexdigest()[:16]

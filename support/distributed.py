@@ -107,9 +107,9 @@ def on_rank_0(function, *arguments):
     return broadcast(function(*arguments) if RANK == 0 else None)
 
 
-def print0(*words):
+def print0(words):
     if RANK == 0:
-        print(*words, flush=True)
+        print(words, flush=True)
 
 
 def exit_process(status, message=None):
@@ -148,7 +148,7 @@ def run_script(function, out_of_memory_advice=""):
             dist.destroy_process_group()
             exit_process(0)
     except SystemExit as stopped:
-        exit_process(stopped.code)
+        exit_process(stopped.code if isinstance(stopped.code, int) else bool(stopped.code))
     except (UserError, FloatingPointError) as error:
         exit_process(1, f"{name}: {error}")
     except (MemoryError, RuntimeError) as error:  # on a CPU, torch raises RuntimeError

@@ -221,7 +221,8 @@ def read_run(folder, config, latest, shape):
 
     Raises an error if it was tested on something else than the latest run, or cannot stand in a table.
     """
-    label = f"run {folder.name}" if folder.name[0] == "_" else folder.name  # matplotlib hides _labels
+    is_no_label = folder.name[0] == "_" or folder.name in ("input", "truth", *figures.LABELS)
+    label = f"run {folder.name}" if is_no_label else folder.name  # matplotlib hides what begins with _
     run = {**config, "folder": folder, "label": label}
     run |= json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255

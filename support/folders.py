@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import platform
 import re
 import subprocess
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import numpy as np
 from support import checkpoint, sources
 from support.checkpoint import write_atomic
 
-SELECTING = "data", "train_sequences", "video"  # knobs that choose what is read of the data
+# knobs that choose what is read of the data
+SELECTING = "data", "train_sequences", "video", "frames_in", "frames_out"
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that do not make another experiment
 
 
@@ -84,22 +87,17 @@ def choose_folder(knobs, asked, facts, stack):
         base = f"{path.parent.name if path.stem in ('best', 'last') else path.stem}-eval"
     with checkpoint.lock_folder(out, wait=True):  # of two runs that start at once, each gets its own
         configs = read_configs(out)
-        for name, config in configs.items():
-            fits = not knobs.name or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
-            if config["asked"] == asked and fits:
-                stack.enter_context(checkpoint.lock_folder(out / name))
-                write_facts(out / name, config | facts)
-                return out / name
+        fits = lambda name: not knobs.name or re.fullmatch(rf"{re.escape(base)}(-\d+)?", name)
+        same = [name for name, config in configs.items() if config["asked"] == asked and fits(name)]
         is_left = lambda p: p.name == ".lock" or checkpoint.is_half_written(p)  # by a run that never began
         is_taken = lambda f: not all(map(is_left, f.iterdir())) if f.is_dir() else f.exists()
-        number, folder = 1, out / base
-        while is_taken(folder):
-            number += 1
-            folder = out / f"{base}-{number}"
+        numbered = (out / (f"{base}-{k}" if k > 1 else base) for k in itertools.count(1))
+        folder = out / same[0] if same else next(f for f in numbered if not is_taken(f))
+        config = configs[same[0]] if same else {"asked": asked, "started": time.time()}
         stack.enter_context(checkpoint.lock_folder(folder))
-        write_facts(folder, {"asked": asked, "started": time.time(), **facts})
+        write_facts(folder, config | facts)
     trained = [(name, c["asked"]) for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]]
-    if trained and not knobs.eval_only:
+    if trained and not same and not knobs.eval_only:
         name, last = trained[-1]
         words = "only its name" if asked == last else "lines of Knobs, but with the same values here"
         changes = describe_changes(asked, last, out / name, folder) or [words]
@@ -111,13 +109,11 @@ def read_configs(out):
     """The config.json of each run in the folder, the earliest run first."""
     configs = {}
     for path in out.glob("*/config.json"):
-        try:
+        with suppress(Exception):  # damaged, or of another version: such a run is kept, but not continued
             config = json.loads(path.read_text("utf-8"))
             asked = config["asked"]
             _ = asked["sources"], asked["data"], asked["knobs"]["eval_only"], float(config["started"])
             configs[path.parent.name] = config
-        except Exception:  # damaged, or of another version: such a run is kept, but not continued
-            continue
     return dict(sorted(configs.items(), key=lambda item: item[1]["started"]))
 
 
@@ -126,10 +122,9 @@ def write_facts(folder, config):
     if (folder / "metrics.json").exists() and not config["asked"]["knobs"]["eval_only"]:
         return
     git = ["git", "-C", str(sources.ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    commit = None  # in a copy without its history
+    with suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None  # a copy without its history
     config |= {"commit": commit, "numpy": np.__version__, "python": platform.python_version()}
     config["machine"] = f"{platform.system()} {platform.machine()}"
     write_atomic(folder / "config.json", json.dumps(config, indent=1).encode())

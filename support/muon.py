@@ -16,14 +16,13 @@ class Muon(torch.optim.Muon):
         self.kernels, self.dtype = kernels, dtype
         matrices = [torch.nn.Parameter(k.detach().view(len(k), -1)) for k in kernels]  # views, no copies
         super().__init__(matrices, learning_rate, weight_decay)
+        self.state.update((matrix, {"momentum_buffer": torch.zeros_like(matrix)}) for matrix in matrices)
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
         rate, beta = group["lr"], group["momentum"]
         for matrix, kernel in zip(group["params"], self.kernels, strict=True):
-            if not self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
             gradient, momentum = kernel.grad.flatten(1), self.state[matrix]["momentum_buffer"]
             momentum.lerp_(gradient, 1 - beta)
             update = self.orthogonal(gradient.lerp(momentum, beta).to(self.dtype), group)

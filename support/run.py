@@ -48,10 +48,10 @@ class Run:
     device: Any
     dtype: Any  # of the convolutions
     horizon: Callable  # knobs, part of training → (input frames, forecast frames) of a training step
+    scored_step: int = 0  # the training step at which the scored weights were saved
 
     def __post_init__(self):
         knobs = self.knobs
-        self.scored_step = 0  # the training step at which the scored weights were saved
         self.order, self.epoch = None, -1  # the order of the training sequences, and the epoch that has it
         self.steps_per_epoch = max(1, len(self.data.training) // knobs.batch_size)
         # 0: max_minutes has not been turned into steps yet
@@ -114,8 +114,8 @@ class Run:
         files = self.folder / "log.csv", self.folder / "loss.png"
         if self.has_ended and RANK == 0 and not all(file.exists() for file in files):
             self.write_log()
-        if results := on_rank_0(self.read_results) if self.has_ended or not self.step else None:
-            words = evaluation.report(results)
+        if found := on_rank_0(self.read_results) if self.has_ended or not self.step else None:
+            results, words = found
             print0(f"this run has ended; nothing was changed\n\n{words}\noutput    {self.folder}")
             if RANK == 0 and not (self.folder.parent / "compare.md").exists():
                 evaluation.compare_runs(self.folder.parent, results, self.data.test[np.arange(1)][0].numpy())
@@ -127,8 +127,7 @@ class Run:
     def read_results(self):
         with suppress(Exception):  # lost or damaged: it is made again
             results = json.loads((self.folder / "metrics.json").read_bytes())
-            evaluation.report(results)  # raises for what cannot be shown
-            return results
+            return results, evaluation.report(results)  # raises for what cannot be shown
 
     def start_clock(self):
         self.started_at, self.saved_at = self.step, time.perf_counter()
@@ -210,18 +209,17 @@ class Run:
             levels = (f"{figures.LABELS[who]} {np.mean(mse):.1f}" for who, mse in self.baselines.items())
             self.bar.write(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
 
-    def evaluate(self, rate):
+    def evaluate(self):
         """Validate, log, keep the weights if they are the best so far, and redraw the pictures."""
         if not self.baselines:
             self.score_baselines()
-        names = "mse_per_frame", CROSS_ENTROPY
+        row, names = self.history[-1], ("mse_per_frame", CROSS_ENTROPY)
         try:
             scores = evaluation.evaluate(self.task, self.data.validation, names, self.watched)
         except FloatingPointError as error:  # the loss was finite, but not the weights after it
             what = f"forecasts that are not finite ({error})"
-            raise self.diverged(what, rate, self.step - 1) from error
+            raise self.diverged(what, row["learning_rate"], self.step - 1) from error
         pixels = self.task.frames_out * math.prod(self.data.validation.shape[1:])
-        row = self.history[-1]
         row["val_loss"] = float(scores[CROSS_ENTROPY].mean()) / pixels
         row["val_mse_per_frame"] = float(scores["mse_per_frame"].mean())
         row["val_sequences"] = len(self.watched)
@@ -231,7 +229,7 @@ class Run:
             self.bar.write(f"{words} of {len(self.watched)} sequences, {row['minutes']:.1f} min")
             if row["val_mse_per_frame"] < self.best:
                 self.best = row["val_mse_per_frame"]
-                checkpoint.save(self.folder / "best.pt", {**self.network(), "step": self.step})
+                checkpoint.save(self.folder / "best.pt", self.network())
             self.write_log()
             curves = {self.knobs.model: scores["mse_per_frame"].mean(0).tolist(), **self.baselines}
             write_atomic(self.folder / "per_frame.png", figures.per_frame({self.validated: curves}))
@@ -246,7 +244,7 @@ class Run:
             raise FloatingPointError("weights are not finite, and were not saved; lower learning_rate")
         channels = self.data.training.shape[1]
         state = {"knobs": self.asked["knobs"], "channels": channels, "model": self.model.state_dict()}
-        return state | {"fixed_forecast": checkpoint.fixed_forecast(self.model, channels)}
+        return state | {"step": self.step, "fixed_forecast": checkpoint.fixed_forecast(self.model, channels)}
 
     def save(self, optimizers):
         if RANK == 0:

@@ -56,6 +56,8 @@ def check(knobs):
     if not (16 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
         words = "expected height and width (16 to 4096), every Nth frame, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
+    if knobs.video != type(knobs).video and (knobs.data in ("array", "fresh") or Path(knobs.data).is_file()):
+        raise UserError(f"video is for a folder of videos, and data is {knobs.data}; leave video as it is")
     if Path(knobs.name).name != knobs.name or knobs.name == ".." or not knobs.name.isprintable():
         raise UserError(f"name is {knobs.name!a}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels
@@ -101,9 +103,8 @@ def start(knobs, build, horizon, recipe):
     describe(knobs, data, model, environment, recipe)
     with contextlib.ExitStack() as stack:
         folder = on_rank_0(folders.choose_folder, knobs, asked, environment, stack)
-        run = Run(knobs, folder, asked, environment, data, model, device, dtype, horizon)
-        run.scored_step = weights["step"] if weights else 0
-        yield run
+        step = weights["step"] if weights else 0
+        yield Run(knobs, folder, asked, environment, data, model, device, dtype, horizon, step)
 
 
 def describe(knobs, data, model, environment, recipe):

@@ -93,7 +93,7 @@ DAMAGE = {
 
 def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
-    for name in ("one", "scored", "again", "_a|b", *DAMAGE):
+    for name in ("one", "scored", "again", "_a|b", "truth", *DAMAGE):
         shutil.copytree(folder, tmp_path / name)
     for name in ("scored", "again"):
         edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
@@ -108,7 +108,8 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
     one = "one: main.py: \ufffd, model my_model"
-    assert set(found) == {one, "scored", "run _a\\|b: model my_model", *BASELINES}
+    odd = {f"run {name}: model my_model" for name in ("_a\\|b", "truth")}
+    assert set(found) == {one, "scored", *BASELINES} | odd
     assert found[one][8] == "–" != found["scored"][8]
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")

@@ -83,8 +83,7 @@ def test_seq2seq_is_the_published_recurrence():
 
 def test_seq2seq_forecasts_logits_and_trains_in_bf16():
     model, past = Seq2SeqForecaster(nf=4).float(), torch.rand(2, 3, 1, 8, 6, dtype=torch.float32)
-    frames = model.seq2seq(past, 5).transpose(1, 2)
-    torch.testing.assert_close(torch.sigmoid(model(past, 5)), frames)
+    torch.testing.assert_close(torch.sigmoid(model(past, 5)), model.seq2seq(past, 5).transpose(1, 2))
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(past, 5)
     assert logits.dtype == torch.float32

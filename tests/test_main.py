@@ -68,8 +68,7 @@ def test_schedules():
     assert growing == [(20, 1), (20, 1), (20, 1), (19, 2), (15, 6), (11, 10), (10, 11), (10, 11)]
     assert main.horizon(replace(knobs, grow_horizon=(0.5, 0)), 0) == (10, 11)  # the whole at once
     assert main.horizon(replace(knobs, frames_out=1), 0.5) == (10, 1)
-    at_once = replace(knobs, grow_horizon=(0.2, 0.2))
-    assert [main.horizon(at_once, p)[1] for p in (0.1, 0.2)] == [1, 11]
+    assert [main.horizon(replace(knobs, grow_horizon=(0.2, 0.2)), p)[1] for p in (0.1, 0.2)] == [1, 11]
     assert main.horizon(replace(knobs, model="paper"), 0) == (10, 1)
 
 

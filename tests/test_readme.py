@@ -49,8 +49,7 @@ def test_commands_do_their_job(tmp_path):
     trainings = [line for line in commands if line.startswith("python main.py")]
     assert len(trainings) >= 4
     for line in trainings:
-        narrow = "" if "convlstm" in line else "--hidden_channels 8"
-        shell(f"{line} {SHORT} {narrow}", tmp_path)
+        shell(f"{line} {SHORT} {'' if 'convlstm' in line else '--hidden_channels 8'}", tmp_path)
     assert torch.load(tmp_path / "results" / "my_model" / "last.pt")["knobs"]["overlay"] == 2
     (predict,) = (line for line in commands if line.startswith("python predict.py"))
     shell(predict, tmp_path)

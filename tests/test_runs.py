@@ -129,6 +129,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     np.testing.assert_allclose(np.load(folder / "forecast.npy")[:, 0], drawn, atol=0.51)
     weights = checkpoint.weights_hash(main.load(folder / "best.pt"))
     assert found["weights"] == weights and f"hash {weights}, validation MSE" in printed
+    assert checkpoint.weights_hash(torch.nn.Linear(1, 1, dtype=torch.bfloat16))  # as an edit may have it
 
 
 def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path, monkeypatch):
