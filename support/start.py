@@ -56,8 +56,8 @@ def check(knobs):
     if not (16 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
         words = "expected height and width (16 to 4096), every Nth frame, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
-    if knobs.video != type(knobs).video and (knobs.data in ("array", "fresh") or Path(knobs.data).is_file()):
-        raise UserError(f"video is for a folder of videos, and data is {knobs.data}; leave video as it is")
+    if knobs.video != type(knobs).video and (knobs.data in ("array", "fresh") or knobs.data.endswith(".npy")):
+        raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
     if Path(knobs.name).name != knobs.name or knobs.name == ".." or not knobs.name.isprintable():
         raise UserError(f"name is {knobs.name!a}; it must be one folder name, without slashes")
     layers = knobs.hidden_channels + knobs.head_channels

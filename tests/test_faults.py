@@ -54,7 +54,7 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"head_channels": 10**19}, "hidden_channels and head_channels"),  # beyond: torch's own traceback
         ({"grow_horizon": [0.9, 0.1]}, "grow_horizon is 0.9 0.1; expected"),
         ({"video": [64, 64, 1, 2]}, "video is 64 64 1 2; expected"),
-        ({"video": [32, 32, 1, 1]}, "video is for a folder of videos, and data is .*npy; leave"),
+        ({"video": [32, 32, 1, 1]}, "video is for data that are videos, and data is .*npy; leave"),
         ({"name": "../elsewhere"}, r"name is '\.\./elsewhere'; it must be"),
         ({"name": "two\nlines"}, r"name is 'two\\nlines'; it must be"),
         ({"device": "cuda" if sys.platform == "darwin" else "mps"}, "was not found; set device to auto or"),
