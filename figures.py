@@ -72,7 +72,7 @@ def loss(history, baselines, title):
     right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.1f}")
     names = list(dict.fromkeys(name for row in history for name in row))
     names = "learning_rate", *names[names.index("val_sequences") + 1 :]
-    styles = zip(itertools.cycle(("-", "-", "--", ":")), itertools.cycle(MODEL_COLORS[1:]), strict=False)
+    styles = zip(itertools.cycle(("-.", "-", "--", ":")), itertools.cycle(MODEL_COLORS[1:]), strict=False)
     for name, (style, color) in zip(names, styles, strict=False):
         numbers = np.array(column(name, history))
         most = max(np.nan_to_num(numbers), key=abs)

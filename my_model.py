@@ -187,7 +187,7 @@ class EncoderForecaster(nn.Module):
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
         for kernel, above in zip(kernels, outputs, strict=True):
-            fits = kernel.shape[1] == sum((places >= 0).sum() for places in below)  # if not: in a branch
+            fits = kernel.shape[1] == sum((places >= 0).sum() for places in below)  # else it is in a branch
             make_equivariant(kernel, above, below if fits else hidden_grids(kernel.shape[1]))
             below = above
 

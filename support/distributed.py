@@ -148,7 +148,8 @@ def run_script(function, out_of_memory_advice=""):
             dist.destroy_process_group()
             exit_process(0)
     except SystemExit as stopped:
-        exit_process(stopped.code if isinstance(stopped.code, int) else bool(stopped.code))
+        code, is_number = stopped.code, isinstance(stopped.code, int)  # or a text, or None
+        exit_process(code if is_number else bool(code), None if is_number else code)
     except (UserError, FloatingPointError) as error:
         exit_process(1, f"{name}: {error}")
     except (MemoryError, RuntimeError) as error:  # on a CPU, torch raises RuntimeError

@@ -221,8 +221,9 @@ def read_run(folder, config, latest, shape):
 
     Raises an error if it was tested on something else than the latest run, or cannot stand in a table.
     """
-    is_no_label = folder.name[0] == "_" or folder.name in ("input", "truth", *figures.LABELS)
-    label = f"run {folder.name}" if is_no_label else folder.name  # matplotlib hides what begins with _
+    reserved = "input", "truth", *figures.LABELS, *figures.LABELS.values()
+    is_hidden = folder.name[0] == "_"  # by matplotlib
+    label = f"run {folder.name}" if is_hidden or folder.name in reserved else folder.name
     run = {**config, "folder": folder, "label": label}
     run |= json.loads((folder / "metrics.json").read_text("utf-8"))
     run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255

@@ -17,8 +17,7 @@ import numpy as np
 from support import checkpoint, sources
 from support.checkpoint import write_atomic
 
-# knobs that choose what is read of the data
-SELECTING = "data", "train_sequences", "video", "frames_in", "frames_out"
+SELECTING = "data", "train_sequences", "video"  # knobs that choose what is read of the data
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that do not make another experiment
 
 

@@ -54,7 +54,7 @@ def check(knobs):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
     *size, stride, channels = knobs.video
     if not (16 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
-        words = "expected height and width (16 to 4096), every Nth frame, 1 or 3 channels"
+        words = "expected height and width (16 to 4096), frame step, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
     if knobs.video != type(knobs).video and (knobs.data in ("array", "fresh") or knobs.data.endswith(".npy")):
         raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")

@@ -95,7 +95,7 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
     for name in ("one", "scored", "again", "_a|b", "truth", *DAMAGE):
         shutil.copytree(folder, tmp_path / name)
-    for name in ("scored", "again"):
+    for name in ("scored", "again", "truth"):
         edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
     for name in ("one", "_a|b", "truth", "again"):  # of before this metric
         edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / name)
@@ -108,8 +108,7 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
     evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
     one = "one: main.py: \ufffd, model my_model"
-    odd = {f"run {name}: model my_model" for name in ("_a\\|b", "truth")}
-    assert set(found) == {one, "scored", *BASELINES} | odd
+    assert set(found) == {one, "scored", "run _a\\|b: model my_model", "run truth", *BASELINES}
     assert found[one][8] == "–" != found["scored"][8]
     assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
