@@ -80,7 +80,9 @@ def start(knobs, build, horizon, recipe):
         raise UserError(f"{words}; set precision to fp32")
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
     if weights:
-        knobs = with_knobs_of(knobs, weights, recipe)
+        model, knobs = knobs.model, with_knobs_of(knobs, weights, recipe)
+        if knobs.model != model and not knobs.eval_only:
+            raise UserError(f"{knobs.weights} is of {knobs.model}: add --model {knobs.model}, for its recipe")
     if knobs.eval_only:
         words = f"{knobs.frames_in} frames in, {knobs.frames_out} out"
         print0(f"weights   {knobs.weights}: {words}; trained on {weights['knobs'].get('data')}")
