@@ -311,7 +311,7 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert (folder / "predict_worst.png").exists() and not (folder / "last.pt").exists()
     assert mean(folder) == pytest.approx(mean(trained), rel=1e-3) and mean(folder) != mean(trained)
     assert "| small-eval |" in (tmp_path / "compare.md").read_text("utf-8")
-    with pytest.raises(UserError, match=r"has hidden_channels \(6, 4\), not \(8,\); leave out --hidden"):
+    with pytest.raises(UserError, match=r"hidden_channels \(6, 4\), not \(8,\); leave out --hidden_channels"):
         here(array, tmp_path, weights=given)
     checkpoint.save(paper := tmp_path / "paper.pt", halves | {"knobs": halves["knobs"] | {"model": "paper"}})
     with pytest.raises(UserError, match=r"paper\.pt is of paper: add --model paper, for its recipe"):
