@@ -161,6 +161,11 @@ class Data(NamedTuple):
         return self.name.partition(",")[0] in (OFFICIAL, STAND_IN)
 
 
+def is_array(data):
+    """Whether the knob names an array; else it names videos."""
+    return data in ("array", "fresh") or Path(data).suffix == ".npy"
+
+
 def load_data(data, train_sequences, seed, n_frames, video):
     """The three splits, as knobs of main.py say; n_frames: in and out together. Raises UserError, OSError."""
     if data in ("array", "fresh"):
@@ -169,7 +174,7 @@ def load_data(data, train_sequences, seed, n_frames, video):
         path, name = Path(data), Path(data).name or Path(data).resolve().name
         if not name.isprintable():  # it stands in pictures and tables
             raise UserError(f"{name!a} is a name with characters that cannot be printed; rename it")
-        array = open_array(path) if path.suffix == ".npy" else read_videos(path, n_frames, *video)
+        array = open_array(path) if is_array(data) else read_videos(path, n_frames, *video)
     if data == "fresh":
         held_out, digits = training_digits()
         training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)

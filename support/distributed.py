@@ -112,15 +112,17 @@ def print0(words):
         print(words, flush=True)
 
 
-def exit_process(status, message=None):
-    """End this process; the message goes to stderr."""
-    if message:
-        print(message, file=sys.stderr, flush=True)
+def exit_process(code):
+    """sys.exit, also for one of several processes. code: a number, None, or words for stderr."""
     if WORLD_SIZE == 1:
-        sys.exit(status)
+        sys.exit(code)
+    is_number = code is None or isinstance(code, int)
+    if not is_number:
+        print(code, file=sys.stderr, flush=True)
     with suppress(OSError):
         sys.stdout.flush()
-    os._exit(status)  # at Python's own shutdown, a thread of gloo may abort the process
+    # at Python's own shutdown, a thread of gloo may abort the process
+    os._exit(code or 0 if is_number else 1)
 
 
 def stop(signum, frame):
@@ -138,7 +140,7 @@ def run_script(function, out_of_memory_advice=""):
     """Call a function. A signal or a foreseeable fault ends it with one sentence, a bug with a traceback."""
     name = f"main.py, rank {RANK}" if WORLD_SIZE > 1 else os.path.basename(sys.argv[0])
     if not hasattr(sys.stdout, "reconfigure"):  # %run would not notice edits
-        exit_process(1, f"in a notebook, type !python {name}")
+        exit_process(f"in a notebook, type !python {name}")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -148,21 +150,20 @@ def run_script(function, out_of_memory_advice=""):
             dist.destroy_process_group()
             exit_process(0)
     except SystemExit as stopped:
-        code, is_number = stopped.code, isinstance(stopped.code, int)  # or a text, or None
-        exit_process(code if is_number else bool(code), None if is_number else code)
+        exit_process(stopped.code)
     except (UserError, FloatingPointError) as error:
-        exit_process(1, f"{name}: {error}")
+        exit_process(f"{name}: {error}")
     except (MemoryError, RuntimeError) as error:  # on a CPU, torch raises RuntimeError
         text = " ".join(str(error).partition("Exception raised from")[0].split())  # no C++ stack
         if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-            exit_process(1, f"{name}: out of memory; {out_of_memory_advice}")
+            exit_process(f"{name}: out of memory; {out_of_memory_advice}")
         if isinstance(error, dist.DistError) or any(words in text for words in LOST_CONNECTION):
             reason = text or type(error).__name__
-            exit_process(1, f"{name}: lost the other processes ({reason}); another process may say why")
+            exit_process(f"{name}: lost the other processes ({reason}); another process may say why")
         raise
     except OSError as error:
         if error.filename:
-            exit_process(1, f"{name}: {error.filename}: {error.strerror or error}")
+            exit_process(f"{name}: {error.filename}: {error.strerror or error}")
         # from print
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from moving_mnist import load_data
+from moving_mnist import is_array, load_data
 from support import UserError, checkpoint, evaluation, folders, sources
 from support.checkpoint import load_weights, report_edits
 from support.distributed import WORLD_SIZE, broadcast, choose_device, init_distributed, on_rank_0, print0
@@ -56,7 +56,7 @@ def check(knobs):
     if not (16 <= min(size) <= max(size) <= 4096 and stride >= 1 and channels in (1, 3)):
         words = "expected height and width (16 to 4096), frame step, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, knobs.video))}; {words}")
-    if knobs.video != type(knobs).video and (knobs.data in ("array", "fresh") or knobs.data.endswith(".npy")):
+    if knobs.video != type(knobs).video and is_array(knobs.data):
         raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
     if Path(knobs.name).name != knobs.name or knobs.name == ".." or not knobs.name.isprintable():
         raise UserError(f"name is {knobs.name!a}; it must be one folder name, without slashes")
