@@ -153,6 +153,10 @@ class ConvLSTMForecaster(nn.Module):
         self.forecaster = ConvLSTM(pixels, hidden, kernel_size, **options)
         self.head = nn.Conv2d(sum(hidden), pixels, 1)
 
+    @property
+    def output_layer(self):
+        return self.head
+
     def forward(self, past, n_future):
         x = F.pixel_unshuffle(past, self.patch_size)  # (B, T, C·P², H/P, W/P)
         _, states = self.encoder(x)
@@ -168,9 +172,11 @@ class Seq2SeqForecaster(nn.Module):
 
     def __init__(self, channels=1, nf=64):
         super().__init__()
-        if channels != 1:
-            raise ValueError(f"seq2seq forecasts grey frames only; the data have {channels} channels")
         self.seq2seq = EncoderDecoderConvLSTM(nf, channels)
+
+    @property
+    def output_layer(self):
+        return self.seq2seq.decoder_CNN
 
     def forward(self, past, n_future):
         frames = self.seq2seq(past, n_future).transpose(1, 2)  # (B, 1, T, H, W) → (B, T, 1, H, W)

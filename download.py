@@ -17,7 +17,7 @@ import tyro
 
 from support import UserError
 from support.checkpoint import lock_folder, write_atomic
-from support.distributed import run_script
+from support.devices import run_script
 
 RAW = Path(__file__).with_name("raw")
 TIMEOUT = 10  # seconds without an answer or a byte

@@ -8,11 +8,14 @@
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
 """
 
-from support import sources  # noqa: F401 (first: it keeps the code as it is at the start)
+if __name__ == "__main__":
+    from support import sources
 
-# isort: split
+    sources.begin()  # before the imports, which take seconds
+
 import math
 import sys
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,19 +23,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
 import convlstm
 import metrics
-from moving_mnist import ORDER, OVERLAYS
+from moving_mnist import DROPOUT, ORDER, OVERLAYS
 from my_model import EncoderForecaster
-from support import UserError
-from support.distributed import RANK, WORLD_SIZE, all_reduce, run_script, to_device
+from support import UserError, report
+from support.devices import RANK, WORLD_SIZE, all_reduce, on_rank_0, run_script, to_device
+from support.folders import run_folder
 from support.muon import Muon
-from support.start import load_model, start
+from support.prepare import load_model, prepare
+from support.progress import TIMED, Progress, load_best, resume, save
 
 
 @dataclass(frozen=True)
-class Knobs:  # its docstring and comments are the text of --help; UNUSED lists what a model ignores
+class Knobs:  # its docstring and comments are the text of --help; RECIPES below changes some values
     """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
 
     # Data
@@ -70,7 +76,7 @@ class Knobs:  # its docstring and comments are the text of --help; UNUSED lists 
     fast: bool = True  # use fast kernels; --no_fast runs the cell as it is written, so print works in it
 
 
-# What each model changes in the defaults above. Flags override it.
+# What `--model NAME` changes in the knobs above. A flag wins over both.
 RECIPES = {
     "paper": {
         "hidden_channels": (128, 64, 64),
@@ -85,7 +91,7 @@ RECIPES = {
     "seq2seq": {"learning_rate": 0.04, "epochs": 1},
 }
 # Knobs of the network that a model does not use
-UNUSED = {"convlstm": ("head_channels", "max_motion", "equivariant")}
+UNUSED = {"paper": ("max_motion",), "convlstm": ("head_channels", "max_motion", "equivariant")}
 UNUSED["seq2seq"] = ("hidden_channels", "kernel_size", "patch_size", *UNUSED["convlstm"])
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
@@ -98,6 +104,8 @@ def build(knobs, channels):
         options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
         return convlstm.ConvLSTMForecaster(channels, *options)
     if knobs.model == "seq2seq":
+        if channels != 1:
+            raise UserError(f"seq2seq forecasts grey frames only; the data have {channels} channels")
         return convlstm.Seq2SeqForecaster(channels)
     additions = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True}
     return EncoderForecaster(
@@ -115,56 +123,56 @@ def build(knobs, channels):
 def make_optimizers(model, knobs, dtype):
     """Muon for the kernels; AdamW for biases, peepholes and the output layer.
 
-    The learning rates given here are the highest. In training they follow the schedule, `learning_rate`.
+    The learning rates given here are the highest. In training they follow `learning_rate_at`.
     """
-    kernels = [p for p in model.parameters() if p.ndim >= 4]
-    kernels, output = kernels[:-1], kernels[-1:]  # the last one is the output layer's
-    kernels = [kernel for kernel in kernels if kernel.requires_grad]
-    rest = [p for p in model.parameters() if p.ndim < 4] + output
+    output = [model.output_layer.weight] if hasattr(model, "output_layer") else []
+    is_kernel = [p.ndim >= 4 and all(p is not weight for weight in output) for p in model.parameters()]
+    pairs = list(zip(model.parameters(), is_kernel, strict=True))
+    kernels = [p for p, kernel in pairs if kernel and p.requires_grad]
+    rest = [p for p, kernel in pairs if not kernel]
     adamw = torch.optim.AdamW(rest, ADAMW_RATE * knobs.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(kernels, dtype, knobs.learning_rate, knobs.weight_decay), adamw] if kernels else [adamw]
 
 
-def learning_rate(knobs, progress):
-    """At a progress in [0, 1): linear warm-up, then linear to zero."""
-    if progress < WARMUP:
-        return knobs.learning_rate * progress / WARMUP
-    return knobs.learning_rate * (1 - progress) / (1 - WARMUP)
+def learning_rate_at(knobs, fraction):
+    """After a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
+    if fraction < WARMUP:
+        return knobs.learning_rate * fraction / WARMUP
+    return knobs.learning_rate * (1 - fraction) / (1 - WARMUP)
 
 
-def horizon(knobs, progress):
+def horizon_at(knobs, fraction):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
     A short horizon teaches motion first. While it is short, my_model reads more input frames instead.
     """
     start, end = knobs.grow_horizon
-    grown = 1 if progress >= end else 0 if progress < start else (progress - start) / (end - start)
+    grown = 1 if fraction >= end else 0 if fraction < start else (fraction - start) / (end - start)
     n_future = 1 + int(grown * (knobs.frames_out - 1))
     longer = knobs.frames_out - n_future if knobs.model == "my_model" else 0
     return knobs.frames_in + longer, n_future
 
 
-def overlays(knobs, n_future):
+def overlays_at(knobs, n_future):
     """How many other sequences are merged into each: fewer as the horizon grows, none when it is full."""
     fraction_left = (knobs.frames_out - n_future) / max(1, knobs.frames_out - 1)
     return math.ceil(knobs.overlay * fraction_left)
 
 
-def load_batch(run, n_past, n_future, n_overlays):
-    """(past, future) in [0, 1], this process's share of a batch."""
-    knobs, training = run.knobs, run.data.training
-    epoch, k = divmod(run.step, run.steps_per_epoch)
-    if run.epoch != epoch:
-        run.epoch = epoch
-        run.order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(training))
-        training.start_epoch(epoch)
-    index = run.order[k * knobs.batch_size :][: knobs.batch_size]
-    my_share, rng = slice(RANK, None, WORLD_SIZE), np.random.default_rng((knobs.seed, run.step, OVERLAYS))
+def load_batch(setup, step, n_past, n_future, n_overlays):
+    """(past, future) in [0, 1], this process's share of a batch. Each step draws its own random numbers."""
+    knobs, training = setup.knobs, setup.data.training
+    epoch, k = divmod(step, setup.steps_per_epoch)
+    training.start_epoch(epoch)
+    order = np.random.default_rng((knobs.seed, epoch, ORDER)).permutation(len(training))
+    index = order[k * knobs.batch_size :][: knobs.batch_size]
+    my_share = slice(RANK, None, WORLD_SIZE)
     frames = training[index[my_share]]
     # random numbers for the whole batch, so that the number of processes changes nothing
+    rng = np.random.default_rng((knobs.seed, step, OVERLAYS))
     for others in rng.integers(len(training), size=(n_overlays, len(index))):
         frames = torch.maximum(frames, training[others[my_share]])
-    frames = to_device(frames[:, : n_past + n_future], run.device).float() / 255
+    frames = to_device(frames[:, : n_past + n_future], setup.device).float() / 255
     return frames[:, :n_past], frames[:, n_past:]
 
 
@@ -176,36 +184,31 @@ def ssim_loss(logits, truth):
     return 1 - metrics.similarity(torch.sigmoid(logits), truth).mean()
 
 
-def train(run, optimizers):
-    """Train until the last step. `run` (support/run.py) counts steps, evaluates and saves."""
-    knobs, model, device = run.knobs, run.model, run.device
+def train(setup, folder, progress, optimizers):
+    """Train until the last step. Log, evaluate and save on the way."""
+    knobs, model = setup.knobs, setup.model
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group.setdefault("initial_lr", group["lr"])  # a resumed run has it
-    run.start_clock()
-    while not run.has_ended:
-        scheduled = float(learning_rate(knobs, run.progress))  # an edit may return a tensor
-        for group in groups:
-            group["lr"] = group["initial_lr"] / knobs.learning_rate * scheduled
-        rate = groups[0]["lr"]  # for the log
-        n_past, n_future = horizon(knobs, run.progress)
-        n_overlays = overlays(knobs, n_future)
-        past, future = load_batch(run, n_past, n_future, n_overlays)
-        # dense targets: while the input is longer, frames after the first frames_in / 2 are forecast, too
-        draw_from = ((knobs.frames_in - 1) // 2,) if n_past > knobs.frames_in else ()
+    bar = tqdm(total=progress.steps or None, initial=progress.step, disable=RANK > 0 or None, leave=False)
+    durations = []
+    while not progress.has_ended:
+        began = time.perf_counter()
+        rate = schedule(optimizers, knobs, progress.fraction)
+        n_past, n_future = horizon_at(knobs, progress.fraction)
+        n_overlays = overlays_at(knobs, n_future)
+        past, future = load_batch(setup, progress.step, n_past, n_future, n_overlays)
+        # dense targets: while the input is longer, my_model also forecasts its later frames
+        dense = {"draw_from": (knobs.frames_in - 1) // 2} if n_past > knobs.frames_in else {}
 
-        # seeds dropout, if there is any
-        torch.manual_seed(knobs.seed + run.step * WORLD_SIZE + RANK)
+        seed_dropout(knobs.seed, progress.step)
         net.train()
-        with run.autocast():
-            logits = net(past, n_future, *draw_from).float()
+        with setup.autocast():
+            logits = net(past, n_future, **dense).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
         # if you add a mean: with torchrun, multiply it by len(truth) / batch_size, as below
         loss = cross_entropy
-        with_ssim = run.progress >= knobs.ssim_from
+        with_ssim = progress.fraction >= knobs.ssim_from
         if with_ssim:
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
@@ -213,21 +216,43 @@ def train(run, optimizers):
         assert not unused, f"no gradient reaches {', '.join(unused)}; each step needs all parameters"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         # the only GPU synchronization in a step
-        loss_and_norm = torch.stack((all_reduce(cross_entropy.detach(), device), norm)).tolist()
-        if not all(map(math.isfinite, loss_and_norm)):
-            raise run.diverged("loss {} and gradient norm {}".format(*loss_and_norm), rate, run.step)
+        value, norm = torch.stack((all_reduce(cross_entropy.detach(), setup.device), norm)).tolist()
+        if not math.isfinite(value + norm):
+            raise progress.diverged(f"loss {value} and gradient norm {norm}", rate, progress.step)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
 
         # of this step, for log.csv and loss.png; add your own
         numbers = {"forecast_frames": n_future, "overlays": n_overlays, "SSIM_in_loss": with_ssim}
-        run.count_step(loss_and_norm[0], rate, numbers)
-        if run.evaluation_due():
-            run.evaluate()
-        if run.save_due():
-            run.save(optimizers)
-    run.bar.close()
+        durations.append(time.perf_counter() - began)
+        progress.count_step(value, rate, numbers, durations[-1])
+        if len(durations) == TIMED.stop:
+            cost = lambda fraction: sum(horizon_at(knobs, fraction))
+            progress.set_pace(np.mean(durations[TIMED.start :]), cost, knobs.max_minutes)
+        bar.total = progress.steps or None
+        bar.update()
+        if progress.evaluation_due():
+            report.evaluate(setup, folder, progress)
+        if progress.save_due():
+            save(folder, setup, progress, optimizers)
+    bar.close()
+
+
+def schedule(optimizers, knobs, fraction):
+    """Give each group of parameters its learning rate of now; the first of them, for the log."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        highest = group.setdefault("initial_lr", float(group["lr"]))  # a resumed run has it
+        # an edited schedule may return a tensor
+        group["lr"] = highest / knobs.learning_rate * float(learning_rate_at(knobs, fraction))
+    return groups[0]["lr"]
+
+
+def seed_dropout(seed, step):
+    """Random numbers of the network are others in each run, step and process."""
+    (state,) = np.random.SeedSequence((seed, step, RANK, DROPOUT)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state))
 
 
 def load(path):
@@ -239,15 +264,21 @@ def main(knobs):
     for name in UNUSED.get(knobs.model, ()):
         if getattr(knobs, name) != getattr(default_knobs(knobs.model), name):
             raise UserError(f"{knobs.model} does not use {name}; leave it out")
-    with start(knobs, build, horizon, RECIPES.get(knobs.model, {})) as run:
-        if not run.knobs.eval_only:
-            optimizers = make_optimizers(run.model, run.knobs, run.dtype)
-            run.resume(optimizers)
-            if run.show_results():  # it had ended before
-                return
-            train(run, optimizers)
-            run.load_best()
-        run.finish()
+    setup = prepare(knobs, build, RECIPES.get(knobs.model, {}))
+    with run_folder(setup) as folder:
+        if setup.knobs.eval_only:
+            report.finish(setup, folder, setup.scored_step)
+            return
+        optimizers = make_optimizers(setup.model, setup.knobs, setup.dtype)
+        progress = resume(folder, setup, Progress.start(setup), optimizers)
+        results = on_rank_0(report.read_results, folder)
+        if results is None:  # not scored yet
+            train(setup, folder, progress, optimizers)
+        report.restore_log(setup, folder, progress)
+        if results is None or not report.are_of_today(results):
+            report.finish(setup, folder, load_best(folder, setup.model))
+        else:
+            report.show(setup, folder, results)
 
 
 def default_knobs(model):

@@ -1,4 +1,4 @@
-"""The data: the Moving MNIST array and its splits, its generator, and data of your own.
+"""Moving MNIST: the array and its splits, the generator, and a stand-in for the array.
 
 A batch of sequences is uint8 (B, T, C, H, W): B batch, T frames, C channels, H height, W width.
 raw/digits_train.png and raw/digits_test.png hold MNIST's first 10,000 training digits and every fifth test
@@ -17,10 +17,9 @@ from tqdm import tqdm
 from download import ARRAY, DIGITS, RAW, fetch, has_size
 from support import UserError
 from support.checkpoint import lock_folder, open_atomic
-from support.distributed import print0, to_device
-from support.videos import read_videos
+from support.devices import print0, to_device
 
-ORDER, FRESH, OVERLAYS = 1, 3, 4  # with one seed, each gives other random numbers
+ORDER, DROPOUT, FRESH, OVERLAYS = 1, 2, 3, 4  # with one seed, each gives other random numbers
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
 N_SEQUENCES = 10_000  # of the official array
 OFFICIAL, STAND_IN, STAND_IN_FILE = "Moving MNIST array", "stand-in array", "moving_mnist_standin.npy"
@@ -94,13 +93,19 @@ class FreshMovingMNIST:
     shape = (20, 1, 64, 64)
 
     def __init__(self, digits, n, seed):
-        self.content, self.n, self.seed = digits, n, seed
+        self.content, self.n, self.seed, self.epoch = digits, n, seed, None
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
         rng = np.random.default_rng((self.seed, epoch, FRESH))
         self.chosen = rng.integers(len(self.content), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
+
+    def fit_on_gpu(self, device):
+        """Nothing to do: sequences are made on the CPU."""
 
     def __len__(self):
         return self.n
@@ -161,48 +166,20 @@ class Data(NamedTuple):
         return self.name.partition(",")[0] in (OFFICIAL, STAND_IN)
 
 
-def is_array(data):
-    """Whether the knob names an array; else it names videos."""
-    return data in ("array", "fresh") or Path(data).suffix == ".npy"
-
-
-def load_data(data, train_sequences, seed, n_frames, video):
-    """The three splits, as knobs of main.py say; n_frames: in and out together. Raises UserError, OSError."""
-    if data in ("array", "fresh"):
-        array, name = moving_mnist_array()
-    else:
-        path, name = Path(data), Path(data).name or Path(data).resolve().name
-        if not name.isprintable():  # it stands in pictures and tables
-            raise UserError(f"{name!a} is a name with characters that cannot be printed; rename it")
-        array = open_array(path) if is_array(data) else read_videos(path, n_frames, *video)
-    if data == "fresh":
-        held_out, digits = training_digits()
-        training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
-        validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
-        # no sequence of the official array is in training; the stand-in has new digits in its test split only
-        test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
-        if test.shape != training.shape:
-            raise UserError(f"raw/ has an array of sequences {test.shape}, not {training.shape}; move it")
-        name += f", trained on fresh sequences of {len(digits):,} digits"
-        return Data(training, validation, test, name)
-    for words in find_oddities(array) if name not in (OFFICIAL, STAND_IN) else ():
-        print0(f"warning   {words}")
-    training = MovingMNIST(array, "train", train_sequences, name)
-    return Data(training, *(MovingMNIST(array, split, 0, name) for split in ("validation", "test")), name)
-
-
-def find_oddities(array):
-    """Sentences on what is probably wrong with an array (T, N, C, H, W) of your own."""
-    N = array.shape[1]
-    some = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.int16)
-    steps = (np.abs(np.diff(some, axis=axis)) for axis in (0, 1))
-    along_time, along_sequences = (step.mean() if step.size else np.inf for step in steps)
-    if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
-        yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
-    if some.max() <= 1:
-        yield f"no value is above {some.max()}, on a scale from 0 to 255: frames are almost black"
-    elif along_time < 0.05:
-        yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3f} grey levels"
+def moving_mnist_data(kind, train_sequences, seed):
+    """The three splits of kind "array" or "fresh". Raises UserError."""
+    array, name = moving_mnist_array()
+    if kind == "array":
+        training = MovingMNIST(array, "train", train_sequences, name)
+        return Data(training, *(MovingMNIST(array, split, 0, name) for split in ("validation", "test")), name)
+    held_out, digits = training_digits()
+    training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
+    validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
+    # no sequence of the official array is in training; the stand-in has new digits in its test split only
+    test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
+    if test.shape != training.shape:
+        raise UserError(f"raw/ has an array of sequences {test.shape}, not {training.shape}; move it")
+    return Data(training, validation, test, f"{name}, trained on fresh sequences of {len(digits):,} digits")
 
 
 def moving_mnist_array():

@@ -169,6 +169,10 @@ class EncoderForecaster(nn.Module):
         if equivariant:
             self.make_kernels_equivariant()
 
+    @property
+    def output_layer(self):
+        return self.head[-1]
+
     def make_kernels_equivariant(self):
         """Make all kernels equivariant (see FLIPS below). Biases and peepholes are not constrained."""
         pixels = [grid(self.patch_size)] * self.channels

@@ -4,8 +4,6 @@ python predict.py my_frames.npy
 python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
 """
 
-import itertools
-import re
 from pathlib import Path
 
 import cv2
@@ -15,52 +13,10 @@ import tyro
 
 import figures
 import main
-from moving_mnist import find_oddities
+from own_data import find_oddities, read_frames
 from support import UserError
-from support.checkpoint import open_atomic, write_atomic
-from support.distributed import run_script
-from support.videos import VIDEOS, decode
-
-IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-
-
-def read_frames(path, most):
-    """The first frames, at most `most`, (N, T, H, W, C), float32 in [0, 1]; C is 1 or 3. Raises UserError."""
-    if not path.exists():
-        raise UserError(f"{path} is not there")
-    if path.is_dir():
-        files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-        files.sort(key=lambda p: re.sub(r"\d+", lambda digits: digits[0].zfill(20), p.name))  # 2 < 10
-        contents = [np.fromfile(file, np.uint8) for file in files[:most]]
-        images = [cv2.imdecode(c, cv2.IMREAD_COLOR) if c.size else None for c in contents]
-        if not images or any(image is None or image.shape != images[0].shape for image in images):
-            raise UserError(f"{path} needs readable images of one size; it has {len(files)} image files")
-        frames = np.stack(images)[..., ::-1]  # OpenCV's order is blue, green, red
-    elif path.suffix.lower() in VIDEOS:
-        some = [frame[..., ::-1] for frame in itertools.islice(decode(path), most)]
-        if not some:
-            raise UserError(f"{path} gives no frames: it is damaged, or no video that OpenCV can read")
-        frames = np.stack(some)
-    else:
-        try:
-            frames = np.load(path, "r", allow_pickle=False)
-            if frames.dtype.kind not in "buif":
-                raise ValueError(f"it holds {frames.dtype}")
-        except Exception as error:  # untrusted file: loading may raise anything
-            raise UserError(f"{path} is no .npy of numbers, no video and no folder of images") from error
-    shape = frames.shape
-    if frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] not in (1, 3)):
-        frames = frames[..., None]  # (T, H, W) or (N, T, H, W)
-    frames = frames[None] if frames.ndim == 4 else frames
-    if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
-        expected = "(T, H, W) or (N, T, H, W), perhaps with C at the end; at least 2 frames, 1 or 3 channels"
-        raise UserError(f"frames have shape {shape}; expected {expected}")
-    white = 255 if np.issubdtype(frames.dtype, np.integer) else 1
-    frames = frames[:, :most].astype(np.float32) / white
-    if not (frames.min() >= 0 and frames.max() <= 1):
-        found = f"values go from {frames.min() * white:g} to {frames.max() * white:g}"
-        raise UserError(f"{found}; expected integers from 0 to 255, or floats from 0 to 1")
-    return frames
+from support.checkpoint import make_folder, open_atomic, write_atomic
+from support.devices import run_script
 
 
 def fit_to_model(frames, model):
@@ -98,12 +54,11 @@ def predict(
     if model.channels not in (1, 3):
         raise UserError(f"{weights} is for {model.channels} channels; predict.py draws 1 or 3")
     given = read_frames(source, model.frames_in + frames)
-    some = given[:: -(-len(given) // 20)]  # evenly chosen, as all may be gigabytes
-    for words in find_oddities(some.swapaxes(0, 1) * 255):
-        print(f"warning   {words}")
+    for text in find_oddities(given.swapaxes(0, 1), white=1):
+        print(f"warning   {text}")
     given = fit_to_model(given, model)
     past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
-    forecast = torch.cat([model.forecast(some, frames) for some in past.split(8)])
+    forecast = torch.cat([model.forecast(part, frames) for part in past.split(8)])
     n, n_frames, _, height, width = given.shape
     print(f"used      sequences: {n}, of {n_frames} frames of {height}×{width}")
     name = source.absolute().name.encode(errors="replace").decode()
@@ -113,12 +68,12 @@ def predict(
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
         words += f" (mean of {n} sequences; pictures show the first)" * (n > 1)
     print(words)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
     with open_atomic(out / "forecast.npy") as file:
         np.save(file, array[..., 0] if model.channels == 1 else array)
     shrink = -(-past.shape[-1] // 256)  # large frames, in the pictures only
-    past, truth, shown = (some[0, ..., ::shrink, ::shrink] for some in (past, truth, forecast))
+    past, truth, shown = (x[0, ..., ::shrink, ::shrink] for x in (past, truth, forecast))
     write_atomic(out / "forecast.png", figures.prediction(past, truth if len(truth) else None, shown, words))
     known = truth if len(truth) == frames else None
     write_atomic(out / "forecast.gif", figures.animation(past, known, shown, name))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import tyro
 
 import main
-from support.distributed import choose_device
-from support.start import attach
+from support.devices import choose_device
+from support.prepare import attach
 
 PAPER = {"model": "paper", **main.RECIPES["paper"]}
 # name → knobs; the reference has the layers of the paper's network
@@ -31,7 +31,7 @@ def make_step(name, dtype, device, batch, training=True):
     torch.manual_seed(0)
     knobs = replace(main.Knobs(), **CONTENDERS[name])
     model = main.build(knobs, 1).to(device)
-    attach(knobs, model, device, dtype)
+    attach(model, device, dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     past, future = torch.rand(2, batch, 10, 1, 64, 64, device=device)

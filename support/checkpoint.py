@@ -1,31 +1,29 @@
 """Files that survive a crash: written whole or not at all, loaded only if intact. And locks of folders."""
 
-import copy
-import errno
+import contextlib
 import hashlib
 import io
 import os
-import re
-from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from support import UserError
-from support.distributed import print0
+from support import UserError, sources
+from support.devices import print0
 
 CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
+NOT_THE_NETWORK = {sources.MUON, "main.py", "moving_mnist.py", "own_data.py", "metrics.py"}
+HALF = ".half"  # the last letters of a file's name while it is written
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_atomic(path):
     """A file to write. It gets the name `path` only when the block ends well and all is safe on the disk.
 
     So a crash at any moment leaves the old file or the new one. Raises UserError.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{HALF}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -36,7 +34,7 @@ def open_atomic(path):
         reason = error.strerror or f"{error} (is the disk full?)"  # NumPy's errors have no strerror
         raise UserError(f"cannot write {path}: {reason}; nothing was overwritten") from error
     finally:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 
@@ -49,19 +47,10 @@ def save(path, state):
     """torch.save with a checksum, whole or not at all."""
     # to memory first: when it writes a file, torch.save reports a full disk as an unrelated error
     buffer = io.BytesIO()
-    torch.save(without_numpy(state), buffer)
+    torch.save(state, buffer)
     content = buffer.getvalue()  # a zip archive ends with the length of its comment, here 0
     comment = hashlib.sha256(content).hexdigest().encode()
     write_atomic(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
-
-
-def without_numpy(value):
-    """The same with Python's numbers: an edit may leave NumPy's, which torch.load refuses."""
-    if isinstance(value, dict):
-        return {name: without_numpy(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(without_numpy, value))
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def load(path, advice="give another file to --weights"):
@@ -87,62 +76,50 @@ def load_weights(model, state, path):
     """Give a model the weights of a checkpoint. Raises UserError where they do not fit."""
     try:
         model.load_state_dict(state["model"])
-    except Exception as error:  # untrusted file: anything may be in it
+    except RuntimeError as error:
         reason = "the network's code, a knob of your own or the channels of the data have changed"
-        advice = "undo that, or use another file"
-        raise UserError(f"weights in {path} do not fit this model: {reason}; {advice}") from error
+        raise UserError(f"weights in {path} do not fit: {reason}; undo that, or use another file") from error
 
 
-def report_edits(model, state, path):
-    """Print a line if the loaded weights forecast something else than when they were saved."""
-    if (before := state.get("fixed_forecast")) is None:
-        return
-    now = fixed_forecast(model, state["channels"])
-    same_shape = now is not None and now.shape == before.shape
-    if not (same_shape and torch.allclose(before, now, rtol=1e-4, atol=1e-4)):
-        words = "the network, or a knob of your own, has changed"
-        print0(f"edited    {words}: {path} forecasts other frames than when it was saved")
+def report_edits(state, path):
+    """Print a line if the network's code is not that with which the weights were trained."""
+    then, now = state.get("network", {}), network_sources()
+    if edited := [name for name in then if now.get(name, then[name]) != then[name]]:
+        print0(f"edited    {', '.join(edited)}: no longer the code with which {path} was trained")
 
 
-def fixed_forecast(model, channels):
-    """Logits of a fixed input, by which an edited network is noticed; None where it cannot read that."""
-    # an edited network may raise anything, and may draw random numbers
-    with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = copy.deepcopy(model).to("cpu", torch.float32).eval()
-        patch = getattr(model, "patch_size", 1)
-        size = -(-64 // patch) * patch
-        frames = torch.rand(1, 4, channels, size, size, generator=torch.Generator().manual_seed(0))
-        return model(frames, 2)[..., ::8, ::8].clone()
+def network_sources():
+    """Fingerprints of the files that a network may be made of."""
+    return {name: value for name, value in sources.fingerprints().items() if name not in NOT_THE_NETWORK}
 
 
-def lock_folder(folder, wait=False):
-    """Make a folder, hold it until a `with` block ends, and remove what killed runs left half-written.
-
-    Raises UserError where it cannot be held. wait: until another process releases it. Where the file system
-    has no locks, none is held.
-    """
-    folder, lock = Path(folder), nullcontext()
+def make_folder(folder):
+    """Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def lock_folder(folder, wait=False):
+    """Make a folder, and hold it until the `with` block ends. Raises UserError where that fails.
+
+    wait: until another process releases it. Where the file system has no locks, none is held. What killed
+    runs left half-written is removed.
+    """
+    make_folder(folder)
+    try:
         lock = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 0)
     except Timeout as error:
-        words = f"{folder} is in use by another run; wait for it, or give this one a --name"
-        raise UserError(words) from error
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    for stray in filter(is_half_written, (*folder.glob("*.tmp"), *folder.glob("source/**/*.tmp"))):
-        with suppress(OSError):
-            stray.unlink()
-    return lock
-
-
-def is_half_written(path):
-    """Whether it has a temporary name of open_atomic's: what a killed run leaves."""
-    return re.fullmatch(r".+\.\d+\.tmp", path.name) is not None
+        advice = "wait for it, or give this one a --name"
+        raise UserError(f"{folder} is in use by another run; {advice}") from error
+    except (OSError, NotImplementedError):  # a file system without locks, or a folder that is read-only
+        lock = contextlib.nullcontext()
+    with lock:
+        for stray in (*folder.glob(f"*{HALF}"), *folder.glob(f"source/**/*{HALF}")):
+            stray.unlink(missing_ok=True)
+        yield
 
 
 def weights_hash(model):

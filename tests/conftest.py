@@ -20,8 +20,7 @@ import torch
 import figures
 import main
 import moving_mnist
-from support import evaluation
-from support.run import Run
+from support import report
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
@@ -89,18 +88,18 @@ def flags(data, out, **changes):
 
 def here(data, out, pictures=False, **changes):
     """Run main.main in this process, which saves the imports; the run's folder."""
-    folders, start = [], main.start
+    folders, run_folder = [], main.run_folder
 
     @contextmanager
-    def noting_the_folder(*arguments):
-        with start(*arguments) as run:
-            folders.append(run.folder)
-            yield run
+    def noting_the_folder(setup):
+        with run_folder(setup) as folder:
+            folders.append(folder)
+            yield folder
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "start", noting_the_folder)
+        patch.setattr(main, "run_folder", noting_the_folder)
         names = "draw_samples", "draw_ranked", "draw_named", "compare_runs"
-        for place in [] if pictures else [(figures, "loss"), *((evaluation, name) for name in names)]:
+        for place in [] if pictures else [(figures, "loss"), *((report, name) for name in names)]:
             patch.setattr(*place, lambda *_: b"")
         main.main(main.parse(flags(data, out, **changes)))
     return folders[-1]
@@ -109,14 +108,14 @@ def here(data, out, pictures=False, **changes):
 @contextmanager
 def stopped_after_a_checkpoint():
     """What runs inside is interrupted as soon as it has saved last.pt."""
-    save = Run.save
+    save = main.save
 
     def stop(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "save", stop)
+        patch.setattr(main, "save", stop)
         yield
 
 

@@ -25,7 +25,8 @@ from torch.utils.benchmark import Timer
 
 import main
 import moving_mnist
-from support.run import Run
+from support.prepare import prepare
+from support.progress import Progress
 
 GPU, ROOT = torch.cuda.is_available(), Path(__file__).parent.parent
 DEVICE, CPU = torch.device("cuda" if GPU else "cpu"), torch.device("cpu")
@@ -78,28 +79,24 @@ class Convolutions(TorchDispatchMode):
 
 
 def steps(folder):  # of training: milliseconds, kernels, waits of the CPU (one, for the loss), convolutions
-    found, small, Run.evaluation_due = {}, small_array(folder), lambda _: False
+    found, small, Progress.evaluation_due = {}, small_array(folder), lambda _: False
     milliseconds = lambda function: 1e3 * Timer("f()", globals={"f": function}).timeit(9).mean  # warms up
     note_waits = torch.cuda.set_sync_debug_mode if GPU else lambda mode: None
     cases = [(p, b, h) for p in ("bf16", "fp32") for b in (8, 16, 64) for h in (1, 5, 10)]
     for precision, batch, horizon in cases if GPU else [("fp32", 2, 2)]:
-        main.horizon = lambda *_, n=horizon: (20 - n, n)
+        main.horizon_at = lambda *_, n=horizon: (20 - n, n)
         flags = "--precision", precision, "--batch_size", batch, "--train_sequences", batch, "--epochs", 1
         flags = *SMALL, *small, *flags, "--out", folder / f"{precision}-{batch}-{horizon}"
-        with main.start(main.parse([*map(str, flags)]), main.build, main.horizon, {}) as run:
-            optimizers = main.make_optimizers(run.model, run.knobs, run.dtype)
-
-            def train(run=run, optimizers=optimizers):
-                run.step = 0
-                main.train(run, optimizers)
-
-            cell = {"step": milliseconds(train)}
-            with torch.profiler.profile() as profiler:
-                train()
-            with warnings.catch_warnings(record=True) as caught, Convolutions() as mode:
-                warnings.simplefilter("always")
-                note_waits(1), train(), note_waits(0)
-            cell["convolutions"] = milliseconds(lambda calls=mode.calls: [f(*args) for f, args in calls])
+        setup = prepare(main.parse([*map(str, flags)]), main.build, {})
+        optimizers = main.make_optimizers(setup.model, setup.knobs, setup.dtype)
+        train = lambda s=setup, o=optimizers: main.train(s, folder, Progress.start(s), o)
+        cell = {"step": milliseconds(train)}
+        with torch.profiler.profile() as profiler:
+            train()
+        with warnings.catch_warnings(record=True) as caught, Convolutions() as mode:
+            warnings.simplefilter("always")
+            note_waits(1), train(), note_waits(0)
+        cell["convolutions"] = milliseconds(lambda calls=mode.calls: [f(*args) for f, args in calls])
         kernels = [e.time_range.elapsed_us() / 1e3 for e in profiler.events() if e.device_type == KERNEL]
         waits = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchron" in str(w.message))
         cell |= {"kernels": len(kernels), "their time": sum(kernels), "waits": waits}

@@ -24,11 +24,11 @@ import torch
 import main
 import metrics
 from moving_mnist import Data, FreshMovingMNIST, MovingMNIST
-from support import checkpoint, run, start
+from support import checkpoint, prepare, progress
 
 
-def small_fresh_data(data, train_sequences, seed, n_frames, video):
-    """As load_data for data="fresh", with few digits and sequences."""
+def small_fresh_data(kind, train_sequences, seed):
+    """As moving_mnist_data for "fresh", with few digits and sequences."""
     digits = np.zeros((2, 28, 28), np.uint8)
     digits[0, 4:24, 4:24], digits[1, 9:20, 2:26] = 255, 150
     training, validation = FreshMovingMNIST(digits, train_sequences, seed), FreshMovingMNIST(digits, 5, 2**40)
@@ -79,11 +79,11 @@ if __name__ == "__main__":
     kills, data, *arguments = sys.argv[1:]
     knobs, rng, at_work = main.parse(arguments), random.Random(0), 0
     if data == "fresh":
-        start.load_data = small_fresh_data
-    run.SAVE_EVERY = -1  # a checkpoint after each step
+        prepare.moving_mnist_data = small_fresh_data
+    progress.SAVE_EVERY = -1  # a checkpoint after each step
     torch.set_num_threads(1)  # a child may not inherit threads
     dtype = torch.bfloat16 if knobs.precision == "bf16" else torch.float32
-    start.attach(knobs, main.build(knobs, 1), torch.device("cpu"), dtype)  # builds C once, for all children
+    prepare.attach(main.build(knobs, 1), torch.device("cpu"), dtype)  # builds C once, for all children
     _, status, used = os.wait4(child(replace(knobs, out=f"{knobs.out}/alone")), 0)
     assert status == 0, "the run fails even when it is left alone"
     for _ in range(int(kills) if kills.isdigit() else 0):

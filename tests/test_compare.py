@@ -1,6 +1,7 @@
 """Runs side by side and beyond their training: what is compared with what."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -9,16 +10,18 @@ import pytest
 import torch
 from conftest import finish, flags, results, start, wait_until
 from PIL import Image
+from test_runs import of_model
 
 import metrics
 import moving_mnist
 from moving_mnist import generate
-from support import checkpoint, evaluation
+from support import checkpoint, compare, report
 
 
 def rows(path):
     lines = [line for line in path.read_text("utf-8").splitlines() if line[:2] == "| "]
-    return {name: cells for name, *cells in (line.strip("| ").split(" | ") for line in lines[1:])}
+    cells = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:])
+    return {name: values for name, *values in cells}
 
 
 BASELINES = {"black frame", "last frame copied", "optical flow"}
@@ -65,7 +68,7 @@ def test_labels_name_what_differs_from_the_first_run_of_the_model(tmp_path):
         asked = {"knobs": knobs, "data": "array", "sources": {}}
         run = {"label": name, "folder": tmp_path, "model": knobs["model"], "is_trained": True}
         runs.append({**run, "asked": asked})
-    evaluation.label_runs(runs)
+    compare.label_runs(runs)
     assert [run["label"] for run in runs] == [label for *_, label in cases]
 
 
@@ -93,42 +96,42 @@ DAMAGE = {
 
 def test_damaged_neighbors_are_left_out(reference, tmp_path):
     folder, _ = reference
-    for name in ("one", "scored", "again", "_a|b", "truth", *DAMAGE):
+    for name in ("one", "scored", "again", "a|b", *DAMAGE):
         shutil.copytree(folder, tmp_path / name)
-    for name in ("scored", "again", "truth"):
+    for name in ("scored", "again"):
         edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
-    for name in ("one", "_a|b", "again"):  # of before this metric
+    for name in ("one", "a|b", "again"):  # of before this metric
         edited(lambda found: found["scores"]["my_model"].pop("psnr"))(tmp_path / name)
     edited(lambda found: found["asked"]["sources"].update({"main.py": "0"}), "config.json")(tmp_path / "one")
     (tmp_path / "one" / "source" / "main.py").write_bytes(b"\xff")  # no text
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
-    for name in ("compare.md.123.tmp", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
+    for name in ("compare.md.123.half", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
         (tmp_path / name).write_bytes(b"half")
-    evaluation.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
+    compare.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
     one = "one: main.py: \ufffd, model my_model"
-    assert set(found) == {one, "scored", "run _a\\|b: model my_model", "run truth", *BASELINES}
+    assert set(found) == {one, "scored", "a\\|b: model my_model", *BASELINES}
     assert found[one][8] == "–" != found["scored"][8]
-    assert [path.name for path in tmp_path.glob("*.tmp")] == ["mine.2026-draft.tmp"]
+    assert not list(tmp_path.glob("*.half")) and (tmp_path / "mine.2026-draft.tmp").exists()
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
 
 
 def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
     """The forecast that is tested notes what it is shown."""
-    monkeypatch.setattr(evaluation, "N_BEYOND", 8)
-    seen, task = [], evaluation.Task(None, 10, 10, torch.device("cpu"))
+    monkeypatch.setattr(report, "N_BEYOND", 8)
+    seen, folder = [], tmp_path / "run"
+    folder.mkdir()
 
     def noting(past, n):
         seen.extend([(past, n)] if len(past) > 1 else [])
-        return metrics.copy_last(past, n), None
+        return torch.logit(metrics.copy_last(past, n))
 
-    score = evaluation.score_beyond_training
-    beyond = lambda forecast: score(tmp_path, "my_model", task._replace(forecast=forecast), 4)
-    found = beyond(noting)
+    found = report.score_beyond_training(of_model(noting, 10, 10), folder)
     assert list(found) == ["as in training", "20 frames", "30 frames", "three digits", "96×96 pixels"]
     assert [len(curves["my_model"]) for curves in found.values()] == [10, 20, 30, 10, 10]
-    assert all(curves["my_model"] == curves["copy_last"] for curves in found.values())  # the same frames
+    for curves in found.values():
+        assert curves["my_model"] == pytest.approx(curves["copy_last"])  # the same frames
     assert [(past.shape[-1], n) for past, n in seen] == [(64, 30), (64, 10), (96, 10)]
     usual, three, large = (past for past, _ in seen)
     digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
@@ -141,8 +144,7 @@ def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
     motion = lambda past: np.abs(np.diff(past.numpy(), axis=1)).sum((2, 3, 4)).mean()
     assert 0.85 < motion(large) / motion(usual) < 1.2  # as many pixels a frame
     pictures = {f"beyond{case}.png" for case in ("", "_three_digits", "_30_frames", "_96x96_pixels")}
-    assert {path.name for path in tmp_path.iterdir()} == pictures
-    fewer = beyond(lambda past, n: noting(past, n) if past.shape[-1] == 64 else [past][1])
-    assert list(fewer) == list(found)[:-1] and "the case 96×96 pixels: " in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == pictures
     monkeypatch.setattr(moving_mnist, "RAW", tmp_path)
-    assert beyond(noting) == {} and "digits_test.png is missing or damaged" in capsys.readouterr().out
+    assert report.score_beyond_training(of_model(noting, 10, 10), folder) == {}
+    assert "digits_test.png is missing or damaged" in capsys.readouterr().out

@@ -100,7 +100,7 @@ def assert_refused(folder):
 
 def run_main(folder):
     """`python download.py` with this test's addresses and folder."""
-    code = "import pathlib, download; from support.distributed import run_script; "
+    code = "import pathlib, download; from support.devices import run_script; "
     code += f"download.RAW = pathlib.Path({str(folder)!r}); "
     code += f"download.ARRAY = download.File(*{tuple(download.ARRAY)!r}); run_script(download.main)"
     return start(launcher=("-c", code), script="", cwd=ROOT)
@@ -115,7 +115,7 @@ def test_the_small_mirror_is_asked_first_and_only_once(server, tmp_path, monkeyp
         assert_fetched(folder)
         assert_fetched(folder)
         (folder / "seq.npy").write_bytes(NPY[:-1])  # cut short by something else
-        for stray in ("seq.npy.part", "seq.npy.12345.tmp", "moving_mnist_standin.npy.12.tmp"):
+        for stray in ("seq.npy.part", "seq.npy.12345.half", "moving_mnist_standin.npy.12.half"):
             (folder / stray).write_bytes(b"x" * 2 * len(NPY))
     assert server.asked == ["/a.npy.gz"] * 3
 
@@ -253,5 +253,5 @@ def test_only_an_array_of_its_size_is_called_official(folder, monkeypatch, more,
     monkeypatch.setattr(moving_mnist, "RAW", folder)
     file = download.ARRAY._replace(size=path.stat().st_size + more)
     monkeypatch.setattr(moving_mnist, "ARRAY", file)
-    data = moving_mnist.load_data("array", 0, 0, 20, None)
+    data = moving_mnist.moving_mnist_data("array", 0, 0)
     assert data.name == name and data.is_moving_mnist == (not more)

@@ -14,9 +14,17 @@ KNOB = {"main": [("learning_rate: float = 0.06", "learning_rate: float = 0.05")]
 LOSS = {"main": [("loss = cross_entropy\n", "loss = cross_entropy + logits.square().mean()\n")]}
 CELL = {"my_model": [("* torch.tanh(g)", "* torch.sin(g)")]}
 HEAD = {"my_model": [("nn.GELU()", "nn.ReLU()")]}
-PRINT = ("h, c = state\n", "h, c = state; print('the cell sees a frame')\n")
-DROPOUT = ("return hidden_states, state", "return F.dropout(hidden_states, 0.5, self.training), state")
-HARMLESS = {"my_model": [PRINT, DROPOUT]}  # in an evaluation
+PRINT = {"my_model": [("h, c = state\n", "h, c = state; print('the cell sees a frame')\n")]}
+COMMENTS = {
+    "my_model": [("Inside layers, H", "In layers, H"), ("h, c = state\n", "h, c = state  # two tensors\n")]
+}
+METRIC = {
+    "metrics": [
+        ('    "psnr": (', '    "mean_error": ("mean", "grey level (0-1)"),\n    "psnr": ('),
+        ("def psnr(", "def mean_error(x, y):\n    return (x - y).mean((2, 3, 4)).abs()\n\n\ndef psnr("),
+    ]
+}
+RULER = {"metrics": [("(x - y).square().sum(", "2 * (x - y).square().sum(")]}
 
 
 def run(code, **changes):
@@ -109,19 +117,57 @@ def test_a_network_in_a_folder_of_its_own(code):
 def test_weights_whose_code_has_changed(code):
     """They are scored by the code of now, in a folder of their own. A print in the cell works."""
     before = state(code / "results")
-    edit(code, **HARMLESS)
-    given = os.path.join("results", "my_model", "best.pt")
-    printed, _ = finish(run(code, eval_only=True, weights=given))
-    assert "edited  " not in printed
+    edit(code, **COMMENTS)
+    best = os.path.join("results", "my_model", "best.pt")
+    printed, _ = finish(run(code, eval_only=True, weights=best, fast=True))
+    assert "edited  " not in printed and "fast layer" in printed
     assert state(code / "results").items() >= before.items()
     assert weights(code, "my_model-eval") == weights(code)
-    # a look at the input frames and the fixed forecast of 5 frames first, then whole forecasts
-    frames, each = printed.count("the cell sees a frame\n") - FRAMES_IN - 5, FRAMES_IN + FRAMES_OUT - 1
+    edit(code, **{module: [pair[::-1] for pair in pairs] for module, pairs in COMMENTS.items()})
+    edit(code, **PRINT)
+    printed, _ = finish(run(code, eval_only=True, weights=best, fast=True))
+    assert f"edited    my_model.py: no longer the code with which {best} was trained" in printed
+    assert "the edited ConvLSTM layer as it stands" in printed
+    # a try on one sequence first, then whole forecasts
+    frames, each = printed.count("the cell sees a frame\n") - FRAMES_IN, FRAMES_IN + FRAMES_OUT - 1
     assert frames > each and frames % each == 0
-    edit(code, **CELL)
-    changed = f"edited    the network, or a knob of your own, has changed: {given} forecasts other frames"
-    assert changed in finish(run(code, eval_only=True, weights=given))[0]
     assert state(code / "results").items() >= before.items()
+
+
+def test_a_metric_that_is_added_is_scored_with_the_weights_that_are_there(code):
+    """It is no other experiment. A metric that training uses is."""
+    first = code / "results" / "my_model"
+    trained, scores = state(first), results(first)["scores"]
+    edit(code, **METRIC)
+    printed, _ = finish(run(code))
+    assert "scoring   6 test sequences" in printed and "epoch" not in printed and "new run" not in printed
+    for name in ("best.pt", "last.pt", "log.csv"):
+        assert state(first)[name] == trained[name]
+    again = results(first)["scores"]
+    assert 0 < again["my_model"].pop("mean_error")["mean"] < 1
+    assert again["my_model"] == scores["my_model"]
+    assert "nothing was changed" in finish(run(code))[0]
+    edit(code, **RULER)
+    assert "(which is kept) in: metrics.py: " in finish(run(code))[0]
+
+
+def test_a_recipe_that_wins_over_an_edited_knob_says_so(code):
+    edit(code, main=[("epochs: int = 2", "epochs: int = 7")])
+    changes = {"model": "paper", "epochs": 3, "hidden_channels": 8, "head_channels": []}
+    printed, _ = finish(run(code, **changes))
+    (line,) = (line for line in printed.splitlines() if line.startswith("recipe"))
+    assert "epochs 3 (not 7)" in line and "learning_rate 0.04 (not 0.06)" in line
+    assert "hidden_channels" not in line  # a flag won
+
+
+def test_python_from_any_folder(code, tmp_path):
+    """`import main` needs the folder of the code in sys.path, and nothing else."""
+    (empty := tmp_path / "elsewhere").mkdir()
+    text = f"import sys; sys.path.insert(0, {str(code)!r}); import main, torch; "
+    text += f"model = main.load({str(code / 'results' / 'my_model' / 'best.pt')!r}); "
+    text += "print(model.forecast(torch.zeros(1, 6, 1, 16, 16), 3).shape)"
+    assert "torch.Size([1, 3, 1, 16, 16])" in finish(start(launcher=("-c", text), script="", cwd=empty))[0]
+    assert not list(empty.iterdir())
 
 
 def test_without_the_fast_kernels(code, ended):

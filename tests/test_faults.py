@@ -39,7 +39,7 @@ import download
 import main
 import metrics
 import moving_mnist
-from support import UserError, checkpoint, folders, run
+from support import UserError, checkpoint, folders, progress
 
 FEW = {"epochs": 1, "train_sequences": 10, "fast": False}  # two steps; after each, last.pt is saved
 MORE = {"train_sequences": 20, "fast": False}  # eight of them
@@ -48,25 +48,22 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"epochs": -1}, "epochs is -1; it must be from 1 to"),
-        ({"learning_rate": "nan"}, "learning_rate is nan; it must be"),
-        ({"hidden_channels": [8, 0]}, "hidden_channels and head_channels"),
-        ({"head_channels": 10**19}, "hidden_channels and head_channels"),  # beyond: torch's own traceback
+        ({"epochs": -1}, "epochs is -1; it must be at least 1"),
+        ({"max_minutes": "nan"}, "max_minutes is nan; it must be at least 0"),
+        ({"hidden_channels": [8, 0]}, r"hidden_channels is \(8, 0\); expected numbers of channels"),
         ({"grow_horizon": [0.9, 0.1]}, "grow_horizon is 0.9 0.1; expected"),
-        ({"video": [64, 64, 1, 2]}, "video is 64 64 1 2; expected"),
-        ({"video": [32, 32, 1, 1]}, "video is for data that are videos, and data is .*npy; leave"),
-        ({"name": "../elsewhere"}, r"name is '\.\./elsewhere'; it must be"),
-        ({"name": "two\nlines"}, r"name is 'two\\nlines'; it must be"),
+        ({"video": [64, 64, 1, 2], "data": "."}, "video is 64 64 1 2; expected"),
+        ({"name": "../elsewhere"}, r"name is \.\./elsewhere; it must be"),
         ({"device": "cuda" if sys.platform == "darwin" else "mps"}, "was not found; set device to auto or"),
         ({"data": "nowhere.npy"}, r"cannot read nowhere\.npy: No such file"),
         ({"weights": "nowhere.pt"}, r"cannot read nowhere\.pt: No such file"),
         ({"eval_only": True}, "eval_only needs weights"),
-        ({"kernel_size": 4}, "kernel size 4 is even"),
-        ({"kernel_size": 4, "model": "convlstm"}, "kernel size is 4; expected an odd number"),
+        ({"kernel_size": 4}, "kernel_size is 4; use an odd one"),
         ({"max_motion": 2, "model": "convlstm"}, "convlstm does not use max_motion; leave it out"),
+        ({"max_motion": 2, "model": "paper"}, "paper does not use max_motion; leave it out"),
         ({"patch_size": 5}, "16×16 cannot be cut into patches of 5"),
         ({"frames_in": 18}, "20 frames per sequence, too few for frames_in 18 and frames_out 4"),
-        ({"batch_size": 47}, r"batch_size is 47; .*46 \(training sequences\)"),
+        ({"batch_size": 47}, "batch_size is 47, for 46 training sequences"),
     ],
     ids=str,
 )
@@ -76,23 +73,10 @@ def test_a_knob_that_cannot_be(changes, sentence, array, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-WRONG_TYPES = {
-    "hidden_channels": (48, "int is not a tuple"),
-    "grow_horizon": ((0.4,), "tuple has wrong number of elements"),
-    "epochs": ("two", "str is not an instance of int"),
-    "model": ("papr", "str is not any of ('my_model', "),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_TYPES)
-def test_a_knob_of_a_wrong_type_in_main(name, tmp_path, monkeypatch):
-    """Flags are checked by tyro, an edit of main.py is not."""
-    value, reason = WRONG_TYPES[name]
-    field = name, main.Knobs.__annotations__[name], value
-    edited = dataclasses.make_dataclass("Knobs", [field], bases=(main.Knobs,), frozen=True)
-    monkeypatch.setattr(main, "Knobs", edited)
-    with pytest.raises(UserError, match=re.escape(f"{name} is {value!r}: {reason}")):
-        main.main(main.parse(["--out", str(tmp_path / "out"), "--device", "cpu"]))
+def test_a_knob_of_a_wrong_type_in_main(tmp_path, monkeypatch):
+    """Flags are checked by tyro, an edit of main.py is not. A forgotten comma is the likely one."""
+    with pytest.raises(UserError, match=r"hidden_channels is 48; expected .* as in \(96, 96\)"):
+        main.main(dataclasses.replace(main.Knobs(), hidden_channels=48, out=str(tmp_path / "out")))
 
 
 def test_a_metric_of_another_shape_is_refused_before_training(array, tmp_path, monkeypatch):
@@ -171,7 +155,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_stays(begun, ended, tmp_path):
         with pytest.raises(UserError, match=r"last\.pt is damaged, .*; delete it to start over"):
             here(**knobs)
         assert {path: path.read_bytes() for path in before} == before
-    last.replace(stray := last.with_name("last.pt.12345.tmp"))  # what the message advises; a stray file
+    last.replace(stray := last.with_name("last.pt.12345.half"))  # what the message advises; a stray file
     here(**knobs)
     assert last.with_name("metrics.json").read_bytes() == (ended[1] / "metrics.json").read_bytes()
     assert not stray.exists()
@@ -206,23 +190,22 @@ def test_a_malicious_checkpoint_runs_nothing(sealed, begun, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "edit", "sentence"),
-    [
-        ("Muon", lambda muon: muon.param_groups[0].update(momentum=0.5), "its optimizer has other options"),
-        ("build", lambda model: model.register_buffer("mine", torch.ones(1)), "do not fit this model"),
-    ],
-)
-def test_a_network_or_an_optimizer_that_was_edited(name, edit, sentence, begun, tmp_path, monkeypatch):
+def test_a_network_that_was_edited(begun, tmp_path, monkeypatch):
     knobs, last = copy(begun, tmp_path)
-    before, really = last.read_bytes(), getattr(main, name)
-    monkeypatch.setattr(main, name, lambda *a, **k: (edit(made := really(*a, **k)), made)[1])
-    with pytest.raises(UserError, match=rf"last\.pt.*{sentence}"):
+    before, build = last.read_bytes(), main.build
+
+    def edited(*arguments):
+        model = build(*arguments)
+        model.register_buffer("mine", torch.ones(1))
+        return model
+
+    monkeypatch.setattr(main, "build", edited)
+    with pytest.raises(UserError, match=r"weights in .*last\.pt do not fit"):
         here(**knobs)
     assert last.read_bytes() == before
 
 
-@pytest.mark.parametrize("place", [(main, "load_batch"), (folders, "write_facts")], ids=["step", "start"])
+@pytest.mark.parametrize("place", [(main, "load_batch"), (folders, "write_config")], ids=["step", "start"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_a_notebook_that_was_interrupted_starts_again(error, place, array, tmp_path, monkeypatch):
     """A notebook keeps the traceback, and with it all that was in use."""
@@ -230,17 +213,20 @@ def test_a_notebook_that_was_interrupted_starts_again(error, place, array, tmp_p
         patch.setattr(*place, mock.Mock(side_effect=error))
         here(array, tmp_path, **FEW)
     assert here(array, tmp_path, **FEW) == tmp_path / "my_model"
-    assert kept.tb
+    del kept
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no flock")
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 @pytest.mark.filterwarnings("ignore:flock not supported")
-def test_a_file_system_without_locks_is_no_other_run(number, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(number, begun, ended, tmp_path, monkeypatch):
+    """A run goes on as with them."""
+    knobs, last = copy(begun, tmp_path)
+    for lock in (last.with_name(".lock"), tmp_path / ".lock"):
+        lock.unlink(missing_ok=True)
     monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
-    for _ in range(2):
-        with checkpoint.lock_folder(tmp_path):
-            pass
+    here(**knobs)
+    assert last.with_name("metrics.json").read_bytes() == (ended[1] / "metrics.json").read_bytes()
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -254,21 +240,20 @@ def test_a_file_that_cannot_be_written_stays(call, tmp_path, monkeypatch):
     assert checkpoint.load(path) == states[0] and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(file, begun, ended, tmp_path, monkeypatch):
-    """As good as: this file is too large, and all that are larger."""
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(begun, ended, tmp_path, monkeypatch):
+    """As good as: no file may be as large as last.pt."""
     knobs, last = copy(begun, tmp_path)
-    before, room, train = last.read_bytes(), last.with_name(file).stat().st_size - 1, main.train
+    before, room, train = last.read_bytes(), last.stat().st_size - 1, main.train
 
     def full(*arguments):
         with largest_file(room):
             train(*arguments)
 
-    sentence = rf"cannot write .*{file}: File too large.* nothing was overwritten"
+    sentence = r"cannot write .*last\.pt: File too large.* nothing was overwritten"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
         patch.setattr(main, "train", full)
         here(**knobs)
-    assert last.read_bytes() == before and not list(last.parent.glob("*.tmp"))
+    assert last.read_bytes() == before and not list(last.parent.glob("*.half"))
     here(**knobs)
     assert last.with_name("metrics.json").read_bytes() == (ended[1] / "metrics.json").read_bytes()
 
@@ -285,15 +270,16 @@ def test_training_stops_before_a_step_that_would_spoil_the_weights(what, array, 
             logits.register_hook(lambda gradient: gradient * math.inf)
         return really(logits, truth, reduction=reduction)
 
-    monkeypatch.setattr(main, "train", lambda run, o: models.append(run.model) or train(run, o))
+    noting = lambda setup, *given: models.append(setup.model) or train(setup, *given)
+    monkeypatch.setattr(main, "train", noting)
     with monkeypatch.context() as patch:
         patch.setattr(main.F, "binary_cross_entropy_with_logits", bad_after_an_epoch)
         place = rf"{what}.* epoch 2, step {STEPS + 1}, .*learning rate 0\.\d+ \(last logged loss: 0\.\d+\)"
-        with pytest.raises(FloatingPointError, match=place):
+        with pytest.raises(UserError, match=place):
             here(array, tmp_path, fast=False)
     last = tmp_path / "my_model" / "last.pt"
     state = checkpoint.load(last)
-    assert state["step"] == len(state["history"]) == STEPS
+    assert state["step"] == len(state["progress"]["history"]) == STEPS
     torch.testing.assert_close(state["model"], dict(models[0].state_dict()), rtol=0, atol=0)
     log = last.with_name("log.csv").read_text("utf-8")
     assert log.count("\n") == STEPS + 1 and not re.search("nan|inf", log)
@@ -304,11 +290,11 @@ def test_weights_that_a_step_spoils_are_not_saved(array, tmp_path, monkeypatch):
     """The loss of the only step is finite, and nothing after it."""
     spoil = lambda muon: muon.param_groups[0]["params"][0].data.fill_(math.inf)
     monkeypatch.setattr(main.Muon, "step", spoil)
-    with pytest.raises(FloatingPointError, match=r"(not finite|NaN or infinite).* in epoch 1, step 1, "):
+    with pytest.raises(UserError, match=r"(not finite|NaN or infinite).* in epoch 1, step 1, "):
         here(array, tmp_path, **FEW)
-    monkeypatch.setattr(run.Run, "save_due", lambda run: True)
-    monkeypatch.setattr(run.Run, "evaluation_due", lambda run: False)
-    with pytest.raises(FloatingPointError, match="weights are not finite, and were not saved"):
+    monkeypatch.setattr(progress.Progress, "save_due", lambda progress: True)
+    monkeypatch.setattr(progress.Progress, "evaluation_due", lambda progress: False)
+    with pytest.raises(UserError, match="weights are not finite, and were not saved"):
         here(array, tmp_path, **FEW)
     assert not list(tmp_path.glob("my_model/*.pt")) and not list(tmp_path.glob("my_model/log.csv"))
 
@@ -342,7 +328,7 @@ def goes_on(array, out, whole, capsys, step=r"\d"):
     """The same command goes on, and ends as if nothing had been."""
     folder = here(array, out, **MORE)
     printed = capsys.readouterr().out
-    assert re.search(f"{folder}, resuming at step {step}\n", printed) and "bit-exact" not in printed
+    assert re.search(f"resuming at step {step}\n", printed) and "bit-exact" not in printed
     for name in ("metrics.json", "log.csv"):
         assert content(folder / name) == content(whole / name)
 
@@ -370,18 +356,6 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
 def test_ctrl_c_during_the_imports(tmp_path):
     (tmp_path / "tqdm.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     finish(start("--help", PYTHONPATH=str(tmp_path)), -signal.SIGINT)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_an_output_that_cannot_be_printed(array, tmp_path):
-    with open("/dev/full", "w") as full:
-        process = start(*flags(array, tmp_path, **FEW), stdout=full)
-    piped = start(*flags(array, tmp_path, **FEW))
-    piped.stdout.close()
-    _, err = finish(process, 1)
-    assert err == "main.py: cannot print: No space left on device\n"
-    assert piped.stderr.read() == "main.py: cannot print: Broken pipe\n"
-    assert piped.wait() == 1
 
 
 ELSEWHERE = {"tests", "results", "site-packages"}
@@ -414,7 +388,7 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
     monkeypatch.setattr(moving_mnist, "N_SEQUENCES", 40)
     for name in ("digits_train.png", "digits_test.png"):
         shutil.copy(ROOT / "raw" / name, tmp_path)
-    load = lambda data: moving_mnist.load_data(data, 0, 0, 20, None)
+    load = lambda kind: moving_mnist.moving_mnist_data(kind, 0, 0)
     for name in ("ARRAY", "DIGITS"):
         file = getattr(download, name)._replace(urls=("http://127.0.0.1:1/x.gz",))
         monkeypatch.setattr(moving_mnist, name, file)

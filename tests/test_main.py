@@ -16,8 +16,9 @@ import main
 import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import MovingMNIST
-from support.run import Run
-from support.start import with_knobs_of
+from support.muon import orthogonal
+from support.prepare import with_knobs_of
+from support.progress import Progress
 
 FEW = {"epochs": 1, "train_sequences": 10}
 
@@ -62,22 +63,21 @@ def test_a_recipe_replaces_defaults(capsys):
 
 def test_schedules():
     knobs = Knobs(learning_rate=0.02, grow_horizon=(0.2, 0.7), frames_in=10, frames_out=11)
-    rates = [main.learning_rate(knobs, p) for p in (0, 0.025, 0.05, 0.2875, 0.525, 1)]
+    rates = [main.learning_rate_at(knobs, p) for p in (0, 0.025, 0.05, 0.2875, 0.525, 1)]
     assert rates == pytest.approx([0, 0.01, 0.02, 0.015, 0.01, 0], abs=1e-12)
-    growing = [main.horizon(knobs, p) for p in (0, 0.2, 0.24, 0.26, 0.46, 0.69, 0.7, 1)]
+    growing = [main.horizon_at(knobs, p) for p in (0, 0.2, 0.24, 0.26, 0.46, 0.69, 0.7, 1)]
     assert growing == [(20, 1), (20, 1), (20, 1), (19, 2), (15, 6), (11, 10), (10, 11), (10, 11)]
-    assert main.horizon(replace(knobs, grow_horizon=(0.5, 0)), 0) == (10, 11)  # the whole at once
-    assert main.horizon(replace(knobs, frames_out=1), 0.5) == (10, 1)
-    assert [main.horizon(replace(knobs, grow_horizon=(0.2, 0.2)), p)[1] for p in (0.1, 0.2)] == [1, 11]
-    assert main.horizon(replace(knobs, model="paper"), 0) == (10, 1)
+    assert main.horizon_at(replace(knobs, grow_horizon=(0.5, 0)), 0) == (10, 11)  # the whole at once
+    assert main.horizon_at(replace(knobs, frames_out=1), 0.5) == (10, 1)
+    assert [main.horizon_at(replace(knobs, grow_horizon=(0.2, 0.2)), p)[1] for p in (0.1, 0.2)] == [1, 11]
+    assert main.horizon_at(replace(knobs, model="paper"), 0) == (10, 1)
 
 
 def test_evaluations_are_neither_too_few_nor_too_many():
     def due(step, steps):
-        run = SimpleNamespace(step=step, steps=steps)
-        run.passes = lambda n: Run.passes(run, n)
-        assert step == 50 or not Run.evaluation_due(run) or run.passes(200)  # a whole point of the loss
-        return Run.evaluation_due(run)
+        progress = Progress(steps_per_epoch=10, batch_size=1, steps=steps, step=step)
+        assert step == 50 or not progress.evaluation_due() or progress.passes(200)  # a point of the loss
+        return progress.evaluation_due()
 
     assert [step for step in range(1, 91) if due(step, 90)] == [9, 18, 27, 36, 45, 50, 54, 63, 72, 81, 90]
     assert all(due(step, 3) for step in (1, 2, 3))
@@ -94,11 +94,11 @@ def batches(overlay, knobs=(), horizons=((9, 1), (9, 1), (7, 3), (6, 4))):
     """(what was fetched, past and future) of each step of an epoch of 20 sequences."""
     training = Noting(moving_squares(20)[:, :, None])
     knobs = Knobs(frames_in=6, frames_out=4, batch_size=5, overlay=overlay, **dict(knobs))
-    data = SimpleNamespace(training=training)
-    run = SimpleNamespace(knobs=knobs, data=data, steps_per_epoch=4, epoch=-1, device=torch.device("cpu"))
-    for run.step, (n_past, n_future) in enumerate(horizons):
+    data, device = SimpleNamespace(training=training), torch.device("cpu")
+    setup = SimpleNamespace(knobs=knobs, data=data, steps_per_epoch=4, device=device)
+    for step, (n_past, n_future) in enumerate(horizons):
         training.fetched = []
-        frames = main.load_batch(run, n_past, n_future, main.overlays(knobs, n_future))
+        frames = main.load_batch(setup, step, n_past, n_future, main.overlays_at(knobs, n_future))
         assert [part.shape[1] for part in frames] == [n_past, n_future]
         yield training.fetched, torch.cat(frames, 1)
 
@@ -168,7 +168,10 @@ def test_ssim_joins_the_loss(array, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square
 def test_muon_is_torchs(shape):
-    """Bit by bit in bf16; in fp32, which torch has not, up to bf16's rounding, and by singular values."""
+    """Bit by bit in bf16; in fp32, which torch has not, up to bf16's rounding, and by singular values.
+
+    `zero_grad` works as for any optimizer.
+    """
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(4, *shape)
     matrix = torch.nn.Parameter(start.flatten(1).clone())
@@ -182,14 +185,16 @@ def test_muon_is_torchs(shape):
         muon = Muon([kernel], dtype, 0.1, 0.2)
         for kernel.grad in gradients:
             muon.step()
-        assert torch.equal(kernel, expected) == (dtype == torch.bfloat16)
+        assert dtype == torch.float32 or torch.equal(kernel, expected)
         assert (kernel - expected).norm() < 0.03 * (expected - start).norm()
     u, s, v = torch.linalg.svd(gradients[0].flatten(1).double(), full_matrices=False)
     s = s / s.norm()
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    found = Muon.orthogonal(gradients[0].flatten(1), muon.param_groups[0])
+    found = orthogonal(gradients[0].flatten(1))
     torch.testing.assert_close(found.double(), u @ s.diag() @ v, rtol=0, atol=1e-4)
+    muon.zero_grad()
+    assert kernel.grad is None
 
 
 def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypatch):
@@ -200,8 +205,13 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
     assert muon.dtype == torch.bfloat16
     assert len(main.make_optimizers(torch.nn.Linear(2, 2), Knobs(), torch.bfloat16)) == 1
     (rest,) = adamw.param_groups
-    assert {id(p) for p in [*muon.kernels, *rest["params"]]} == {id(p) for p in model.parameters()}
-    assert any(p is model.head[-1].weight for p in rest["params"]) and all(p.ndim == 4 for p in muon.kernels)
+    kernels = muon.param_groups[0]["params"]
+    assert {id(p) for p in [*kernels, *rest["params"]]} == {id(p) for p in model.parameters()}
+    assert any(p is model.head[-1].weight for p in rest["params"]) and all(p.ndim == 4 for p in kernels)
+    model.after_the_head = torch.nn.Conv2d(2, 2, 3)  # an edit; its place changes nothing
+    muon, adamw = main.make_optimizers(model, Knobs(), torch.bfloat16)
+    assert muon.param_groups[0]["params"][-1] is model.after_the_head.weight
+    assert any(p is model.head[-1].weight for p in adamw.param_groups[0]["params"])
 
     def frozen(*arguments):
         model = build(*arguments)
@@ -231,7 +241,8 @@ def test_one_optimizer_is_enough(array, tmp_path, monkeypatch, precision, dtype)
     last = torch.load(folder / "last.pt")
     (group,) = last["optimizers"][0]["param_groups"]
     assert last["knobs"]["overlay"] == 0
-    assert group["lr"] == last["history"][-1]["learning_rate"] == pytest.approx(0.001 * 0.25 / 0.95)
+    logged = last["progress"]["history"][-1]["learning_rate"]
+    assert group["lr"] == logged == pytest.approx(0.001 * 0.25 / 0.95)
     assert (folder / "metrics.json").exists() and told == [dtype] * 2
 
 

@@ -134,7 +134,7 @@ def test_a_file_where_the_folder_should_be(trained, tmp_path):
     np.save(tmp_path / "mine.npy", np.zeros((T, 16, 16)))
     words = tmp_path / "mine.npy", "--weights", trained, "--out", tmp_path / "mine.npy"
     _, err = finish(start(*words, script=ROOT / "predict.py"), 1)
-    assert err == f"predict.py: {tmp_path / 'mine.npy'}: File exists\n"
+    assert err == f"predict.py: cannot write to {tmp_path / 'mine.npy'}: File exists\n"
 
 
 @pytest.mark.parametrize("model", ["paper", "convlstm", "seq2seq"])

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ import figures
 import main
 import metrics
 from moving_mnist import MovingMNIST
-from support import UserError, checkpoint, evaluation, run
+from support import UserError, checkpoint, progress, report, score
 
 PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst", "last_frame")]
 PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
@@ -41,6 +43,15 @@ SOURCES = ["main.py", "my_model.py", "motion.py", "convlstm.py", "moving_mnist.p
 FEW = {"epochs": 1, "train_sequences": 10}
 WIDE = {"hidden_channels": [32, 32], "patch_size": 2, **FEW}  # dilation, Winograd and the threads take part
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at other processes as Linux has them")
+
+
+def of_model(model, frames_in, frames_out, **knobs):
+    """A setup of nothing but a function (past, n) → logits."""
+    knobs = main.Knobs(frames_in=frames_in, frames_out=frames_out, **knobs)
+    network = torch.nn.Module()
+    network.forward = model
+    options = {"device": torch.device("cpu"), "autocast": nullcontext, "data": SimpleNamespace()}
+    return SimpleNamespace(knobs=knobs, model=network, **options)
 
 
 def mean(folder, metric="mse_per_frame", who="my_model"):
@@ -78,9 +89,11 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
     """The end of the uninterrupted run, bit for bit."""
     for name in ("last.pt", "best.pt"):
         ours, theirs = (checkpoint.load(f / name) for f in (folder, reference))
-        for part in ("step", "best", "baselines"):
-            assert ours.get(part) == theirs.get(part), part
-        logs = [[row | {"minutes": 0} for row in state.get("history", [])] for state in (ours, theirs)]
+        assert ours["step"] == theirs["step"]
+        counted = [state.get("progress", {"history": []}) for state in (ours, theirs)]
+        for part in ("best_mse", "best_step", "baselines"):
+            assert counted[0].get(part) == counted[1].get(part), part
+        logs = [[row | {"minutes": 0} for row in state["history"]] for state in counted]
         assert logs[0] == logs[1]
         for part in ("model", "optimizers"):
             torch.testing.assert_close(ours.get(part), theirs.get(part), rtol=0, atol=0)
@@ -101,7 +114,7 @@ def test_a_run_leaves_every_file(reference, array):
     rows = evaluations(folder)
     assert len(rows) == 10 and (rows[-1]["epoch"], rows[-1]["step"]) == (2, 2 * STEPS)
     knobs, parts = main.parse(flags(array, folder)), [(row["step"] - 0.5) / (2 * STEPS) for row in rows]
-    assert [row["forecast_frames"] for row in rows] == [main.horizon(knobs, part)[1] for part in parts]
+    assert [row["forecast_frames"] for row in rows] == [main.horizon_at(knobs, part)[1] for part in parts]
     assert [row["SSIM_in_loss"] for row in rows] == [part >= knobs.ssim_from for part in parts]
     for name in PICTURES:
         with Image.open(folder / name) as image:
@@ -116,9 +129,9 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     assert (found["split"], found["sequences"], found["data"]) == ("test", 6, "squares.npy")
     assert set(found["scores"]) == {"my_model", "black", "copy_last", "optical_flow"}
     for scores in found["scores"].values():
-        for name, score in scores.items():
-            assert score["unit"] == metrics.METRICS[name][1]
-            assert score["mean"] == pytest.approx(np.mean(score["per_frame"]))
+        for name, found_score in scores.items():
+            assert found_score["unit"] == metrics.METRICS[name][1]
+            assert found_score["mean"] == pytest.approx(np.mean(found_score["per_frame"]))
     logits, past, truth = logits_of(folder, array, TEST)
     assert mean(folder) == pytest.approx(mse(1 / (1 + np.exp(-logits)), truth), rel=1e-4)
     nats = (np.logaddexp(0, logits) - truth * logits).sum((1, 2, 3)).mean()
@@ -134,7 +147,7 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
 
 def test_the_best_weights_are_scored_and_not_the_last(array, tmp_path, monkeypatch):
     """Of a run that learns five sequences by heart, and watches two of the five validation sequences."""
-    monkeypatch.setattr(run, "WATCHED", 2)
+    monkeypatch.setattr(report, "WATCHED", 2)
     folder = here(array, tmp_path, train_sequences=5, epochs=18, learning_rate=1)
     rows = evaluations(folder)
     best = min(rows, key=lambda row: row["val_mse_per_frame"])
@@ -155,18 +168,19 @@ def test_baselines_stand_beside_every_epoch(array, tmp_path, monkeypatch):
     expected = {"black": 0, "copy_last": past[:, -1:], "optical_flow": flow}
     expected = {who: mse(prediction, truth) for who, prediction in expected.items()}
     assert drawn and all(means == pytest.approx(expected) for _, means, _ in drawn)
-    curves = checkpoint.load(folder / "last.pt")["baselines"]
+    curves = checkpoint.load(folder / "last.pt")["progress"]["baselines"]
     assert {who: np.mean(curve) for who, curve in curves.items()} == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("error:Converting a tensor")
 def test_an_evaluation_has_a_row_of_its_own(array, tmp_path, monkeypatch):
     """Also between two points of the training loss's curve, which here are at steps 5 and 9."""
-    monkeypatch.setattr(run, "LOSSES", 2)
-    monkeypatch.setattr(run, "EVALUATIONS", 3)
-    monkeypatch.setattr(run, "FIRST_LOOK", 2)
-    count, mine = run.Run.count_step, {"mine": torch.tensor(7.0, requires_grad=True)}
-    monkeypatch.setattr(run.Run, "count_step", lambda *given: count(*given[:3], given[3] | mine))
+    monkeypatch.setattr(progress, "LOSSES", 2)
+    monkeypatch.setattr(progress, "EVALUATIONS", 3)
+    monkeypatch.setattr(progress, "FIRST_LOOK", 2)
+    count, mine = progress.Progress.count_step, {"mine": torch.tensor(7.0)}
+    noting = lambda progress, loss, rate, numbers, *given: count(progress, loss, rate, numbers | mine, *given)
+    monkeypatch.setattr(progress.Progress, "count_step", noting)
     rows = evaluations(here(array, tmp_path, epochs=1))
     assert [(row["step"], row["mine"]) for row in rows] == [(2, 7), (3, 7), (6, 7), (9, 7)]
 
@@ -175,13 +189,13 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
     """Of sequences of one grey level each, which a black forecast misses by that level."""
     levels = torch.tensor([90, 200, 10, 160, 40], dtype=torch.uint8)
     dataset, titles, grids = levels[:, None, None, None, None].expand(5, 3, 1, 16, 16), {}, []
-    black = lambda past, n: (metrics.black(past, n), torch.zeros(len(past), n, *past.shape[2:]))
-    task = evaluation.Task(black, 2, 1, torch.device("cpu"))
-    _, ranking = evaluation.score("a", task, MovingMNIST(dataset.swapaxes(0, 1).numpy()))
+    setup = of_model(lambda past, n: torch.full((len(past), n, *past.shape[2:]), -99.0), 2, 1)
+    setup.data.test = MovingMNIST(dataset.swapaxes(0, 1).numpy())
+    errors = score.score(setup, setup.data.test, ["mse_per_frame"])["mse_per_frame"]
     keep = lambda past, truth, forecast, title: titles.update({int(truth.max() * 255): title}) or b""
     monkeypatch.setattr(figures, "prediction", keep)
     monkeypatch.setattr(figures, "grid", lambda rows, title: grids.append(rows) or b"")
-    evaluation.draw_ranked(tmp_path, task, dataset, ranking, "of a")
+    report.draw_ranked(setup, tmp_path, errors.mean(1).argsort(), "of a")
     error = lambda level: f"MSE {256 * (level / 255) ** 2:.0f}"
     ranks = ("best", 10), ("median", 90), ("worst", 200)
     assert titles == {level: f"of a: the {name} of 5 sequences, {error(level)}" for name, level in ranks}
@@ -195,7 +209,7 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
     """The references; a network with dropout in evaluation, too, rates by NumPy, and a mask. Stopped once."""
     if model == "my_model":
-        build, schedule = main.build, main.learning_rate
+        build, schedule = main.build, main.learning_rate_at
 
         def with_dropout(*arguments):
             network = build(*arguments)
@@ -205,7 +219,7 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
             return network
 
         monkeypatch.setattr(main, "build", with_dropout)
-        monkeypatch.setattr(main, "learning_rate", lambda *given: np.float64(schedule(*given)))
+        monkeypatch.setattr(main, "learning_rate_at", lambda *given: np.float64(schedule(*given)))
         monkeypatch.setattr(main, "ADAMW_RATE", np.float64(main.ADAMW_RATE))
     alone = here(array, tmp_path / "alone", model=model, **FEW)
     assert set(results(alone)["scores"][model]) == set(metrics.METRICS)
@@ -222,7 +236,7 @@ def kill(kills, data, out, **changes):
     printed, _ = finish(start(kills, data, *words, script=script, OMP_WAIT_POLICY="passive"), timeout=300)
     same(out / "my_model", out / "alone" / "my_model", RESULTS)
     config = json.loads((out / "my_model" / "config.json").read_text("utf-8"))
-    assert config["threads"] == 2 and not list(out.rglob("*.tmp"))
+    assert config["threads"] == 2 and not list(out.rglob("*.half"))
     return int(printed)
 
 
@@ -265,8 +279,10 @@ def test_a_finished_run_without_its_checkpoint_is_not_trained_again(reference, a
 
 def test_resuming_elsewhere_says_that_it_is_not_exact(reference, array, tmp_path, capsys):
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
+    (folder / "metrics.json").unlink()
     state = checkpoint.load(folder / "last.pt")
-    checkpoint.save(folder / "last.pt", {**state, "step": 2 * STEPS - 1})
+    state["progress"]["step"] = 2 * STEPS - 1
+    checkpoint.save(folder / "last.pt", state)
     here(array, tmp_path, fast=False)
     printed = capsys.readouterr().out
     assert "resuming with kernels plain PyTorch" in printed and "no longer bit-exact" in printed
@@ -292,8 +308,7 @@ def test_minutes_instead_of_epochs(tmp_path):
     np.save(tmp_path / "long.npy", moving_squares(1000))
     folder = here(tmp_path / "long.npy", tmp_path, max_minutes=0.05)  # 3 seconds
     last = checkpoint.load(folder / "last.pt")
-    assert last["step"] == last["steps"] > 13
-    assert 1 < last["seconds"] < 9  # the pace is guessed from ten steps, and other work disturbs it
+    assert last["step"] == last["progress"]["steps"] > 13
     assert evaluations(folder)[-1]["learning_rate"] < 0.1 * main.Knobs.learning_rate
     assert results(here(tmp_path / "long.npy", tmp_path, max_minutes=1e-6))["scores"]  # ends, too
 
@@ -310,7 +325,7 @@ def test_weights_bring_their_network_along(array, tmp_path, capsys):
     assert folder == tmp_path / "small-eval" and "weights of" in capsys.readouterr().out
     assert (folder / "predict_worst.png").exists() and not (folder / "last.pt").exists()
     assert mean(folder) == pytest.approx(mean(trained), rel=1e-3) and mean(folder) != mean(trained)
-    assert "| small-eval |" in (tmp_path / "compare.md").read_text("utf-8")
+    assert "| small-eval " in (tmp_path / "compare.md").read_text("utf-8")
     with pytest.raises(UserError, match=r"hidden_channels \(6, 4\), not \(8,\); leave out --hidden_channels"):
         here(array, tmp_path, weights=given)
     checkpoint.save(paper := tmp_path / "paper.pt", halves | {"knobs": halves["knobs"] | {"model": "paper"}})

@@ -146,10 +146,13 @@ class FastConvLSTM(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     @torch.autocast("cpu", enabled=False)  # a caller may have enabled it
     def backward(ctx, dh, dh_next, dc):
+        if ctx.sequences is None:
+            advice = "for a second backward pass, use --no_fast"
+            raise RuntimeError(f"the fast ConvLSTM layer can be differentiated only once; {advice}")
         x, input_weight, state_weight, peephole = ctx.saved_tensors
         z, cells, hiddens = ctx.sequences
         pixels = z[..., 0].numel()
-        del ctx.sequences  # z is about to be overwritten
+        ctx.sequences = None  # z is about to be overwritten
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh, dh_next = dh.contiguous(), dh_next.contiguous()
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])

@@ -1,0 +1,122 @@
+"""Runs side by side: compare.md and compare*.png, of all runs tested on the same data."""
+
+import contextlib
+import csv
+
+import numpy as np
+
+import figures
+import metrics
+from support.checkpoint import lock_folder, write_atomic
+from support.folders import describe_changes, read_configs, read_json
+
+SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
+
+
+def table(heads, rows):
+    """Lines of Markdown, whose columns stand one below the other in a terminal, too. Cells are texts."""
+    columns = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    dashes = ["-" * columns[0], *("-" * (width - 1) + ":" for width in columns[1:])]
+    lines = []
+    for first, *others in (heads, dashes, *rows):
+        cells = [text.rjust(width) for text, width in zip(others, columns[1:], strict=True)]
+        lines.append("| " + " | ".join([first.ljust(columns[0]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def means(scores):
+    """The mean of each metric, in the order of metrics.METRICS, as text."""
+    cells = []
+    for name in metrics.METRICS:
+        mean = scores[name]["mean"] if name in scores else None
+        cells.append("–" if mean is None else f"{mean:.0f}" if mean >= 1000 else f"{mean:#.4g}")
+    return cells
+
+
+def describe_split(results):
+    split = "all" if results["split"] == "all" else f"{results['split']} split,"
+    return f"{results['data_tested']}, {split} {results['sequences']:,} sequences"
+
+
+def compare_runs(out, latest, first_sequence):
+    """Write the comparison into `out`. A single run is not compared.
+
+    latest: the metrics.json of one of the runs. first_sequence: of the test split, (T, C, H, W) uint8.
+    """
+    with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
+        runs = []
+        for name, config in read_configs(out).items():
+            # one that has not ended, is damaged, or of another version
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+                runs.append(read_run(out / name, config, latest, first_sequence.shape))
+        scored = {path.parent.name for path in out.glob("*/metrics.json")}
+        left_out = sorted(scored - {run["folder"].name for run in runs})
+        trained = [(run["weights"], run["cells"][4:]) for run in runs if run["is_trained"]]
+        is_twin = lambda run: not run["is_trained"] and (run["weights"], run["cells"][4:]) in trained
+        runs = [run for run in runs if not is_twin(run)]
+        if len(runs) < 2:
+            return
+        label_runs(runs)
+        title = describe_split(latest)
+        baselines = {who: latest["scores"][who] for who in figures.LABELS}
+        write_atomic(out / "compare.md", comparison(title, runs, baselines, left_out).encode())
+        histories = {run["label"]: run["history"] for run in runs}
+        curves = {run["label"]: run["curve"] for run in runs}
+        curves |= {who: scores["mse_per_frame"]["per_frame"] for who, scores in baselines.items()}
+        write_atomic(out / "compare.png", figures.compare(histories, curves, title))
+        n = latest["frames_in"]
+        rows = {"input": (1, first_sequence[:n] / 255)}
+        rows["truth"] = n + 1, first_sequence[n:][: latest["frames_out"]] / 255
+        rows |= {run["label"]: (n + 1, run["first_forecast"]) for run in runs}
+        write_atomic(out / "compare_strip.png", figures.grid(rows, f"{title}: the first sequence"))
+
+
+def read_run(folder, config, latest, shape):
+    """What a comparison needs of a run. Raises ValueError if it was tested on something else."""
+    run = {**config, "folder": folder, "label": folder.name, **read_json(folder / "metrics.json")}
+    run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
+    run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
+    run["curve"] = [float(value) for value in run["scores"][run["model"]]["mse_per_frame"]["per_frame"]]
+    run["cells"] = [f"{run['parameters']:,}", "–", "–", "–", *means(run["scores"][run["model"]])]
+    run["history"] = []
+    if run["is_trained"]:
+        lines = (folder / "log.csv").read_text("utf-8").splitlines()
+        rows = [row for row in csv.DictReader(lines) if row["val_loss"]]
+        run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
+        seen, minutes = run["history"][-1]["sequences"], run["history"][-1]["minutes"]
+        run["cells"][1:4] = f"{seen:,.0f}", f"{minutes:.1f}", f"{run['validation_mse']:.2f}"
+    same = all(run[key] == latest[key] for key in SAME_TASK) and len(run["curve"]) == latest["frames_out"]
+    if not same or run["first_forecast"].shape != (latest["frames_out"], *shape[1:]):
+        raise ValueError("tested on something else")
+    return run
+
+
+def label_runs(runs):
+    """Extend labels by what differs from the first run of the model. runs: in the order of their start."""
+    first = {}
+    for run in (run for run in runs if run["is_trained"]):
+        before = first.setdefault(run["model"], run)
+        changes = describe_changes(run["asked"], before["asked"], before["folder"], run["folder"])
+        if not run["label"].startswith(run["model"]):
+            changes.append(f"model {run['model']}")
+        if changes:
+            run["label"] += f": {', '.join(changes)}"
+
+
+def comparison(title, runs, baselines, left_out):
+    """compare.md."""
+    lines = [f"# {title}", ""]
+    lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
+    lines += ["After a name: what differs from the earliest run of its model."]
+    lines += ["Sorted by validation MSE: choose by it, between runs trained on the same data."]
+    lines += ["All other scores are of test data.", ""]
+    ranked = sorted(runs, key=lambda run: (run["validation_mse"] or np.inf, np.mean(run["curve"])))
+    rows = [[run["label"].replace("|", "\\|"), *run["cells"]] for run in ranked]
+    rows += [[figures.LABELS[who], *["–"] * 4, *means(scores)] for who, scores in baselines.items()]
+    lines += [table(["", "parameters", "sequences", "minutes", "validation MSE", *metrics.HEADINGS], rows)]
+    if left_out:
+        lines += [
+            "",
+            f"Left out, as tested on something else, damaged, or of another version: {', '.join(left_out)}.",
+        ]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,210 @@
+"""From knobs to a run that is ready: device, data, model, weights, kernels. Prints what will run."""
+
+import types
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moving_mnist import Data, moving_mnist_data
+from own_data import own_data
+from support import UserError, checkpoint, sources
+from support.devices import (
+    WORLD_SIZE,
+    broadcast,
+    choose_device,
+    connect,
+    keep_freed_memory,
+    on_rank_0,
+    print0,
+)
+from support.folders import describe_identity, to_text
+from support.score import CURVES, score
+
+# Knobs of the network: a checkpoint brings them along
+NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
+NETWORK += ("equivariant",)
+LEAST = {"train_sequences": 0, "frames_in": 2, "frames_out": 1, "overlay": -1, "patch_size": 1}
+LEAST |= {"max_motion": 0, "epochs": 1, "max_minutes": 0, "batch_size": WORLD_SIZE, "seed": 0}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of. Only the weights of its model change."""
+
+    knobs: Any
+    data: Data
+    model: torch.nn.Module
+    device: torch.device
+    dtype: torch.dtype  # of the convolutions
+    asked: dict  # what makes a run the same run: knobs, data, sources
+    environment: dict  # what makes it bit-exact: device, precision, kernels, threads, processes, torch
+    scored_step: int  # the training step of the given weights
+
+    @property
+    def steps_per_epoch(self):
+        return max(1, len(self.data.training) // self.knobs.batch_size)  # whole batches only
+
+    def autocast(self):
+        """The context in which the model computes in its dtype."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def prepare(knobs, build, recipe):
+    """Everything that a run needs. recipe: what its model changes in the default knobs. Raises UserError."""
+    sources.fingerprints()  # keeps files in folders of yours before an edit can change them
+    check(knobs)
+    device, dtype, precision = choose_device(knobs.device, knobs.precision)
+    connect(device)
+    dtype, precision = broadcast((dtype, precision))  # one for all, also where machines differ
+    weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
+    if weights:
+        knobs = with_knobs_of(knobs, weights, recipe)
+    data = load_data(knobs)
+    if (first := broadcast(data.name)) != data.name:
+        raise UserError(f"this process has {data.name}, the first has {first}; give all the same data")
+    if knobs.overlay < 0:
+        knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
+    model = build_checked(knobs, build, data, device)
+    if weights:
+        checkpoint.load_weights(model, weights, knobs.weights)
+        checkpoint.report_edits(weights, knobs.weights)
+    environment = {"device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads()}
+    environment |= {"precision": precision, "torch": str(torch.__version__)}
+    environment["kernels"] = attach(model.train(not knobs.eval_only), device, dtype, knobs.fast)
+    asked = on_rank_0(describe_identity, knobs, data)
+    if not knobs.eval_only:
+        data.training.fit_on_gpu(device)
+    setup = Setup(knobs, data, model, device, dtype, asked, environment, weights["step"] if weights else 0)
+    # tries the metrics, before anything is written; more sequences than frames: finds swapped axes
+    score(setup, data.validation, CURVES, "copy_last", np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int))
+    describe(setup, recipe)
+    return setup
+
+
+def check(knobs):
+    """Refuse values whose fault would show late. Raises UserError."""
+    for name, least in LEAST.items():
+        if not getattr(knobs, name) >= least:
+            raise UserError(f"{name} is {getattr(knobs, name)}; it must be at least {least}")
+    for name in ("hidden_channels", "head_channels"):
+        channels = getattr(knobs, name)
+        if not isinstance(channels, tuple) or min(channels, default=1) < 1:
+            raise UserError(f"{name} is {channels}; expected numbers of channels from 1, as in (96, 96)")
+    if knobs.kernel_size % 2 == 0:
+        raise UserError(f"kernel_size is {knobs.kernel_size}; use an odd one, so that frames keep their size")
+    start, end = knobs.grow_horizon
+    if not (0 <= start <= end <= 1 or end == 0):
+        raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
+    if knobs.eval_only and not knobs.weights:
+        raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
+    if Path(knobs.name).name != knobs.name or knobs.name == "..":
+        raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
+
+
+def with_knobs_of(knobs, weights, recipe):
+    """The knobs, with those of the network from a checkpoint. Raises UserError for a flag that differs.
+
+    Weights that are only scored also bring their number of frames, unless a flag differs from its default.
+    """
+    path, changes = knobs.weights, {}
+    for name in (*NETWORK, "frames_in", "frames_out") if knobs.eval_only else NETWORK:
+        if name not in weights["knobs"]:
+            raise UserError(f"{path} is of an earlier version of this script, without {name}")
+        then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
+        if name == "model" and then != now and not knobs.eval_only:
+            raise UserError(f"{path} is of {then}: add --model {then}, for its recipe")
+        if now in (then, default, recipe.get(name)):
+            changes[name] = then
+        elif name in NETWORK:
+            raise UserError(f"{path} has {name} {then}, not {now}; leave out --{name}")
+    return replace(knobs, **changes)
+
+
+def load_data(knobs):
+    """The three splits that the knobs ask for."""
+    if knobs.data in ("array", "fresh"):
+        return moving_mnist_data(knobs.data, knobs.train_sequences, knobs.seed)
+    n_frames = knobs.frames_in + knobs.frames_out
+    return own_data(Path(knobs.data), knobs.train_sequences, n_frames, *knobs.video)
+
+
+def build_checked(knobs, build, data, device):
+    """The model. Raises UserError where knobs, data and model do not fit together."""
+    n_frames, channels, height, width = data.training.shape
+    if n_frames < knobs.frames_in + knobs.frames_out:
+        wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
+        raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
+    if min(height, width) < 16:  # flat, wide frames would end the process
+        raise UserError(f"frames are {height}×{width}; OpenCV's optical flow needs at least 16×16")
+    if knobs.batch_size > len(data.training) and not knobs.eval_only:
+        raise UserError(f"batch_size is {knobs.batch_size}, for {len(data.training)} training sequences")
+    if knobs.model != "seq2seq" and (height % knobs.patch_size or width % knobs.patch_size):
+        raise UserError(f"frames of {height}×{width} cannot be cut into patches of {knobs.patch_size}")
+    torch.manual_seed(knobs.seed)
+    model = build(knobs, channels).to(device)
+    with torch.no_grad():  # a try on one sequence, before anything is written
+        model(data.training[np.arange(1)][:, : knobs.frames_in].to(device) / 255, 1)
+    return model
+
+
+def attach(model, device, dtype, fast=True):
+    """Attach the fast kernels to a model, if they are there → what is in use, in words."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if not fast:
+        return "plain PyTorch, as --no_fast asks for"
+    if not Path(__file__).with_name("fast").exists():
+        return "plain PyTorch, as support/fast was deleted"
+    from support import fast
+
+    return fast.attach(model, device, dtype)
+
+
+def describe(setup, recipe):
+    """Print the model, its recipe, the device and the data."""
+    knobs, training = setup.knobs, setup.data.training
+    parameters = sum(p.numel() for p in setup.model.parameters())
+    weights = f", weights of {knobs.weights}" if knobs.weights else ""
+    print0(f"model     {knobs.model}, {parameters:,} parameters{weights}")
+    won = [k for k in recipe if getattr(knobs, k) == recipe[k] != getattr(type(knobs), k)]
+    if won and not knobs.eval_only:
+        texts = (
+            f"{name} {to_text(recipe[name])} (not {to_text(getattr(type(knobs), name))})" for name in won
+        )
+        print0(f"recipe    {', '.join(texts)}: RECIPES in main.py win over Knobs")
+    text = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
+    print0(f"device    {text.format(**setup.environment)}\nkernels   {setup.environment['kernels']}")
+    splits = f"{len(training):,} training, {len(setup.data.validation):,} validation"
+    print0(f"data      {setup.data.name}: {splits}, {len(setup.data.test):,} test sequences")
+    T, C, H, W = training.shape
+    color = {1: "grey", 3: "color"}.get(C, f"{C} channels")
+    values = training[np.arange(min(len(training), 50))]
+    print0(f"          {T} frames of {H}×{W}, {color}, values {values.min()} to {values.max()}")
+
+
+def load_model(path, knobs, build):
+    """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
+    weights = checkpoint.load(path, "give another file")
+    saved = {k: v for k, v in weights["knobs"].items() if k in vars(knobs)} | {"weights": str(path)}
+    knobs = with_knobs_of(replace(knobs, **saved), weights, {})
+    device, _, _ = choose_device(knobs.device, "fp32")
+    model = build(knobs, weights["channels"]).to(device).eval()
+    checkpoint.load_weights(model, weights, path)
+    checkpoint.report_edits(weights, path)
+    attach(model, device, torch.float32)
+    model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
+    model.forecast = types.MethodType(forecast, model)
+    return model
+
+
+@torch.no_grad()
+def forecast(model, past, n):
+    """The n frames after past, both (B, T, C, H, W) in [0, 1], on the device of past."""
+    past = torch.as_tensor(past, dtype=torch.float32)
+    if not (past.min() >= 0 and past.max() <= 1):
+        raise ValueError(f"frames go from {past.min():.4g} to {past.max():.4g}; expected 0 to 1")
+    logits = model.eval()(past.to(next(model.parameters()).device), n)
+    return torch.sigmoid(logits).to(past.device)
