@@ -4,6 +4,8 @@
 
 Contenders take turns; the median of each is printed. Compare times of one run only. The reference has no
 peepholes, and it convolves zeros. A step reads 10 frames and forecasts 10, on an NVIDIA GPU if there is one.
+Then, on a CPU: a training step of the default network (forward and backward) against its bare convolutions,
+and without symmetric.py. At horizon h it reads 20 - h frames and forecasts h.
 """
 
 import json
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from support.devices import choose_device
@@ -62,6 +65,43 @@ def take_turns(functions, rounds, device):
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
+class Convolutions(TorchDispatchMode):
+    """Notes all convolutions, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += [(function, args)] if "convolution" in str(function) else []
+        return function(*args, **(kwargs or {}))
+
+
+def default_steps(horizon, dtype):
+    """name → a function: a training step of the default network, and parts or variants of it."""
+    from support.fast import symmetric  # here, so that the rest runs without support/fast
+
+    torch.manual_seed(0)
+    plain, model = (main.build(main.Knobs(), 1) for _ in range(2))
+    attach(model, torch.device("cpu"), dtype)
+    frames, find = torch.rand(8, 20, 1, 64, 64), symmetric.find
+
+    def step(model, finds=find):
+        symmetric.find = finds
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            logits = model(frames[:, : 20 - horizon], horizon, 4).float()
+        F.binary_cross_entropy_with_logits(logits, frames[:, -logits.shape[1] :]).backward()
+        torch.optim.SGD(model.parameters(), 1e-9).step()  # new weights, new blocks
+        model.zero_grad()
+        symmetric.find = find
+
+    with Convolutions() as noted:
+        step(plain)
+    bare = lambda: [function(*arguments) for function, arguments in noted.calls]
+    without = lambda: step(model, lambda *_: None)
+    return {"step": lambda: step(model), "step without symmetry": without, "bare convolutions": bare}
+
+
 def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)):
     """Time training steps of `batch` sequences, and forecasts of so many at once; the median of `rounds`."""
     device, dtype, _ = choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
@@ -83,6 +123,15 @@ def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)
             facts["rows"].append({"work": work, "batch": n, "name": name, "seconds": seconds})
             speeds = f"{seconds * 1e3:9.1f}{n / seconds:13.1f}{first / seconds:13.2f}x"
             print(f"{work:15}{n:6}  {name:32}{speeds}")
+    for label, d in dtypes.items() if not cuda else ():
+        for horizon in (1, 10):
+            medians = take_turns(default_steps(horizon, d), rounds, device)
+            for name, seconds in medians.items():
+                row = {"work": f"default, horizon {horizon}", "batch": 8, "name": f"{name}, {label}"}
+                facts["rows"].append(row | {"seconds": seconds})
+                ratio = seconds / medians["bare convolutions"]
+                text = f"{seconds * 1e3:9.1f}{8 / seconds:13.1f}{ratio:8.2f} of bare"
+                print(f"{row['work']:18}{8:3}  {row['name']:32}{text}")
     Path("bench.json").write_text(json.dumps(facts, indent=1))
 
 

@@ -14,12 +14,22 @@ from conftest import gradients, skip_without_compiler
 from test_my_model import DEVICE, MOTION, randomized, relative_error, seeded, small  # noqa: F401
 
 import motion
-from my_model import ConvLSTM, ConvLSTMCell
+from my_model import (
+    FLIPS,
+    ConvLSTM,
+    ConvLSTMCell,
+    hidden_grids,
+    make_equivariant,
+    new_kernel,
+    permutation,
+    symmetric_mean,
+)
 from support import sources
 
 fast = pytest.importorskip("support.fast")
 
 CPU = torch.device("cpu")
+SYMMETRIC = MOTION | {"equivariant": True, "hidden_channels": (32, 32), "head_channels": (32,), "dilation": 2}
 DTYPES = [torch.float32, torch.bfloat16]  # those that have compiled gates
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -85,15 +95,10 @@ def test_fast_layer_is_plain(name, dtype):
 @pytest.mark.parametrize("compiler", ["no_such_compiler", "false"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fast_layer_without_compiled_gates(monkeypatch, compiler, dtype):
-    """And with a torch that lacks the undocumented calls of oneDNN."""
-    assert fast.layer.can_prepack(torch.float32) or not torch.backends.mkldnn.is_available()
     layer, run = fast.layer, subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda words, **options: run([compiler, *words[1:]], **options))
-    monkeypatch.setattr(torch.ops, "mkldnn", None)
-    for name in ("gate_functions", "can_prepack"):
-        monkeypatch.setattr(layer, name, functools.cache(getattr(layer, name).__wrapped__))
+    monkeypatch.setattr(layer, "gate_functions", functools.cache(layer.gate_functions.__wrapped__))
     assert layer.gate_functions("cpu", dtype) == (layer.gates_forward, layer.gates_backward)
-    assert not layer.can_prepack(dtype)
     for n_in in (3, 0):
         assert_layer_is_plain(dtype, True, n_in, 4, 5, 3, (2, 3, 5, 7))
 
@@ -232,11 +237,75 @@ def test_a_wrong_one_is_noticed(winograd, monkeypatch):
             assert winograd.is_supported(weight, 1) == supported, name
 
 
+@pytest.fixture
+def symmetric():
+    skip_without_compiler()
+    return fast.symmetric
+
+
+def equivariant(n_in, n_out, groups=1):
+    """A random kernel, and its gradients, as the network would have them."""
+    kernel = new_kernel(n_in, groups * n_out, 3)
+    make_equivariant(kernel, groups * hidden_grids(n_out), hidden_grids(n_in))
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "H", "W", "n_in", "n_out", "groups", "dilation", "threads"),
+    [
+        pytest.param(2, 16, 16, 96, 96, 4, 2, 3, id="a_layer"),
+        pytest.param(1, 5, 7, 32, 64, 1, 1, 1, id="odd_sizes"),
+        pytest.param(11, 3, 2, 64, 32, 4, 2, 3, id="smaller_than_a_kernel"),
+        pytest.param(9, 1, 1, 128, 128, 1, 1, 1, id="one_pixel"),
+    ],
+    indirect=["threads"],
+)
+def test_symmetric_convolution_and_its_gradients(
+    symmetric, threads, N, H, W, n_in, n_out, groups, dilation, dtype
+):
+    weight = equivariant(n_in, n_out, groups)
+    x, dy = torch.randn(N, H, W, n_in).to(dtype), torch.randn(N, H, W, groups * n_out).to(dtype)
+    bias = torch.randn(groups * n_out)
+    exact_x, exact_weight = x.double().requires_grad_(), weight.detach().double().requires_grad_()
+    options = {"padding": dilation, "dilation": dilation}
+    exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, bias.double(), **options)
+    exact.permute(0, 2, 3, 1).backward(dy.double())
+    kernel = symmetric.find(weight, dtype)
+    kernel.multiply(x, dilation, y := torch.empty_like(dy))
+    twice = y.clone()
+    kernel.multiply(x, dilation, twice, add=True)
+    for z, b in (y, bias), (twice, 0 * bias):
+        symmetric.to_channels(z, groups, b)
+    symmetric.to_parities(dz := dy.clone(), groups)
+    (d_weight,) = torch.autograd.grad(kernel.blocks, weight, kernel.block_gradient(dz, x, dilation))
+    found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
+    # the part of the gradient that keeps the kernel equivariant
+    grids = groups * hidden_grids(n_out), hidden_grids(n_in)
+    pairs = [[permutation(flip, grid) for grid in grids] for flip in FLIPS]
+    y = exact.permute(0, 2, 3, 1)
+    expected = y, 2 * (y - bias.double()), exact_x.grad, symmetric_mean(exact_weight.grad, pairs)
+    assert_close(found, dict(zip(found, expected, strict=True)), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_kernel_that_is_not_symmetric_is_convolved_as_it_is(symmetric):
+    weight = equivariant(32, 32, 4)
+    assert symmetric.find(weight, torch.float32)
+    assert symmetric.find(weight, torch.float32) is symmetric.find(weight, torch.float32)  # once per step
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += weight.norm() / 50  # one number
+    assert symmetric.find(weight, torch.float32) is None
+    for other in (equivariant(8, 32), equivariant(32, 24), torch.randn(32, 32, 3, 3)):  # too few; no grids
+        assert symmetric.find(other, torch.float32) is None
+    assert symmetric.find(equivariant(32, 32), torch.float64) is None
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("options", [{}, MOTION | {"max_motion": 4}])
+@pytest.mark.parametrize("options", [{}, MOTION | {"max_motion": 4}, SYMMETRIC])
 def test_fast_network_is_plain(dtype, options):
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    model = small(hidden_channels=(16, 8), head_channels=(8,), patch_size=4, **options).to(exact)
+    sizes = {"hidden_channels": (16, 8), "head_channels": (8,), "patch_size": 4}
+    model = small(**sizes | options).to(exact)
     past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
     device = torch.device(DEVICE)
 

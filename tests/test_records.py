@@ -79,11 +79,12 @@ def test_sequences_a_second():
         assert rows[timed["name"]][work] == f"{timed['batch'] / timed['seconds']:.1f}"
 
 
-def test_long_pt_is_the_fresh_run():
+def test_long_pt_is_the_fresh_run(capsys):
     text = (RECORDS / "README.md").read_text("utf-8")
     ((step, mse, hash),) = re.findall(r"step ([\d,]+), validation MSE ([\d.]+), hash (\w+)", text)
     saved = torch.load(RECORDS / "long.pt", weights_only=True)
     assert hash == weights_hash(main.load(RECORDS / "long.pt"))
+    assert "edited" not in capsys.readouterr().out  # its network is today's
     assert step == f"{saved['step']:,}" and saved["step"] == read("long/metrics.json")["step"]
     lines = (RECORDS / "long" / "log.csv").read_text("utf-8").splitlines()
     (scored,) = [line for line in csv.DictReader(lines) if line["step"] == step.replace(",", "")]

@@ -4,11 +4,13 @@ They stand for the code that WRITTEN_FOR names. If that was edited, it runs as i
 compiled function that disagrees with the plain one, beyond rounding, is not used.
 """
 
+import functools
+
 import torch
 
 import my_model
 from support import sources
-from support.fast import layer, motion
+from support.fast import layer, motion, symmetric
 
 # (file, definitions) → their fingerprint without comments and docstrings
 WRITTEN_FOR = {
@@ -44,6 +46,8 @@ def attach(model, device, dtype):
         return ", ".join([*used, "the edited ConvLSTM layer as it stands, which is slower"])
     for module in layers:
         module.fast = layer.fast_layer
+    if on_cpu and type(model.head[0]) is torch.nn.Conv2d and model.head[0].padding == (1, 1):
+        model.head[0].forward = functools.partial(symmetric.head_layer, model.head[0])
     compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
     used.append("fast layer with compiled gates" if compiled else "fast layer")
     if on_cpu and not compiled:

@@ -9,8 +9,8 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
    into the sequence, and backward turns the pre-activations into their gradient.
 4. Only x, z, h and c are kept for backward, which computes the gates again. The state-to-state weight
    gradient of all frames is one convolution.
-5. Convolutions use Winograd's method where that pays (`winograd.py`). Otherwise oneDNN rearranges the weight
-   once per call, not once per frame.
+5. Equivariant kernels need a quarter of the multiplications (`symmetric.py`). Others use Winograd's method
+   where that pays (`winograd.py`), else torch.
 
 T frames, B batch, H height, W width, C hidden channels; z the pre-activations of i, f, o, g.
 """
@@ -20,7 +20,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from support.fast import build, winograd
+from support.fast import build, symmetric, winograd
 
 
 def fast_layer(cell, x, state, n_frames):
@@ -31,9 +31,14 @@ def fast_layer(cell, x, state, n_frames):
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
     c_dtype = torch.promote_types(dtype, torch.float32)
-    cast = lambda w: w if w.dtype == dtype else w.to(dtype, memory_format=torch.channels_last)
-    input_to_state = None if x is None else cast(cell.input_to_state)
-    weights = input_to_state, cast(cell.state_to_state), cell.bias.to(dtype)
+    weights, bias = (None if x is None else cell.input_to_state, cell.state_to_state), cell.bias
+    kernels = [w if w is None else symmetric.find(w, dtype) for w in weights]
+    if kernels[1] and (x is None or kernels[0]):
+        make, bias = functools.partial(symmetric.Symmetric, cell.dilation, *kernels), bias.float()
+        weights = [kernel and kernel.blocks for kernel in kernels]
+    else:
+        make, bias = functools.partial(Plain, cell.dilation), bias.to(dtype)
+        weights = [w if w is None else w.to(dtype) for w in weights]
     peephole = state[0].new_zeros(3, cell.hidden_channels) if cell.peephole is None else cell.peephole
     h, c = (s.permute(0, 2, 3, 1) for s in state)
     x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
@@ -41,7 +46,7 @@ def fast_layer(cell, x, state, n_frames):
     if device == "cpu" or torch.is_grad_enabled():  # evaluation on a GPU is too short to compile for
         gates = gate_functions(device, dtype)
     with torch.autocast(device, enabled=False):
-        options = n_frames, gates, *weights, peephole.to(c_dtype), cell.dilation
+        options = n_frames, gates, make, *weights, bias, peephole.to(c_dtype)
         hs, h, c = FastConvLSTM.apply(x, h.to(dtype), c.to(c_dtype), *options)
     return hs.permute(1, 0, 4, 2, 3), (h.permute(0, 3, 1, 2), c.permute(0, 3, 1, 2))
 
@@ -111,13 +116,12 @@ def gate_functions(device_type, dtype):
 class FastConvLSTM(torch.autograd.Function):
     """x (T, B, H, W, C_in) or None, h and c (B, H, W, C), weights → all h (T, B, H, W, C), last h and c.
 
-    Backward runs only once, as it overwrites z.
+    make: weights → the two convolutions, a Plain or a Symmetric. Backward runs only once, as it overwrites z.
     """
 
     @staticmethod
-    def forward(ctx, x, h, c, n_frames, gates, input_weight, state_weight, bias, peephole, dilation):
+    def forward(ctx, x, h, c, n_frames, gates, make, input_weight, state_weight, bias, peephole):
         B, H, W, C = c.shape
-        pixels = n_frames * B * H * W
         c = c.clone(memory_format=torch.contiguous_format)
         cells = h.new_empty(n_frames, B, H, W, C)  # before each step
         hiddens = h.new_empty(n_frames + 1, B, H, W, C)
@@ -126,20 +130,16 @@ class FastConvLSTM(torch.autograd.Function):
         # a GPU this check would wait for all queued work. Not for a single frame: its weight gradient would
         # have no input.
         first = int(n_frames > 1 and h.device.type == "cpu" and not h.any())
-        if x is None:
-            z = h.new_empty(n_frames, B, H, W, 4 * C)
-        else:
-            z = convolution(input_weight, pixels, bias)(x.flatten(0, 1)).view(n_frames, B, H, W, 4 * C)
+        convolutions = make(input_weight, state_weight, n_frames * B * H * W)
+        z = convolutions.of_inputs(x, bias, (n_frames, B, H, W, 4 * C))
         peephole = peephole.detach()  # torch.compile compiles anew for what needs a gradient
-        state_to_state = convolution(state_weight, pixels, dilation=dilation)
         for t in range(n_frames):
-            if x is None:
-                z[t] = bias  # now, so that it is in the cache when it is added to
             if t >= first:
-                state_to_state(hiddens[t], z[t])
+                convolutions.add_state(hiddens[t], z[t])
+            convolutions.finish(z[t], bias)
             gates[0](z[t], peephole, c, cells[t], hiddens[t + 1])
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
-        ctx.sequences, ctx.first, ctx.dilation, ctx.gates = (z, cells, hiddens), first, dilation, gates
+        ctx.sequences, ctx.first, ctx.make, ctx.gates = (z, cells, hiddens), first, make, gates
         return hiddens[1:], hiddens[-1], c
 
     @staticmethod
@@ -151,27 +151,62 @@ class FastConvLSTM(torch.autograd.Function):
             raise RuntimeError(f"the fast ConvLSTM layer can be differentiated only once; {advice}")
         x, input_weight, state_weight, peephole = ctx.saved_tensors
         z, cells, hiddens = ctx.sequences
-        pixels = z[..., 0].numel()
         ctx.sequences = None  # z is about to be overwritten
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh, dh_next = dh.contiguous(), dh_next.contiguous()
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
-        to_dh = convolution(flipped(state_weight), pixels, dilation=ctx.dilation)
+        convolutions = ctx.make(input_weight, state_weight, z[..., 0].numel())
         for t in reversed(range(len(z))):
             ctx.gates[1](z[t], peephole, cells[t], dh[t], dh_next, dc, sums)
+            convolutions.begin_backward(z[t])
             if t or ctx.needs_input_grad[1]:
-                dh_next = to_dh(z[t])
-        del cells, dh, to_dh  # what follows needs room of its own
-        dz = z.flatten(0, 1)
-        convolved = z[ctx.first :].flatten(0, 1), hiddens[ctx.first : -1].flatten(0, 1)
-        d_state = weight_gradient(*convolved, state_weight, ctx.dilation)
-        dx = d_input = None
+                dh_next = convolutions.state_gradient(z[t])
+        del cells, dh  # what follows needs room of its own
+        past = slice(ctx.first, None), slice(ctx.first, -1)
+        d_state = convolutions.weight_gradient(1, z[past[0]].flatten(0, 1), hiddens[past[1]].flatten(0, 1))
+        dz, dx, d_input = z.flatten(0, 1), None, None
         if x is not None:
-            d_input = weight_gradient(dz, x.flatten(0, 1), input_weight)
+            d_input = convolutions.weight_gradient(0, dz, x.flatten(0, 1))
             if ctx.needs_input_grad[0]:
-                dx = convolution(flipped(input_weight), pixels)(dz).view(x.shape)
+                dx = convolutions.input_gradient(dz).view(x.shape)
         sums = sums.sum(0)
-        return dx, dh_next, dc, None, None, d_input, d_state, sums[:4].flatten().to(z.dtype), sums[4:], None
+        return dx, dh_next, dc, None, None, None, d_input, d_state, sums[:4].flatten(), sums[4:]
+
+
+class Plain:
+    """The two convolutions of a layer, by torch or by Winograd's method."""
+
+    def __init__(self, dilation, input_weight, state_weight, pixels):
+        self.weights, self.dilations, self.pixels = (input_weight, state_weight), (1, dilation), pixels
+        self.of_state = self.to_state = None
+
+    def of_inputs(self, x, bias, shape):
+        """Pre-activations of all frames, without the hidden state's part."""
+        if x is None:
+            return bias.expand(shape).contiguous()
+        return convolution(self.weights[0], self.pixels, bias)(x.flatten(0, 1)).view(shape)
+
+    def add_state(self, h, z):
+        if self.of_state is None:
+            self.of_state = convolution(self.weights[1], self.pixels, dilation=self.dilations[1])
+        self.of_state(h, z)
+
+    def finish(self, z, bias):
+        """Nothing to do."""
+
+    def begin_backward(self, dz):
+        """Nothing to do."""
+
+    def state_gradient(self, dz):
+        if self.to_state is None:
+            self.to_state = convolution(flipped(self.weights[1]), self.pixels, dilation=self.dilations[1])
+        return self.to_state(dz)
+
+    def input_gradient(self, dz):
+        return convolution(flipped(self.weights[0]), self.pixels)(dz)
+
+    def weight_gradient(self, k, dz, x):
+        return weight_gradient(dz, x, self.weights[k], self.dilations[k])
 
 
 def convolution(weight, pixels, bias=None, dilation=1):
@@ -184,49 +219,14 @@ def convolution(weight, pixels, bias=None, dilation=1):
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         return functools.partial(winograd.convolve, winograd.to_points(weight), k, dilation, bias)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    packed = torch.backends.mkldnn.enabled and weight.device.type == "cpu" and can_prepack(weight.dtype)
-    kind = prepacked_convolution if packed else plain_convolution
-    return kind(weight, bias, dilation * (k // 2), dilation)
-
-
-def plain_convolution(weight, bias, padding, dilation):
-    def convolve(x, y=None):
-        added = bias if y is None else None
-        found = F.conv2d(as_images(x), weight, added, padding=padding, dilation=dilation)
-        found = found.permute(0, 2, 3, 1).contiguous()
-        return found if y is None else y.add_(found)
-
-    return convolve
-
-
-def prepacked_convolution(weight, bias, padding, dilation):
-    """The same with oneDNN's own calls, as torch.compile makes them: the weight is laid out once."""
-    onednn, options, packed = torch.ops.mkldnn, ([padding] * 2, [1, 1], [dilation] * 2, 1), []
 
     def convolve(x, y=None):
-        x = as_images(x)
-        if not packed:
-            packed.append(onednn._reorder_convolution_weight(weight, *options, x.shape))
-        if y is None:
-            found = onednn._convolution_pointwise(x, *packed, bias, *options, "none", [], "")
-            return found.permute(0, 2, 3, 1).contiguous()
-        onednn._convolution_pointwise_(as_images(y), x, *packed, None, *options, "add", 1.0, None, [], None)
-        return y
+        options = {"padding": dilation * (k // 2), "dilation": dilation}
+        z = F.conv2d(as_images(x), weight, bias if y is None else None, **options)
+        z = z.permute(0, 2, 3, 1).contiguous()
+        return z if y is None else y.add_(z)
 
     return convolve
-
-
-@functools.cache
-def can_prepack(dtype):
-    """Whether prepacked_convolution, whose calls are not documented, works and agrees with the plain one."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
-    x, y, weight, bias = draw(2, 5, 4, 16), draw(2, 5, 4, 32), draw(32, 16, 3, 3) / 12, draw(32)
-    both = [kind(weight, bias, 2, 2) for kind in (prepacked_convolution, plain_convolution)]
-    try:
-        return build.agree(*([convolve(x), convolve(x, y.clone())] for convolve in both), dtype)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
 
 
 def as_images(x):
