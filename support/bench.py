@@ -68,12 +68,10 @@ def take_turns(functions, rounds, device):
 class Convolutions(TorchDispatchMode):
     """Notes all convolutions, with their arguments."""
 
-    def __init__(self):
-        super().__init__()
-        self.calls = []
+    calls = ()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += [(function, args)] if "convolution" in str(function) else []
+        self.calls += ((function, args),) if "convolution" in str(function) else ()
         return function(*args, **(kwargs or {}))
 
 
@@ -82,7 +80,8 @@ def default_steps(horizon, dtype):
     from support.fast import symmetric  # here, so that the rest runs without support/fast
 
     torch.manual_seed(0)
-    plain, model = (main.build(main.Knobs(), 1) for _ in range(2))
+    knobs = replace(main.Knobs(), **CONTENDERS["my_model"])
+    plain, model = (main.build(knobs, 1) for _ in range(2))
     attach(model, torch.device("cpu"), dtype)
     frames, find = torch.rand(8, 20, 1, 64, 64), symmetric.find
 
@@ -104,34 +103,29 @@ def default_steps(horizon, dtype):
 
 def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)):
     """Time training steps of `batch` sequences, and forecasts of so many at once; the median of `rounds`."""
-    device, dtype, _ = choose_device("cuda" if torch.cuda.is_available() else "cpu", "auto")
+    cuda = torch.cuda.is_available()
+    device, dtype, _ = choose_device("cuda" if cuda else "cpu", "auto")
     dtypes = {"fp32": torch.float32} | ({"bf16": dtype} if dtype == torch.bfloat16 else {})
-    cuda = device.type == "cuda"
     machine = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     facts = {"machine": f"{platform.system()} {machine}", "threads": torch.get_num_threads()}
     facts |= {"torch": torch.__version__, "rounds": rounds, "rows": []}
     print("{machine}, {threads} threads, torch {torch}".format(**facts))
-    print(f"{'work':15}{'batch':>6}  {'':32}{'ms':>9}{'sequences/s':>13}{'speed-up':>14}")
-    for work, n in ("training step", batch), *(("forecast", n) for n in forecasts):
-        functions, training = {}, work == "training step"
-        for label, d in dtypes.items():
-            for name in CONTENDERS:
-                functions[f"{name}, {label}"] = make_step(name, d, device, n, training=training)
+
+    def table(work, n, functions, first):
         medians = take_turns(functions, rounds, device)
-        first = next(iter(medians.values()))
         for name, seconds in medians.items():
             facts["rows"].append({"work": work, "batch": n, "name": name, "seconds": seconds})
-            speeds = f"{seconds * 1e3:9.1f}{n / seconds:13.1f}{first / seconds:13.2f}x"
-            print(f"{work:15}{n:6}  {name:32}{speeds}")
-    for label, d in dtypes.items() if not cuda else ():
-        for horizon in (1, 10):
-            medians = take_turns(default_steps(horizon, d), rounds, device)
-            for name, seconds in medians.items():
-                row = {"work": f"default, horizon {horizon}", "batch": 8, "name": f"{name}, {label}"}
-                facts["rows"].append(row | {"seconds": seconds})
-                ratio = seconds / medians["bare convolutions"]
-                text = f"{seconds * 1e3:9.1f}{8 / seconds:13.1f}{ratio:8.2f} of bare"
-                print(f"{row['work']:18}{8:3}  {row['name']:32}{text}")
+            speed = f"{seconds * 1e3:9.1f} ms{n / seconds:9.1f} sequences/s"
+            print(f"{work:19}{n:3}  {name:28}{speed}{seconds / medians[first]:9.2f} of the time of {first}")
+
+    for work, n in ("training step", batch), *(("forecast", n) for n in forecasts):
+        pairs = [(label, d, name) for label, d in dtypes.items() for name in CONTENDERS]
+        train = work == "training step"
+        steps = {f"{name}, {label}": make_step(name, d, device, n, train) for label, d, name in pairs}
+        table(work, n, steps, "reference, fp32")
+    for label, d, horizon in [(*item, h) for item in dtypes.items() for h in (1, 10)] if not cuda else ():
+        steps = {f"{name}, {label}": step for name, step in default_steps(horizon, d).items()}
+        table(f"default, horizon {horizon}", 8, steps, f"bare convolutions, {label}")
     Path("bench.json").write_text(json.dumps(facts, indent=1))
 
 

@@ -11,8 +11,7 @@ import torch
 
 import figures
 import metrics
-import moving_mnist
-from support import UserError, checkpoint, sources
+from support import checkpoint, sources
 from support.checkpoint import open_atomic, write_atomic
 from support.compare import compare_runs, describe_split, means, table
 from support.devices import RANK, on_rank_0, print0
@@ -20,7 +19,6 @@ from support.folders import read_json
 from support.score import BASELINES, CROSS_ENTROPY, CURVES, forecast, score, split_frames, summary
 
 WATCHED = 100  # validation sequences, evenly chosen, that every evaluation scores
-N_BEYOND = 100  # sequences of each case beyond training
 
 
 def evaluate(setup, folder, progress):
@@ -81,16 +79,16 @@ def restore_log(setup, folder, progress):
         write_log(setup, folder, progress)
 
 
-def baselines(setup, folder, dataset, names, index=None, frames_out=0):
+def baselines(setup, folder, dataset, names, index=None):
     """baseline → summary of these metrics. Computed once for the same data, and kept beside the runs."""
     part = len(dataset), None if index is None else index.tolist(), getattr(dataset, "seed", None)
-    task = setup.knobs.frames_in, frames_out or setup.knobs.frames_out, tuple(names)
+    task = setup.knobs.frames_in, setup.knobs.frames_out, tuple(names)
     sha = hashlib.sha256(dataset.content)
     sha.update(repr((part, task, sources.fingerprint("metrics.py"), cv2.__version__)).encode())
     key, path = sha.hexdigest(), folder.parent / ".baselines.json"
     kept = on_rank_0(read_json, path) or {}
     if key not in kept:
-        kept[key] = {who: summary(score(setup, dataset, names, who, index, frames_out)) for who in BASELINES}
+        kept[key] = {who: summary(score(setup, dataset, names, who, index)) for who in BASELINES}
         if RANK == 0:
             write_atomic(path, json.dumps(kept).encode())
     return kept[key]
@@ -125,7 +123,7 @@ def finish(setup, folder, step):
     torch.manual_seed(knobs.seed)  # for a network that draws random numbers
     if not knobs.eval_only:
         print0(f"scoring   {len(data.validation):,} validation sequences")
-        validation_mse = float(np.mean(mse_curve(setup, data.validation)))
+        validation_mse = float(score(setup, data.validation, ["mse_per_frame"])["mse_per_frame"].mean())
     print0(f"scoring   {len(test):,} test sequences")
     scores = score(setup, test, (*CURVES, CROSS_ENTROPY))
     ranking = scores["mse_per_frame"].mean(1).argsort(stable=True)
@@ -146,8 +144,6 @@ def finish(setup, folder, step):
         "validation_mse": validation_mse,
         "scores": {knobs.model: summary(scores), **baselines(setup, folder, test, CURVES)},
     }
-    if data.is_moving_mnist:
-        results["beyond"] = score_beyond_training(setup, folder)
     if RANK == 0:
         draw_samples(setup, folder, f"{validated(setup)}, weights of step {step:,}")
         title = results["data_tested"] + ("" if test.split == "all" else f", {test.split} split")
@@ -161,52 +157,6 @@ def finish(setup, folder, step):
         write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
         compare_runs(folder.parent, results, first[0].numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
-
-
-def score_beyond_training(setup, folder):
-    """Score and draw cases unlike the training data. Returns case → model or baseline → MSE of each frame.
-
-    Three digits, more frames, a larger canvas; the sequences are generated from MNIST's test digits.
-    """
-    digits = on_rank_0(read_test_digits)
-    if digits is None:
-        return {}
-    knobs, n = setup.knobs, setup.knobs.frames_out
-    large = max(96, 64 + knobs.patch_size)  # it can be cut into patches where 64 can
-    cases = {
-        f"{3 * n} frames": (3 * n, {}),
-        "three digits": (n, {"n_digits": 3}),
-        # on the larger canvas, a digit moves as many pixels per frame as on 64×64
-        f"{large}×{large} pixels": (n, {"size": large, "step": 0.1 * (64 - 28) / (large - 28)}),
-    }
-    results = {}
-    for case, (length, options) in cases.items():
-        frames = moving_mnist.generate(digits, N_BEYOND, 0, knobs.frames_in + length, **options)
-        dataset = moving_mnist.MovingMNIST(frames.swapaxes(0, 1))
-        curves = {knobs.model: mse_curve(setup, dataset, length)}
-        found = baselines(setup, folder, dataset, ["mse_per_frame"], frames_out=length)
-        curves |= {who: scores["mse_per_frame"]["per_frame"] for who, scores in found.items()}
-        shorter = {"as in training": n, f"{2 * n} frames": 2 * n} if length > n else {}
-        for part, end in {**shorter, case: length}.items():  # a long forecast begins with the short ones
-            results[part] = {who: values[:end] for who, values in curves.items()}
-        if RANK == 0:  # the first sequence, as good or bad as it happens to be
-            named = {f"beyond_{case.replace(' ', '_').replace('×', 'x')}": (0, "never trained on")}
-            draw_named(setup, folder, dataset, named, f"{knobs.model}, {case}", length)
-    if RANK == 0:
-        write_atomic(folder / "beyond.png", figures.per_frame({case: results[case] for case in cases}))
-    return results
-
-
-def read_test_digits():
-    try:
-        return moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
-    except UserError as error:  # no reason to lose the scores of the test split
-        print0(f"cannot score the cases beyond training: {error}")
-
-
-def mse_curve(setup, dataset, frames_out=0):
-    """The model's MSE of each forecast frame, mean over sequences."""
-    return score(setup, dataset, ["mse_per_frame"], frames_out=frames_out)["mse_per_frame"].mean(0).tolist()
 
 
 def draw_samples(setup, folder, title):
@@ -241,10 +191,10 @@ def draw_ranked(setup, folder, ranking, title):
     write_atomic(folder / "predict_last_frame.png", figures.grid(rows, title))
 
 
-def draw_named(setup, folder, dataset, named, title, frames_out=0):
+def draw_named(setup, folder, dataset, named, title):
     """<name>.png of each; named: name → (index in the dataset, words for the title)."""
     index = np.array([i for i, _ in named.values()])
-    past, truth = split_frames(dataset[index], setup.knobs, frames_out)
+    past, truth = split_frames(dataset[index], setup.knobs)
     prediction = forecast(setup, past, truth.shape[1])[0].cpu()
     for (name, (_, what)), p, t, f in zip(named.items(), past, truth, prediction, strict=True):
         picture = figures.prediction(p, t, f, f"{title}: {what}, {describe_error(f, t)}")
@@ -270,13 +220,6 @@ def describe(results):
     ]
     if better:
         lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
-    if beyond := results.get("beyond"):
-        names = list(next(iter(beyond.values())))
-        rows = [
-            [case, *(f"{np.mean(curves[name]):.1f}" for name in names)] for case, curves in beyond.items()
-        ]
-        lines += ["", f"beyond training, MSE of {N_BEYOND} generated sequences with test digits"]
-        lines.append(table(["", *(figures.LABELS.get(name, name) for name in names)], rows))
     lines += ["", "weights   of training step {step:,}, hash {weights}".format(**results)]
     if mse := results.get("validation_mse"):
         lines[-1] += f", validation MSE {mse:.2f} (to choose between runs)"

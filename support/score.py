@@ -14,9 +14,9 @@ CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)  # one
 BASELINES = "black", "copy_last", "optical_flow"
 
 
-def split_frames(frames, knobs, frames_out=0, device="cpu"):
-    """uint8 sequences → (past, truth) in [0, 1]; frames_out: instead of the knob's."""
-    frames = frames[:, : knobs.frames_in + (frames_out or knobs.frames_out)].to(device).float() / 255
+def split_frames(frames, knobs, device="cpu"):
+    """uint8 sequences → (past, truth) in [0, 1]."""
+    frames = frames[:, : knobs.frames_in + knobs.frames_out].to(device).float() / 255
     return frames[:, : knobs.frames_in], frames[:, knobs.frames_in :]
 
 
@@ -29,21 +29,21 @@ def forecast(setup, past, n):
     return torch.sigmoid(logits), logits
 
 
-def score(setup, dataset, names, who="", index=None, frames_out=0):
+def score(setup, dataset, names, who="", index=None):
     """name → metrics.<name> of each sequence of the dataset, or of those in index: (N, T).
 
-    The cross-entropy has one value per sequence: (N, 1). who: a baseline; "": the model. frames_out: instead
-    of the knob's. Raises UserError for a metric of another shape.
+    The cross-entropy has one value per sequence: (N, 1). who: a baseline; "": the model. Raises UserError for
+    a metric of another shape.
     """
     index = np.arange(len(dataset)) if index is None else index
-    n_future = frames_out or setup.knobs.frames_out
+    n_future = setup.knobs.frames_out
     widths = {name: 1 if name == CROSS_ENTROPY else n_future for name in names}
     scores = {name: torch.zeros(len(index), width).double() for name, width in widths.items()}
     mine = np.arange(len(index))[RANK::WORLD_SIZE]
     at_once = max(1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:])))  # fewer of large frames
     for start in range(0, len(mine), at_once):
         batch = mine[start : start + at_once]
-        past, truth = split_frames(dataset[index[batch]], setup.knobs, n_future, setup.device)
+        past, truth = split_frames(dataset[index[batch]], setup.knobs, setup.device)
         if who:
             prediction, logits = getattr(metrics, who)(past, n_future), None
         else:

@@ -7,15 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import finish, flags, results, start, wait_until
 from PIL import Image
-from test_runs import of_model
 
-import metrics
-import moving_mnist
-from moving_mnist import generate
-from support import checkpoint, compare, report
+from support import checkpoint, compare
 
 
 def rows(path):
@@ -115,36 +110,3 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
     assert found[one][8] == "–" != found["scored"][8]
     assert not list(tmp_path.glob("*.half")) and (tmp_path / "mine.2026-draft.tmp").exists()
     assert f": {', '.join(sorted(DAMAGE))}.\n" in (tmp_path / "compare.md").read_text("utf-8")
-
-
-def test_cases_beyond_training_are_what_they_say(tmp_path, capsys, monkeypatch):
-    """The forecast that is tested notes what it is shown."""
-    monkeypatch.setattr(report, "N_BEYOND", 8)
-    seen, folder = [], tmp_path / "run"
-    folder.mkdir()
-
-    def noting(past, n):
-        seen.extend([(past, n)] if len(past) > 1 else [])
-        return torch.logit(metrics.copy_last(past, n))
-
-    found = report.score_beyond_training(of_model(noting, 10, 10), folder)
-    assert list(found) == ["as in training", "20 frames", "30 frames", "three digits", "96×96 pixels"]
-    assert [len(curves["my_model"]) for curves in found.values()] == [10, 20, 30, 10, 10]
-    for curves in found.values():
-        assert curves["my_model"] == pytest.approx(curves["copy_last"])  # the same frames
-    assert [(past.shape[-1], n) for past, n in seen] == [(64, 30), (64, 10), (96, 10)]
-    usual, three, large = (past for past, _ in seen)
-    digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")
-    squares = np.square(generate(digits, 8, 0, n_frames=40)[:, 10:] / 255).sum((2, 3, 4)).mean(0)
-    for part, n in ("as in training", 10), ("20 frames", 20), ("30 frames", 30):
-        np.testing.assert_allclose(found[part]["black"], squares[:n])
-    ink = lambda past: past.sum((2, 3, 4)).mean().item()
-    assert 1.3 < ink(three) / ink(usual) < 1.5  # as digits overlap
-    assert 0.9 < ink(large) / ink(usual) < 1.15
-    motion = lambda past: np.abs(np.diff(past.numpy(), axis=1)).sum((2, 3, 4)).mean()
-    assert 0.85 < motion(large) / motion(usual) < 1.2  # as many pixels a frame
-    pictures = {f"beyond{case}.png" for case in ("", "_three_digits", "_30_frames", "_96x96_pixels")}
-    assert {path.name for path in folder.iterdir()} == pictures
-    monkeypatch.setattr(moving_mnist, "RAW", tmp_path)
-    assert report.score_beyond_training(of_model(noting, 10, 10), folder) == {}
-    assert "digits_test.png is missing or damaged" in capsys.readouterr().out

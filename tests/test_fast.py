@@ -276,8 +276,8 @@ def test_symmetric_convolution_and_its_gradients(
     twice = y.clone()
     kernel.multiply(x, dilation, twice, add=True)
     for z, b in (y, bias), (twice, 0 * bias):
-        symmetric.to_channels(z, groups, b)
-    symmetric.to_parities(dz := dy.clone(), groups)
+        symmetric.exchange(z, groups, b)
+    symmetric.exchange(dz := dy.clone(), groups)
     (d_weight,) = torch.autograd.grad(kernel.blocks, weight, kernel.block_gradient(dz, x, dilation))
     found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
     # the part of the gradient that keeps the kernel equivariant

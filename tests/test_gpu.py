@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import main
-import motion
 from moving_mnist import Data, MovingMNIST
 from support import score
 from support.prepare import Setup
@@ -74,8 +73,8 @@ def test_a_training_step_reads_once_and_copies_its_batch(monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.float32)])
-def test_compiled_gates_and_costs_are_plain(backend, dtype, monkeypatch):
-    """Also in a layer, with its gradients; and with one compilation for all numbers of images."""
+def test_compiled_gates_are_plain(backend, dtype, monkeypatch):
+    """Also in a layer, with its gradients."""
     skip_without_compiler()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     steps = lambda pair, k: fast.layer.one_step(*pair, dtype, (1, 20)[k])
@@ -83,12 +82,5 @@ def test_compiled_gates_and_costs_are_plain(backend, dtype, monkeypatch):
     assert set(PLAIN).isdisjoint(compiled)
     monkeypatch.setattr(fast.layer, "gate_functions", lambda *_: compiled)
     assert_layer_is_plain(dtype, True, 3, 4, 3, 3, (2, 3, 5, 7))
-    given = [(torch.rand(n, 1, 16, 20), torch.rand(n, 1, 16, 20), 4, 2) for n in (3, 4, 63)]
-    costs, graphs = motion.matching_costs, torch._dynamo.utils.counters["stats"]
-    before = graphs["unique_graphs"]
-    (compiled,) = fast.build.by_torch((costs,), lambda f, k: [f[0](*given[k])], torch.float32, dynamic=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*given[2]), costs(*given[2]))
-    assert compiled is not costs and graphs["unique_graphs"] == before + 1
-    wrong = lambda functions, k: [torch.ones(1) + (functions[0] is costs)]
-    assert fast.build.by_torch((costs,), wrong, torch.float32) == (costs,)
+    wrong = lambda pair, k: [torch.ones(1) + (pair[0] is PLAIN[0])]
+    assert fast.build.by_torch(PLAIN, wrong, dtype) == PLAIN

@@ -33,14 +33,9 @@ def attach(model, device, dtype):
         return "plain PyTorch"  # so on MPS, where channels-last convolutions are slow
     used, on_cpu, moves = [], device.type == "cpu", (model.patch_size, model.max_motion)
     compiling = on_cpu or model.training  # evaluation on a GPU is too short to compile for
-    if not model.max_motion or not is_original("motion.py"):
-        pass
-    elif on_cpu and motion.is_supported(*moves):
+    if on_cpu and model.max_motion and is_original("motion.py") and motion.is_supported(*moves):
         model.advect, model.matching_costs = motion.advect, motion.matching_costs
         used.append("compiled motion")
-    elif not on_cpu and compiling and motion.costs_on_gpu(*moves) is not my_model.matching_costs:
-        model.matching_costs = motion.matching_costs_on_gpu
-        used.append("compiled matching")
     layers = [module for module in model.modules() if isinstance(module, my_model.ConvLSTM)]
     if not is_original("my_model.py") or any(map(has_changed, layers)):
         return ", ".join([*used, "the edited ConvLSTM layer as it stands, which is slower"])

@@ -30,7 +30,7 @@ def build(source, *flags):
 
 
 @torch.no_grad()
-def by_torch(plain, results, dtype, dynamic=False):
+def by_torch(plain, results, dtype):
     """Functions by torch.compile, for a GPU; the plain ones where it fails, as without Triton, or disagrees.
 
     results(functions, k): their results for test input k, 0 or 1.
@@ -38,7 +38,7 @@ def by_torch(plain, results, dtype, dynamic=False):
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # few kernels need no pool of processes
     with contextlib.suppress(Exception):  # a compiler, or an edited function, may raise anything
         torch._dynamo.config.recompile_limit = 64  # one for each batch, width and dtype
-        compiled = tuple(torch.compile(f, dynamic=dynamic) for f in plain)
+        compiled = tuple(torch.compile(f, dynamic=False) for f in plain)
         if all(agree(results(compiled, k), results(plain, k), dtype) for k in (0, 1)):
             return compiled
     return plain

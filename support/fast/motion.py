@@ -1,4 +1,4 @@
-"""`advect` and `matching_costs` of motion.py, compiled: for the CPU in fp32, the latter also for a GPU."""
+"""`advect` and `matching_costs` of motion.py, compiled for the CPU, in fp32."""
 
 import functools
 
@@ -23,27 +23,6 @@ def matching_costs(frames, before, patch_size, max_motion):
     costs = frames.new_empty(N, H // patch_size, W // patch_size, (2 * max_motion + 1) ** 2)
     call("match", patch_size, before, costs, frames)
     return costs
-
-
-def matching_costs_on_gpu(frames, before, patch_size, max_motion):
-    """`motion.matching_costs`, compiled for a GPU."""
-    if frames.device.type != "cuda" or torch.is_inference_mode_enabled():  # evaluation is too short
-        return plain.matching_costs(frames, before, patch_size, max_motion)
-    with torch.autocast("cuda", enabled=False):  # under autocast, torch.compile would start anew
-        images = frames.detach(), before.detach()
-        return costs_on_gpu(patch_size, max_motion)(*images, patch_size, max_motion)
-
-
-@functools.cache
-def costs_on_gpu(patch_size, max_motion):
-    """`motion.matching_costs` by torch.compile, where that works."""
-
-    def results(functions, k):
-        shape, generator = (8 + k, 1, 16 * patch_size, 16 * patch_size), torch.Generator().manual_seed(k)
-        images = (torch.rand(shape, generator=generator).cuda() for _ in range(2))
-        return [functions[0](*images, patch_size, max_motion)]
-
-    return build.by_torch((plain.matching_costs,), results, torch.float32, dynamic=True)[0]
 
 
 class Advect(torch.autograd.Function):

@@ -15,7 +15,9 @@ typedef VECTOR(float, 4) vector;
 typedef uint16_t real;
 typedef VECTOR(uint32_t, 4) words;
 typedef VECTOR(uint16_t, 2) halves;
-static inline vector load(const real *p) { return (vector)(__builtin_convertvector(*(const halves *)p, words) << 16); }
+static inline vector load(const real *p) {
+    return (vector)(__builtin_convertvector(*(const halves *)p, words) << 16);
+}
 static inline void store(real *p, vector x) {
 #ifdef __AVX512BF16__
     *(halves *)p = (halves)_mm256_cvtneps_pbh((__m256)x);
@@ -113,37 +115,25 @@ void features_backward(long N, long H, long W, long Q, long D, long threads, con
     }
 }
 
-/* z (n, 4 parities, G·Q) → (n, G, 4 members, Q), in place, plus the bias */
-void to_channels(long n, long G, long Q, long threads, const float *bias, real *z) {
+/* z (n, 4 parities, G, Q) → (n, G, 4 members, Q), in place, plus the bias; or, without a bias, back */
+void exchange(long n, long G, long Q, long threads, const float *bias, real *z) {
+    const long of_parity = G * Q;
 #pragma omp parallel for num_threads(threads)
     for (long p = 0; p < n; p++) {
         real row[4 * G * Q], *here = z + p * 4 * G * Q;
         memcpy(row, here, sizeof row);
         for (long g = 0; g < G; g++)
             for (long q = 0; q < Q; q += V) {
+                long parities = g * Q + q, members = g * 4 * Q + q;
                 vector u[4];
-                for (int a = 0; a < 4; a++) u[a] = load(row + (a * G + g) * Q + q);
+                for (int a = 0; a < 4; a++)
+                    u[a] = load(row + (bias ? parities + a * of_parity : members + a * Q));
                 butterfly(u);
-                for (int m = 0; m < 4; m++) {
-                    long c = (g * 4 + m) * Q + q;
-                    store(here + c, u[m] + *(const vector *)(bias + c));
-                }
-            }
-    }
-}
-
-/* And back, without the bias */
-void to_parities(long n, long G, long Q, long threads, real *z) {
-#pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < n; p++) {
-        real row[4 * G * Q], *here = z + p * 4 * G * Q;
-        memcpy(row, here, sizeof row);
-        for (long g = 0; g < G; g++)
-            for (long q = 0; q < Q; q += V) {
-                vector u[4];
-                for (int m = 0; m < 4; m++) u[m] = load(row + (g * 4 + m) * Q + q);
-                butterfly(u);
-                for (int a = 0; a < 4; a++) store(here + (a * G + g) * Q + q, u[a]);
+                for (int a = 0; a < 4; a++)
+                    if (bias)
+                        store(here + members + a * Q, u[a] + *(const vector *)(bias + members + a * Q));
+                    else
+                        store(here + parities + a * of_parity, u[a]);
             }
     }
 }

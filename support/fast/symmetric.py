@@ -46,7 +46,7 @@ class ToBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, order, groups):
-        ctx.order, ctx.groups, ctx.shape = order, groups, kernel.shape
+        ctx.kernel, ctx.order, ctx.groups = kernel, order, groups
         n_out, n_in = kernel.shape[:2]
         parts = kernel[:, order].reshape(groups, 4, n_out // groups // 4, 4, n_in // 4, 9)
         parts = parts.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flatten(1)  # (144, G·P·Q)
@@ -55,12 +55,13 @@ class ToBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_blocks):
-        n_out, n_in = ctx.shape[:2]
+        cache.pop(ctx.kernel, None)  # it would keep the graph, and so the model
+        n_out, n_in = ctx.kernel.shape[:2]
         parts = d_blocks.view(4, 9, n_in // 4, n_out // 4).transpose(2, 3).reshape(36, -1)
         parts = (block_map().T @ parts).view(4, 4, 9, ctx.groups, n_out // ctx.groups // 4, n_in // 4)
         d_kernel = d_blocks.new_empty(n_out, n_in, 9)
         d_kernel[:, ctx.order] = parts.permute(3, 0, 4, 1, 5, 2).reshape(n_out, n_in, 9)
-        return d_kernel.view(ctx.shape), None, None
+        return d_kernel.view(ctx.kernel.shape), None, None
 
 
 class Kernel:
@@ -153,7 +154,8 @@ def find(kernel, dtype):
         return None
     if library(dtype) is None:
         return None
-    state = kernel._version, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    state = kernel.data_ptr(), kernel._version, dtype, modes
     if cache.get(kernel, (None,))[0] != state:
         try:
             with torch.autocast("cpu", enabled=False):
@@ -181,10 +183,10 @@ class Symmetric:
         self.kernels[1].multiply(h, self.dilations[1], z, add=True)
 
     def finish(self, z, bias):
-        to_channels(z, 4, bias)
+        exchange(z, 4, bias)
 
     def begin_backward(self, dz):
-        to_parities(dz, 4)
+        exchange(dz, 4)
 
     def state_gradient(self, dz):
         return self.kernels[1].input_gradient(dz, self.dilations[1])
@@ -203,13 +205,9 @@ class Symmetric:
         return self.kernels[k].block_gradient(dz, x if order is None else x[..., order], self.dilations[k])
 
 
-def to_channels(z, groups, bias):
-    """Pre-activations (…, C) as parities become channels, in place, with the bias added."""
-    call("to_channels", z[..., 0].numel(), groups, z.shape[-1] // (4 * groups), bias, z)
-
-
-def to_parities(dz, groups):
-    call("to_parities", dz[..., 0].numel(), groups, dz.shape[-1] // (4 * groups), dz)
+def exchange(z, groups, bias=None):
+    """Parities (…, 4·G·P) become channels, in place, with the bias added; without a bias, back."""
+    call("exchange", z[..., 0].numel(), groups, z.shape[-1] // (4 * groups), bias, z)
 
 
 def call(name, *arguments):
@@ -229,7 +227,7 @@ class Convolution(torch.autograd.Function):
         ctx.kernel = kernel
         y = x.new_empty(*x.shape[:3], len(bias))
         kernel.multiply(x, 1, y)
-        to_channels(y, kernel.groups, bias)
+        exchange(y, kernel.groups, bias)
         return y
 
     @staticmethod
@@ -239,7 +237,7 @@ class Convolution(torch.autograd.Function):
         (x,), kernel = ctx.saved_tensors, ctx.kernel
         dy = dy.clone(memory_format=torch.contiguous_format)
         d_bias = dy.sum((0, 1, 2), dtype=torch.float32)
-        to_parities(dy, kernel.groups)
+        exchange(dy, kernel.groups)
         return kernel.input_gradient(dy, 1), kernel.block_gradient(dy, x, 1), d_bias, None
 
 
