@@ -224,6 +224,25 @@ def test_it_is_the_convolution_and_its_gradients(winograd, threads, N, H, W, n_i
         assert not convolution(weight, 1, None, dilation)(x)[-1, rows, columns][-3:, -3:].isfinite().any()
 
 
+def test_wrong_blocks_are_noticed(symmetric, monkeypatch):
+    library = symmetric.library(torch.float32)
+    functions = {name: getattr(library, name) for name in ("features", "features_backward", "exchange")}
+    self_test = symmetric.self_test.__wrapped__
+    for name, right in functions.items():
+        # the last argument is the result: some of it is erased
+        wrong = lambda *arguments, right=right: (right(*arguments), ctypes.memset(arguments[-1], 0, 64))
+        broken = types.SimpleNamespace(**functions | {name: wrong})
+        for found, expected in (library, True), (broken, False), (None, False):
+            monkeypatch.setattr(symmetric, "library", lambda _, found=found: found)
+            assert self_test(torch.float32) == expected, name
+
+
+def test_a_head_of_another_form_is_convolved_as_it_is(symmetric):
+    for change in {}, {"stride": 2}, {"padding_mode": "circular"}, {"bias": False}, {"groups": 2}:
+        module = torch.nn.Conv2d(32, 32, **{"kernel_size": 3, "padding": 1} | change)
+        assert symmetric.is_supported(module) == (not change)
+
+
 def test_a_wrong_one_is_noticed(winograd, monkeypatch):
     library, weight = winograd.library(3), torch.zeros(32, 32, 3, 3)
     functions = {name: getattr(library, name) for name in ("convolve", "kernel_gradient")}

@@ -41,7 +41,7 @@ def attach(model, device, dtype):
         return ", ".join([*used, "the edited ConvLSTM layer as it stands, which is slower"])
     for module in layers:
         module.fast = layer.fast_layer
-    if on_cpu and type(model.head[0]) is torch.nn.Conv2d and model.head[0].padding == (1, 1):
+    if on_cpu and symmetric.is_supported(model.head[0]):
         model.head[0].forward = functools.partial(symmetric.head_layer, model.head[0])
     compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
     used.append("fast layer with compiled gates" if compiled else "fast layer")

@@ -16,6 +16,7 @@ T frames, B batch, H height, W width, C hidden channels; z the pre-activations o
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -130,13 +131,11 @@ class FastConvLSTM(torch.autograd.Function):
         # a GPU this check would wait for all queued work. Not for a single frame: its weight gradient would
         # have no input.
         first = int(n_frames > 1 and h.device.type == "cpu" and not h.any())
-        convolutions = make(input_weight, state_weight, n_frames * B * H * W)
-        z = convolutions.of_inputs(x, bias, (n_frames, B, H, W, 4 * C))
+        convolutions = make(input_weight, state_weight)
+        z = convolutions.start(x, bias, (n_frames, B, H, W, 4 * C))
         peephole = peephole.detach()  # torch.compile compiles anew for what needs a gradient
         for t in range(n_frames):
-            if t >= first:
-                convolutions.add_state(hiddens[t], z[t])
-            convolutions.finish(z[t], bias)
+            convolutions.step(t, hiddens[t] if t >= first else None, z[t])
             gates[0](z[t], peephole, c, cells[t], hiddens[t + 1])
         ctx.save_for_backward(x, input_weight, state_weight, peephole)
         ctx.sequences, ctx.first, ctx.make, ctx.gates = (z, cells, hiddens), first, make, gates
@@ -155,58 +154,58 @@ class FastConvLSTM(torch.autograd.Function):
         dc = dc.clone(memory_format=torch.contiguous_format)
         dh, dh_next = dh.contiguous(), dh_next.contiguous()
         sums = dc.new_zeros(torch.get_num_threads(), 7, dc.shape[-1])
-        convolutions = ctx.make(input_weight, state_weight, z[..., 0].numel())
+        convolutions = ctx.make(input_weight, state_weight)
+        convolutions.start_backward(x, z, hiddens, ctx.first, ctx.needs_input_grad[0])
         for t in reversed(range(len(z))):
             ctx.gates[1](z[t], peephole, cells[t], dh[t], dh_next, dc, sums)
-            convolutions.begin_backward(z[t])
-            if t or ctx.needs_input_grad[1]:
-                dh_next = convolutions.state_gradient(z[t])
+            dh_next = convolutions.step_backward(t, t > 0 or ctx.needs_input_grad[1])
         del cells, dh  # what follows needs room of its own
-        past = slice(ctx.first, None), slice(ctx.first, -1)
-        d_state = convolutions.weight_gradient(1, z[past[0]].flatten(0, 1), hiddens[past[1]].flatten(0, 1))
-        dz, dx, d_input = z.flatten(0, 1), None, None
-        if x is not None:
-            d_input = convolutions.weight_gradient(0, dz, x.flatten(0, 1))
-            if ctx.needs_input_grad[0]:
-                dx = convolutions.input_gradient(dz).view(x.shape)
+        dx, d_input, d_state = convolutions.gradients()
         sums = sums.sum(0)
         return dx, dh_next, dc, None, None, None, d_input, d_state, sums[:4].flatten(), sums[4:]
 
 
 class Plain:
-    """The two convolutions of a layer, by torch or by Winograd's method."""
+    """The two convolutions of a layer, by torch or Winograd's method. The other way: `symmetric.Symmetric`.
 
-    def __init__(self, dilation, input_weight, state_weight, pixels):
-        self.weights, self.dilations, self.pixels = (input_weight, state_weight), (1, dilation), pixels
-        self.of_state = self.to_state = None
+    Forward: start, then step for each frame. Backward: start_backward, step_backward, and last gradients.
+    """
 
-    def of_inputs(self, x, bias, shape):
-        """Pre-activations of all frames, without the hidden state's part."""
+    def __init__(self, dilation, input_weight, state_weight):
+        self.weights, self.dilation = (input_weight, state_weight), dilation
+
+    def start(self, x, bias, shape):
+        """Memory for the pre-activations of all frames (T, B, H, W, 4C)."""
+        pixels = math.prod(shape[:-1])
+        self.of_state = convolution(self.weights[1], pixels, dilation=self.dilation)
         if x is None:
             return bias.expand(shape).contiguous()
-        return convolution(self.weights[0], self.pixels, bias)(x.flatten(0, 1)).view(shape)
+        return convolution(self.weights[0], pixels, bias)(x.flatten(0, 1)).view(shape)
 
-    def add_state(self, h, z):
-        if self.of_state is None:
-            self.of_state = convolution(self.weights[1], self.pixels, dilation=self.dilations[1])
-        self.of_state(h, z)
+    def step(self, t, h, z):
+        """Complete the pre-activations z of frame t. h: the hidden state before it; None: zeros."""
+        if h is not None:
+            self.of_state(h, z)
 
-    def finish(self, z, bias):
-        """Nothing to do."""
+    def start_backward(self, x, z, hiddens, first, needs_dx):
+        self.sequences, self.needs_dx = (x, z, hiddens, first), needs_dx
+        self.to_state = convolution(flipped(self.weights[1]), z[..., 0].numel(), dilation=self.dilation)
 
-    def begin_backward(self, dz):
-        """Nothing to do."""
+    def step_backward(self, t, needs_dh):
+        """z[t] now is its gradient → that of the hidden state before it."""
+        return self.to_state(self.sequences[1][t]) if needs_dh else None
 
-    def state_gradient(self, dz):
-        if self.to_state is None:
-            self.to_state = convolution(flipped(self.weights[1]), self.pixels, dilation=self.dilations[1])
-        return self.to_state(dz)
-
-    def input_gradient(self, dz):
-        return convolution(flipped(self.weights[0]), self.pixels)(dz)
-
-    def weight_gradient(self, k, dz, x):
-        return weight_gradient(dz, x, self.weights[k], self.dilations[k])
+    def gradients(self):
+        """Of x, the input weight and the state weight."""
+        x, dz, hiddens, first = self.sequences
+        del self.to_state  # what follows needs room of its own
+        pair = dz[first:].flatten(0, 1), hiddens[first:-1].flatten(0, 1)
+        d_state, dz, dx = weight_gradient(*pair, self.weights[1], self.dilation), dz.flatten(0, 1), None
+        if x is None:
+            return None, None, d_state
+        if self.needs_dx:
+            dx = convolution(flipped(self.weights[0]), dz[..., 0].numel())(dz).view(x.shape)
+        return dx, weight_gradient(dz, x.flatten(0, 1), self.weights[0]), d_state
 
 
 def convolution(weight, pixels, bias=None, dilation=1):

@@ -14,6 +14,7 @@ N images, H height, W width, C channels, Q = C/4 orbits; G groups of output chan
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from support.fast import build
@@ -152,7 +153,7 @@ def find(kernel, dtype):
     fits = dtype in (torch.float32, torch.bfloat16) and kernel.dtype == torch.float32
     if not (fits and hasattr(kernel, "flips") and kernel.shape[-1] == 3 and kernel.device.type == "cpu"):
         return None
-    if library(dtype) is None:
+    if not self_test(dtype):
         return None
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     state = kernel.data_ptr(), kernel._version, dtype, modes
@@ -165,44 +166,77 @@ def find(kernel, dtype):
     return cache[kernel][1]
 
 
+@functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cpu", enabled=False)
+def self_test(dtype):
+    """Whether symmetric.c is built, and computes what torch does, forward and backward."""
+    if library(dtype) is None:
+        return False
+    generator, members = torch.Generator().manual_seed(0), torch.arange(32).view(4, 8)
+    draw = lambda *shape: torch.randn(shape, generator=generator)
+    weight, flips = (
+        draw(32, 32, 3, 3) / 12,
+        [members[[1, 0, 3, 2]].flatten(), members[[2, 3, 0, 1]].flatten()],
+    )
+    for axis, flip in zip((-1, -2), flips, strict=True):
+        weight = (weight + weight.flip(axis)[flip][:, flip]) / 2
+    weight = weight.to(dtype).float().requires_grad_()
+    weight.flips = [(flip, flip) for flip in flips]
+    x, dy, bias = draw(3, 5, 6, 32).to(dtype).requires_grad_(), draw(3, 5, 6, 32), draw(32)
+    kernel, order = Kernel(weight, dtype), members.flatten()
+    y = Convolution.apply(x, kernel.blocks, bias, kernel).float()
+    expected = F.conv2d(x.float().permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
+    dx, d_blocks = torch.autograd.grad((y * dy).sum(), (x, kernel.blocks))
+    expected_dx, d_weight = torch.autograd.grad((expected * dy).sum(), (x, weight))
+    pairs = (y, dx, d_blocks), (expected, expected_dx, ToBlocks.apply(d_weight, order, 1))
+    return build.agree(*pairs, dtype)
+
+
 class Symmetric:
-    """The two convolutions of a layer, by blocks. Used as `layer.Plain` is."""
+    """The two convolutions of a layer, by blocks. Used as `layer.Plain` is; a frame stays in the cache."""
 
-    def __init__(self, dilation, input_kernel, state_kernel, input_blocks, state_blocks, pixels):
-        self.kernels, self.dilations = (input_kernel, state_kernel), (1, dilation)
+    def __init__(self, dilation, input_kernel, state_kernel, input_blocks, state_blocks):
+        self.of_input, self.of_state, self.dilation = input_kernel, state_kernel, dilation
 
-    def of_inputs(self, x, bias, shape):
-        if x is None:
-            return torch.zeros(shape, dtype=self.kernels[1].matrices.dtype)
-        z, kernel = x.new_empty(shape), self.kernels[0]
-        x = x if kernel.order is None else x[..., kernel.order]
-        kernel.multiply(x.flatten(0, 1), 1, z.flatten(0, 1))
-        return z
+    def start(self, x, bias, shape):
+        self.x, self.bias = self.ordered(x), bias
+        return torch.zeros(shape, dtype=self.of_state.matrices.dtype) if x is None else x.new_empty(shape)
 
-    def add_state(self, h, z):
-        self.kernels[1].multiply(h, self.dilations[1], z, add=True)
+    def ordered(self, x):
+        return x if x is None or self.of_input.order is None else x[..., self.of_input.order]
 
-    def finish(self, z, bias):
-        exchange(z, 4, bias)
+    def step(self, t, h, z):
+        if self.x is not None:
+            self.of_input.multiply(self.x[t], 1, z)
+        if h is not None:
+            self.of_state.multiply(h, self.dilation, z, add=True)
+        exchange(z, 4, self.bias)
 
-    def begin_backward(self, dz):
-        exchange(dz, 4)
+    def start_backward(self, x, z, hiddens, first, needs_dx):
+        self.x, self.sequences = self.ordered(x), (z, hiddens, first)
+        self.dx = torch.empty_like(self.x) if needs_dx else None
+        self.d_state = torch.zeros(self.of_state.matrices.shape)
+        self.d_input = None if x is None else torch.zeros(self.of_input.matrices.shape)
 
-    def state_gradient(self, dz):
-        return self.kernels[1].input_gradient(dz, self.dilations[1])
+    def step_backward(self, t, needs_dh):
+        z, hiddens, first = self.sequences
+        exchange(z[t], 4)
+        if t >= first:
+            self.d_state += self.of_state.block_gradient(z[t], hiddens[t], self.dilation)
+        if self.x is not None:
+            self.d_input += self.of_input.block_gradient(z[t], self.x[t], 1)
+        if self.dx is not None:
+            self.dx[t] = self.of_input.input_gradient(z[t], 1)
+        return self.of_state.input_gradient(z[t], self.dilation) if needs_dh else None
 
-    def input_gradient(self, dz):
-        kernel = self.kernels[0]
-        dx = kernel.input_gradient(dz, 1)
-        if kernel.order is None:
-            return dx
-        unordered = torch.empty_like(dx)
-        unordered[..., kernel.order] = dx
-        return unordered
-
-    def weight_gradient(self, k, dz, x):
-        order = self.kernels[k].order
-        return self.kernels[k].block_gradient(dz, x if order is None else x[..., order], self.dilations[k])
+    def gradients(self):
+        dx = self.dx
+        if dx is not None and self.of_input.order is not None:
+            dx = torch.empty_like(dx)
+            dx[..., self.of_input.order] = self.dx
+        return dx, self.d_input, self.d_state
 
 
 def exchange(z, groups, bias=None):
@@ -239,6 +273,14 @@ class Convolution(torch.autograd.Function):
         d_bias = dy.sum((0, 1, 2), dtype=torch.float32)
         exchange(dy, kernel.groups)
         return kernel.input_gradient(dy, 1), kernel.block_gradient(dy, x, 1), d_bias, None
+
+
+def is_supported(module):
+    """Whether it is a Conv2d of 3×3 with a bias, "same" padding and nothing else, as head_layer computes."""
+    if type(module) is not torch.nn.Conv2d or module.bias is None:
+        return False
+    with torch.device("meta"):  # draws no random numbers
+        return repr(module) == repr(torch.nn.Conv2d(module.in_channels, module.out_channels, 3, padding=1))
 
 
 def head_layer(module, images):
