@@ -240,7 +240,7 @@ def train(setup, folder, progress, optimizers):
 
 
 def schedule(optimizers, knobs, fraction):
-    """Give each group of parameters its learning rate of now; the first of them, for the log."""
+    """Set the learning rates. Returns that of the first group of parameters, for the log."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         highest = group.setdefault("initial_lr", float(group["lr"]))  # a resumed run has it
@@ -250,7 +250,7 @@ def schedule(optimizers, knobs, fraction):
 
 
 def seed_dropout(seed, step):
-    """Random numbers of the network are others in each run, step and process."""
+    """Seed dropout differently for each seed, step and process."""
     (state,) = np.random.SeedSequence((seed, step, RANK, DROPOUT)).generate_state(1, np.uint64)
     torch.manual_seed(int(state))
 
@@ -271,11 +271,11 @@ def main(knobs):
             return
         optimizers = make_optimizers(setup.model, setup.knobs, setup.dtype)
         progress = resume(folder, setup, Progress.start(setup), optimizers)
-        results = on_rank_0(report.read_results, folder)
+        results, outdated = on_rank_0(report.read_results, folder)
         if results is None:  # not scored yet
             train(setup, folder, progress, optimizers)
         report.restore_log(setup, folder, progress)
-        if results is None or not report.are_of_today(results):
+        if outdated:  # or scored by another metrics.py
             report.finish(setup, folder, load_best(folder, setup.model))
         else:
             report.show(setup, folder, results)

@@ -6,6 +6,7 @@ import io
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -13,7 +14,6 @@ from support import UserError, sources
 from support.devices import print0
 
 CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
-NOT_THE_NETWORK = {sources.MUON, "main.py", "moving_mnist.py", "own_data.py", "metrics.py"}
 HALF = ".half"  # the last letters of a file's name while it is written
 
 
@@ -47,10 +47,19 @@ def save(path, state):
     """torch.save with a checksum, whole or not at all."""
     # to memory first: when it writes a file, torch.save reports a full disk as an unrelated error
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(without_numpy(state), buffer)
     content = buffer.getvalue()  # a zip archive ends with the length of its comment, here 0
     comment = hashlib.sha256(content).hexdigest().encode()
     write_atomic(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+
+
+def without_numpy(value):
+    """The same with Python's numbers: an edit may leave NumPy's, which torch.load refuses."""
+    if isinstance(value, dict):
+        return {name: without_numpy(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def load(path, advice="give another file to --weights"):
@@ -83,14 +92,14 @@ def load_weights(model, state, path):
 
 def report_edits(state, path):
     """Print a line if the network's code is not that with which the weights were trained."""
-    then, now = state.get("network", {}), network_sources()
+    if "network" not in state:
+        print0(
+            f"edited    {path} is of an earlier version, whose equivariant kernels cannot be trained further"
+        )
+        return
+    then, now = state["network"], sources.network()
     if edited := [name for name in then if now.get(name, then[name]) != then[name]]:
         print0(f"edited    {', '.join(edited)}: no longer the code with which {path} was trained")
-
-
-def network_sources():
-    """Fingerprints of the files that a network may be made of."""
-    return {name: value for name, value in sources.fingerprints().items() if name not in NOT_THE_NETWORK}
 
 
 def make_folder(folder):
@@ -118,7 +127,8 @@ def lock_folder(folder, wait=False):
         lock = contextlib.nullcontext()
     with lock:
         for stray in (*folder.glob(f"*{HALF}"), *folder.glob(f"source/**/*{HALF}")):
-            stray.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                stray.unlink()
         yield
 
 

@@ -9,6 +9,7 @@ import figures
 import metrics
 from support.checkpoint import lock_folder, write_atomic
 from support.folders import describe_changes, read_configs, read_json
+from support.score import BASELINES
 
 SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
 
@@ -46,8 +47,8 @@ def compare_runs(out, latest, first_sequence):
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         runs = []
         for name, config in read_configs(out).items():
-            # one that has not ended, is damaged, or of another version
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            # one that has not ended, is damaged, or of another version: reading may raise anything
+            with contextlib.suppress(Exception):
                 runs.append(read_run(out / name, config, latest, first_sequence.shape))
         scored = {path.parent.name for path in out.glob("*/metrics.json")}
         left_out = sorted(scored - {run["folder"].name for run in runs})
@@ -57,8 +58,10 @@ def compare_runs(out, latest, first_sequence):
         if len(runs) < 2:
             return
         label_runs(runs)
+        for run in runs:
+            run["label"] += "" if run["metrics"] == latest["metrics"] else " (scored by another metrics.py)"
         title = describe_split(latest)
-        baselines = {who: latest["scores"][who] for who in figures.LABELS}
+        baselines = {who: latest["scores"][who] for who in BASELINES}
         write_atomic(out / "compare.md", comparison(title, runs, baselines, left_out).encode())
         histories = {run["label"]: run["history"] for run in runs}
         curves = {run["label"]: run["curve"] for run in runs}

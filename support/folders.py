@@ -68,7 +68,7 @@ def choose_folder(knobs, asked, environment, stack):
     trained = {name: c["asked"] for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]}
     if trained and not same and not knobs.eval_only:
         name, last = trained.popitem()
-        changes = describe_changes(asked, last, out / name, folder) or ["its name, or comments of Knobs"]
+        changes = describe_changes(asked, last, out / name, folder) or ["its name, or lines of Knobs"]
         print0(f"new run   differs from {out / name} (which is kept) in: {', '.join(changes)}")
     return folder
 
@@ -78,7 +78,7 @@ def numbered(out, base):
 
 
 def is_free(path):
-    """Whether nothing is there but what a run left that never began."""
+    """Whether nothing is there, or only files of a run that never began."""
     if not path.is_dir():
         return not path.exists()
     return all(p.name == ".lock" or p.suffix == HALF for p in path.iterdir())
@@ -146,20 +146,19 @@ def to_text(value):
 
 def describe_edit(name, old, new):
     """The first new line of a file, in words; nothing where only knobs differ, which are listed anyway."""
-    before, after = old.splitlines(), new.splitlines()
-    added = [line.strip() for line in after if line.strip() and line not in before and not is_knob(line)]
-    removed = [line for line in before if line.strip() and line not in after and not is_knob(line)]
-    if old and not added and not removed:
+
+    def changed(text, other):
+        lines = [line for line in text.splitlines() if line.strip() and line not in other.splitlines()]
+        knobs = [line for line in lines if "class Knobs" in new and re.match(r" {4}\w+: .* = ", line)]
+        return [line.strip() for line in lines if line not in knobs], knobs
+
+    (added, new_knobs), (removed, _) = changed(new, old), changed(old, new)
+    if old and new_knobs and not (added or removed):
         return ""
-    if not old or not added:
+    if not (old and added):
         return f"{name} edited"
     more = f" (+ {len(added) - 1} more)" if len(added) > 1 else ""
     return f"{name}: {textwrap.shorten(added[0], 90, placeholder=' …')}{more}"
-
-
-def is_knob(line):
-    """Whether it is a field of a dataclass, such as Knobs."""
-    return re.match(r" {4}\w+: .* = ", line)
 
 
 def read_source(folder, name):

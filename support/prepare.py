@@ -28,6 +28,7 @@ NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channel
 NETWORK += ("equivariant",)
 LEAST = {"train_sequences": 0, "frames_in": 2, "frames_out": 1, "overlay": -1, "patch_size": 1}
 LEAST |= {"max_motion": 0, "epochs": 1, "max_minutes": 0, "batch_size": WORLD_SIZE, "seed": 0}
+LEAST |= {"kernel_size": 1, "learning_rate": 1e-9, "weight_decay": 0, "ssim_from": 0}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def prepare(knobs, build, recipe):
     if not knobs.eval_only:
         data.training.fit_on_gpu(device)
     setup = Setup(knobs, data, model, device, dtype, asked, environment, weights["step"] if weights else 0)
-    # tries the metrics, before anything is written; more sequences than frames: finds swapped axes
+    # Try the metrics before anything is written. More sequences than frames: swapped axes are noticed.
     score(setup, data.validation, CURVES, "copy_last", np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int))
     describe(setup, recipe)
     return setup
@@ -93,11 +94,16 @@ def check(knobs):
         channels = getattr(knobs, name)
         if not isinstance(channels, tuple) or min(channels, default=1) < 1:
             raise UserError(f"{name} is {channels}; expected numbers of channels from 1, as in (96, 96)")
+    if not knobs.hidden_channels:
+        raise UserError("hidden_channels is empty; a network needs at least one ConvLSTM layer")
     if knobs.kernel_size % 2 == 0:
         raise UserError(f"kernel_size is {knobs.kernel_size}; use an odd one, so that frames keep their size")
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
+    is_array = knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy"
+    if is_array and knobs.video != type(knobs).video:
+        raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
@@ -169,11 +175,10 @@ def describe(setup, recipe):
     parameters = sum(p.numel() for p in setup.model.parameters())
     weights = f", weights of {knobs.weights}" if knobs.weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{weights}")
-    won = [k for k in recipe if getattr(knobs, k) == recipe[k] != getattr(type(knobs), k)]
+    default = type(knobs)
+    won = {k: v for k, v in recipe.items() if getattr(knobs, k) == v != getattr(default, k)}
     if won and not knobs.eval_only:
-        texts = (
-            f"{name} {to_text(recipe[name])} (not {to_text(getattr(type(knobs), name))})" for name in won
-        )
+        texts = (f"{k} {to_text(v)} (not {to_text(getattr(default, k))})" for k, v in won.items())
         print0(f"recipe    {', '.join(texts)}: RECIPES in main.py win over Knobs")
     text = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {text.format(**setup.environment)}\nkernels   {setup.environment['kernels']}")

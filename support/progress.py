@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from support import UserError, checkpoint
+from support import UserError, checkpoint, sources
 from support.devices import RANK, broadcast, on_rank_0, print0
 
 FIRST_LOOK = 50  # steps before an early evaluation, which shows that the network learns
@@ -115,7 +115,7 @@ def save(folder, setup, progress, optimizers):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("weights are not finite, and were not saved; use a lower --learning_rate")
     network = {"knobs": setup.asked["knobs"], "channels": setup.data.training.shape[1]}
-    network |= {"model": model.state_dict(), "step": progress.step, "network": checkpoint.network_sources()}
+    network |= {"model": model.state_dict(), "step": progress.step, "network": sources.network()}
     states = [optimizer.state_dict() for optimizer in optimizers]
     state = network | {"progress": asdict(progress), "optimizers": states, "environment": setup.environment}
     checkpoint.save(folder / "last.pt", state)
@@ -147,7 +147,10 @@ def resume(folder, setup, progress, optimizers):
         print0(f"resuming at step {progress.step:,}")
     if RANK == 0 and progress.best_step == progress.step:  # it may have been killed before best.pt
         best = folder / "best.pt"
-        if not best.exists() or checkpoint.load(best, advice)["step"] != progress.best_step:
+        if (
+            not best.exists()
+            or checkpoint.load(best, "delete it; last.pt restores it")["step"] != progress.best_step
+        ):
             save(folder, setup, progress, optimizers)
     return progress
 

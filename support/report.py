@@ -12,7 +12,7 @@ import torch
 import figures
 import metrics
 from support import checkpoint, sources
-from support.checkpoint import open_atomic, write_atomic
+from support.checkpoint import lock_folder, open_atomic, write_atomic
 from support.compare import compare_runs, describe_split, means, table
 from support.devices import RANK, on_rank_0, print0
 from support.folders import read_json
@@ -81,32 +81,39 @@ def restore_log(setup, folder, progress):
 
 def baselines(setup, folder, dataset, names, index=None):
     """baseline → summary of these metrics. Computed once for the same data, and kept beside the runs."""
-    part = len(dataset), None if index is None else index.tolist(), getattr(dataset, "seed", None)
-    task = setup.knobs.frames_in, setup.knobs.frames_out, tuple(names)
-    sha = hashlib.sha256(dataset.content)
-    sha.update(repr((part, task, sources.fingerprint("metrics.py"), cv2.__version__)).encode())
-    key, path = sha.hexdigest(), folder.parent / ".baselines.json"
-    kept = on_rank_0(read_json, path) or {}
-    if key not in kept:
-        kept[key] = {who: summary(score(setup, dataset, names, who, index)) for who in BASELINES}
+    path = folder.parent / ".baselines.json"
+
+    def key():
+        part = (
+            dataset.shape,
+            len(dataset),
+            getattr(dataset, "seed", None),
+            None if index is None else index.tolist(),
+        )
+        code = sources.fingerprint("metrics.py"), sources.fingerprint("moving_mnist.py"), cv2.__version__
+        sha = hashlib.sha256(dataset.content)
+        sha.update(repr((part, setup.knobs.frames_in, setup.knobs.frames_out, names, code)).encode())
+        return sha.hexdigest()
+
+    key = on_rank_0(key)
+    found = on_rank_0(lambda: (read_json(path) or {}).get(key))
+    if found is None:
+        found = {who: summary(score(setup, dataset, names, who, index)) for who in BASELINES}
         if RANK == 0:
-            write_atomic(path, json.dumps(kept).encode())
-    return kept[key]
+            with lock_folder(folder.parent, wait=True):  # another run may write at the same time
+                write_atomic(path, json.dumps((read_json(path) or {}) | {key: found}).encode())
+    return found
 
 
 def read_results(folder):
-    """The metrics.json of a run that has ended, if it can be shown; else None."""
+    """(metrics.json of a run that has ended, or None; whether the run has to be scored)."""
     results = read_json(folder / "metrics.json")
     try:
         describe(results)
-    except (KeyError, TypeError, AttributeError):
-        return None
-    return results
-
-
-def are_of_today(results):
-    """Whether metrics.py still computes these scores."""
-    return results["metrics"] == sources.fingerprint("metrics.py")
+    except Exception:  # damaged: it may hold anything
+        return None, True
+    is_of_now = results.get("metrics") == sources.fingerprint("metrics.py")
+    return results, not is_of_now and (folder / "best.pt").exists()
 
 
 def show(setup, folder, results):

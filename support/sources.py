@@ -1,25 +1,24 @@
 """The code that runs, as it was when the script began. What is edited on the disk later is not what runs."""
 
 import ast
-import functools
 import hashlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MUON = "support/muon.py"
 NO_RESULTS = {"predict.py", "download.py", "figures.py"}  # they cannot change weights or scores
 NOT_MINE = "support/", "records/", "tests/", "."
-# What training uses of metrics.py. Other metrics can be added to a run that has ended.
-OF_TRAINING = "GAUSSIAN", "similarity", "sliding", "mse_per_frame", "_per_sequence", "_check"
+kept = {}  # name → text, once a script has begun
 
 
 def begin():
     """What a script does before its slow imports: it keeps the code, and sets up threads and Ctrl-C."""
     for path in (*ROOT.glob("[!.]*.py"), ROOT / MUON):
-        read(path.relative_to(ROOT).as_posix())
+        kept[path.relative_to(ROOT).as_posix()] = path.read_text("utf-8-sig", errors="replace")
     # Idle threads of GNU's OpenMP sleep soon. By default they keep the cores busy, so that two runs side by
     # side each take several times as long.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -27,32 +26,63 @@ def begin():
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while imports load: no traceback
 
 
-@functools.cache
 def read(name):
-    """The text of a source file, as it was when it was first read."""
-    return (ROOT / name).read_text("utf-8", errors="replace")
+    """The text of a source file; in a script, as it was when it was first read."""
+    if name in kept:
+        return kept[name]
+    text = (ROOT / name).read_text("utf-8-sig", errors="replace")  # some editors begin a file with a mark
+    if kept:
+        kept[name] = text
+    return text
+
+
+def script():
+    """The name of the experiment, which may be a copy of main.py. A script that imports main.py is not it."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+    return path.name if path.parent == ROOT and "main" not in sys.modules else "main.py"
 
 
 def used():
     """Names of the files that can change a result: the script, Muon, and what they import from here."""
-    names = {MUON}
+    names = {MUON, script()}
     environments = [path for path in map(Path, (sys.prefix, sys.base_prefix)) if ROOT in path.parents]
     for name, module in list(sys.modules.items()):
         path = Path(getattr(module, "__file__", None) or "")
-        is_mine = path.suffix == ".py" and ROOT in path.parents
-        is_mine &= not any(folder in path.parents for folder in environments)
-        # a script that imports main.py is not the experiment
-        if is_mine and not (name == "__main__" and "main" in sys.modules):
+        path = path.resolve() if path.is_absolute() else path
+        is_library = any(folder in path.parents for folder in environments)
+        if path.suffix == ".py" and ROOT in path.parents and not is_library and name != "__main__":
             names.add(path.relative_to(ROOT).as_posix())
     return sorted(name for name in names - NO_RESULTS if name == MUON or not name.startswith(NOT_MINE))
 
 
 def fingerprints():
     """name → fingerprint of each of these files; of metrics.py, only of what training uses."""
-    return {name: fingerprint(name, OF_TRAINING if name == "metrics.py" else ()) for name in used()}
+    names = used()
+    found = {name: fingerprint(name) for name in names}
+    if "metrics.py" in found:
+        found["metrics.py"] = fingerprint("metrics.py", of_training(set(names) - {"metrics.py"}))
+    return found
 
 
-@functools.cache
+def of_training(names):
+    """Names in metrics.py: what these files mention, what chooses the best weights, and what both need."""
+    body = ast.parse(read("metrics.py")).body
+    words = {word for name in names for word in re.findall(r"\w+", read(name))}
+    reached, before = {"mse_per_frame"} | (words & set().union(*map(defined, body))), set()
+    while reached != before:
+        before = set(reached)
+        for node in (node for node in body if defined(node) & before):
+            reached |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return tuple(sorted(reached, key=str))
+
+
+def network():
+    """Fingerprints of what a network may be made of: files of layers, and `build` of the script."""
+    others = {MUON, script(), "moving_mnist.py", "own_data.py", "metrics.py"}
+    found = {name: fingerprint(name) for name in used() if name not in others}
+    return found | {"build": fingerprint(script(), ("build",))}
+
+
 def fingerprint(name, wanted=()):
     """A hash of a source file, or of its definitions with these names, without comments and docstrings."""
     body = ast.parse(read(name)).body

@@ -27,9 +27,9 @@ METRIC = {
 RULER = {"metrics": [("(x - y).square().sum(", "2 * (x - y).square().sum(")]}
 
 
-def run(code, **changes):
+def run(code, script="main.py", **changes):
     changes = {"epochs": 1, "train_sequences": 10, "fast": False, **changes}
-    return start(*flags("squares.npy", "results", **changes), script=code / "main.py", cwd=code)
+    return start(*flags("squares.npy", "results", **changes), script=code / script, cwd=code)
 
 
 @pytest.fixture
@@ -132,6 +132,14 @@ def test_weights_whose_code_has_changed(code):
     frames, each = printed.count("the cell sees a frame\n") - FRAMES_IN, FRAMES_IN + FRAMES_OUT - 1
     assert frames > each and frames % each == 0
     assert state(code / "results").items() >= before.items()
+
+
+def test_an_edit_is_noticed_whatever_the_path(code):
+    (code / "link").symlink_to(code, target_is_directory=True)
+    for script in os.path.join("link", "main.py"), os.path.join("support", "..", "main.py"):
+        assert "nothing was changed" in finish(run(code, script))[0]
+    edit(code, **LOSS)
+    assert "(which is kept) in: main.py: loss = " in finish(run(code, os.path.join("link", "main.py")))[0]
 
 
 def test_a_metric_that_is_added_is_scored_with_the_weights_that_are_there(code):

@@ -43,6 +43,9 @@ def attach(model, device, dtype):
         module.fast = layer.fast_layer
     if on_cpu and symmetric.is_supported(model.head[0]):
         model.head[0].forward = functools.partial(symmetric.head_layer, model.head[0])
+    if on_cpu:
+        model.register_forward_pre_hook(symmetric.begin_call)
+        model.register_forward_hook(symmetric.end_call, always_call=True)
     compiled = compiling and layer.gate_functions(device.type, dtype)[0] is not layer.gates_forward
     used.append("fast layer with compiled gates" if compiled else "fast layer")
     if on_cpu and not compiled:

@@ -29,12 +29,18 @@ def fast_layer(cell, x, state, n_frames):
     device = state[0].device.type
     if x is not None and x.shape[2] != cell.input_to_state.shape[1]:
         raise ValueError(f"the input has {x.shape[2]} channels; expected {cell.input_to_state.shape[1]}")
+    B, _, H, W = state[0].shape
+    sizes = [tuple(s.shape) for s in state]
+    sizes += [] if x is None else [(len(x), cell.hidden_channels, *x.shape[3:])]
+    if set(sizes) != {(B, cell.hidden_channels, H, W)} or (x is not None and x.shape[1] < n_frames):
+        raise ValueError(f"input and state do not fit together: {sizes}")
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
     c_dtype = torch.promote_types(dtype, torch.float32)
     weights, bias = (None if x is None else cell.input_to_state, cell.state_to_state), cell.bias
     kernels = [w if w is None else symmetric.find(w, dtype) for w in weights]
-    if kernels[1] and (x is None or kernels[0]):
+    of_gates = [kernel is None or kernel.groups == 4 for kernel in kernels]
+    if kernels[1] and kernels[1].order is None and (x is None or kernels[0]) and all(of_gates):
         make, bias = functools.partial(symmetric.Symmetric, cell.dilation, *kernels), bias.float()
         weights = [kernel and kernel.blocks for kernel in kernels]
     else:
