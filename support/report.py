@@ -12,7 +12,7 @@ import torch
 import figures
 import metrics
 from support import checkpoint, sources
-from support.checkpoint import lock_folder, open_atomic, write_atomic
+from support.checkpoint import make_folder, open_atomic, write_atomic
 from support.compare import compare_runs, describe_split, means, table
 from support.devices import RANK, on_rank_0, print0
 from support.folders import read_json
@@ -81,27 +81,22 @@ def restore_log(setup, folder, progress):
 
 def baselines(setup, folder, dataset, names, index=None):
     """baseline → summary of these metrics. Computed once for the same data, and kept beside the runs."""
-    path = folder.parent / ".baselines.json"
 
-    def key():
-        part = (
-            dataset.shape,
-            len(dataset),
-            getattr(dataset, "seed", None),
-            None if index is None else index.tolist(),
-        )
+    def find():
+        chosen = None if index is None else index.tolist()
+        part = dataset.shape, len(dataset), getattr(dataset, "seed", None), chosen
         code = sources.fingerprint("metrics.py"), sources.fingerprint("moving_mnist.py"), cv2.__version__
         sha = hashlib.sha256(dataset.content)
         sha.update(repr((part, setup.knobs.frames_in, setup.knobs.frames_out, names, code)).encode())
-        return sha.hexdigest()
+        path = folder.parent / ".baselines" / f"{sha.hexdigest()[:16]}.json"
+        return path, read_json(path)
 
-    key = on_rank_0(key)
-    found = on_rank_0(lambda: (read_json(path) or {}).get(key))
+    path, found = on_rank_0(find)
     if found is None:
         found = {who: summary(score(setup, dataset, names, who, index)) for who in BASELINES}
         if RANK == 0:
-            with lock_folder(folder.parent, wait=True):  # another run may write at the same time
-                write_atomic(path, json.dumps((read_json(path) or {}) | {key: found}).encode())
+            make_folder(path.parent)
+            write_atomic(path, json.dumps(found).encode())
     return found
 
 
