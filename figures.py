@@ -88,13 +88,12 @@ def loss(history, baselines, title):
 
 
 @styled
-def per_frame(panels):
-    """panels: title → name → one MSE per forecast frame."""
-    figure = Figure(figsize=(max(6.8, 3.4 * len(panels)), 3.8))
-    (row,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
-    for axes, (title, curves) in zip(row, panels.items(), strict=True):
-        draw_curves(axes, curves, fill(title, 40 if len(panels) > 1 else 80))
-    row[0].set(ylabel=MSE_LABEL, ylim=(0, None))  # now, so that the highest curve of all panels fits
+def per_frame(title, curves):
+    """curves: name → one MSE per forecast frame."""
+    figure = Figure(figsize=(6.8, 3.8))
+    axes = figure.subplots()
+    draw_curves(axes, curves, fill(title, 80))
+    axes.set(ylabel=MSE_LABEL, ylim=(0, None))
     return to_png(figure)
 
 

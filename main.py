@@ -73,7 +73,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     seed: int = 0  # of weights, order, overlays, dropout and fresh sequences
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto = bf16 if the hardware has it
-    fast: bool = True  # use fast kernels; --no_fast runs the cell as it is written, so print works in it
+    fast: bool = True  # use fast kernels; --no_fast runs all in plain PyTorch
 
 
 # What `--model NAME` changes in the knobs above. A flag wins over both.
@@ -125,11 +125,9 @@ def make_optimizers(model, knobs, dtype):
 
     The learning rates given here are the highest. In training they follow `learning_rate_at`.
     """
-    output = [model.output_layer.weight] if hasattr(model, "output_layer") else []
-    is_kernel = [p.ndim >= 4 and all(p is not weight for weight in output) for p in model.parameters()]
-    pairs = list(zip(model.parameters(), is_kernel, strict=True))
-    kernels = [p for p, kernel in pairs if kernel and p.requires_grad]
-    rest = [p for p, kernel in pairs if not kernel]
+    output = id(model.output_layer.weight) if hasattr(model, "output_layer") else None
+    kernels = [p for p in model.parameters() if p.ndim >= 4 and id(p) != output and p.requires_grad]
+    rest = [p for p in model.parameters() if p.ndim < 4 or id(p) == output]
     adamw = torch.optim.AdamW(rest, ADAMW_RATE * knobs.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(kernels, dtype, knobs.learning_rate, knobs.weight_decay), adamw] if kernels else [adamw]
 

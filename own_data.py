@@ -7,6 +7,7 @@ resized. Each file is thinned to every `stride`-th frame. Files are taken in the
 import itertools
 import os
 import re
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -19,9 +20,14 @@ VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gi
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
 
+def is_array(data):
+    """Whether the knob names an array; else it names videos."""
+    return data in ("array", "fresh") or Path(data).suffix == ".npy"
+
+
 def own_data(path, train_sequences, n_frames, height, width, stride, channels):
     """The three splits of a uint8 array (T, N, H, W[, C]), or of videos. Raises UserError."""
-    if path.suffix == ".npy":
+    if is_array(path):
         array = open_array(path)
     else:
         array = read_videos(path, n_frames, height, width, stride, channels)

@@ -89,8 +89,8 @@ def read_configs(out):
     configs = {}
     for path in sorted(out.glob("*/config.json")):
         # damaged, or of another version: such a run is kept, but not continued
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-            config = json.loads(path.read_text("utf-8"))
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            config = read_json(path)
             asked = config["asked"]
             _ = asked["sources"], asked["data"], asked["knobs"]["eval_only"], float(config["started"])
             configs[path.parent.name] = config

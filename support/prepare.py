@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moving_mnist import Data, moving_mnist_data
-from own_data import own_data
+from own_data import is_array, own_data
 from support import UserError, checkpoint, sources
 from support.devices import (
     WORLD_SIZE,
@@ -101,8 +101,7 @@ def check(knobs):
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
-    is_array = knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy"
-    if is_array and knobs.video != type(knobs).video:
+    if is_array(knobs.data) and knobs.video != type(knobs).video:
         raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")

@@ -145,12 +145,10 @@ def resume(folder, setup, progress, optimizers):
         if changed:
             print0(f"resuming with {', '.join(changed)}: no longer bit-exact")
         print0(f"resuming at step {progress.step:,}")
-    if RANK == 0 and progress.best_step == progress.step:  # it may have been killed before best.pt
-        best = folder / "best.pt"
-        if (
-            not best.exists()
-            or checkpoint.load(best, "delete it; last.pt restores it")["step"] != progress.best_step
-        ):
+    if RANK == 0 and progress.best_step == progress.step:
+        best, advice = folder / "best.pt", "delete it; last.pt restores it"
+        saved = best.exists() and checkpoint.load(best, advice)["step"]
+        if saved != progress.step:  # it was killed before best.pt
             save(folder, setup, progress, optimizers)
     return progress
 

@@ -48,7 +48,7 @@ def evaluate(setup, folder, progress):
     if RANK == 0:
         write_log(setup, folder, progress)
         curves = {knobs.model: scores["mse_per_frame"].mean(0).tolist(), **progress.baselines}
-        write_atomic(folder / "per_frame.png", figures.per_frame({validated(setup): curves}))
+        write_atomic(folder / "per_frame.png", figures.per_frame(validated(setup), curves))
         title = f"{validated(setup)}, after {row['sequences']:,} training sequences"
         draw_samples(setup, folder, title)
 
@@ -125,7 +125,8 @@ def finish(setup, folder, step):
     torch.manual_seed(knobs.seed)  # for a network that draws random numbers
     if not knobs.eval_only:
         print0(f"scoring   {len(data.validation):,} validation sequences")
-        validation_mse = float(score(setup, data.validation, ["mse_per_frame"])["mse_per_frame"].mean())
+        errors = score(setup, data.validation, ["mse_per_frame"])
+        validation_mse = float(np.mean(summary(errors)["mse_per_frame"]["per_frame"]))
     print0(f"scoring   {len(test):,} test sequences")
     scores = score(setup, test, (*CURVES, CROSS_ENTROPY))
     ranking = scores["mse_per_frame"].mean(1).argsort(stable=True)
@@ -155,7 +156,7 @@ def finish(setup, folder, step):
         with open_atomic(folder / "forecast.npy") as file:
             np.save(file, (prediction * 255).round().byte().numpy())
         curves = {who: values["mse_per_frame"]["per_frame"] for who, values in results["scores"].items()}
-        write_atomic(folder / "per_frame.png", figures.per_frame({describe_split(results): curves}))
+        write_atomic(folder / "per_frame.png", figures.per_frame(describe_split(results), curves))
         write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
         compare_runs(folder.parent, results, first[0].numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")

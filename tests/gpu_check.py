@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 import main
 import moving_mnist
+from support.bench import Convolutions
 from support.prepare import prepare
 from support.progress import Progress
 
@@ -68,14 +68,6 @@ def scores(folder):  # of records/long.pt, by all metrics
         words = "--eval_only", "--weights", "records/long.pt", "--out", folder / str(len(found)), *flags
         found[" ".join(map(str, flags))] = python("main.py", *words)
     return found
-
-
-class Convolutions(TorchDispatchMode):
-    calls = ()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls += ((function, args),) if "convolution" in str(function) else ()
-        return function(*args, **(kwargs or {}))
 
 
 def steps(folder):  # of training: milliseconds, kernels, waits of the CPU (one, for the loss), convolutions

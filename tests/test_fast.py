@@ -297,7 +297,8 @@ def test_symmetric_convolution_and_its_gradients(
     for z, b in (y, bias), (twice, 0 * bias):
         symmetric.exchange(z, groups, b)
     symmetric.exchange(dz := dy.clone(), groups)
-    (d_weight,) = torch.autograd.grad(kernel.blocks, weight, kernel.block_gradient(dz, x, dilation))
+    kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dz, x, dilation)
+    (d_weight,) = torch.autograd.grad(kernel.blocks, weight, d_blocks)
     found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
     # the part of the gradient that keeps the kernel equivariant
     grids = groups * hidden_grids(n_out), hidden_grids(n_in)

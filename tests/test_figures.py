@@ -42,8 +42,8 @@ ROWS = {RUN: (1, flat(0, 12)), RUN * 5: (1, flat(0, 2)), "last frame copied": (W
 DRAW = {
     **{f"loss {n}": lambda n=n: figures.loss(history(n), BASELINES, TITLE) for n in (1, 2, 200)},
     "compare": lambda: figures.compare(RUNS, CURVES, TITLE),
-    "per_frame": lambda: figures.per_frame({TITLE: {RUN * 3: [1], "black": [2]}}),
-    "beyond": lambda: figures.per_frame({t: {RUN: [1, n] * 15} for t, n in (("a", 2), (TITLE, 9), ("c", 5))}),
+    "per_frame": lambda: figures.per_frame(TITLE, {RUN * 3: [1], "black": [2]}),
+    "many frames": lambda: figures.per_frame(TITLE, {RUN: [1, 2] * 15, "black": [1, 9] * 15}),
     "grid": lambda: figures.grid(ROWS, TITLE),
 }
 
@@ -93,8 +93,8 @@ def test_losses_are_those_of_the_history(drawn):
     assert left.get_xlim() == (0, 2.06) == left.child_axes[0].get_xlim()  # epochs; thousands of sequences
 
 
-def test_no_panel_cuts_a_curve_off(drawn):
-    tops = [axes.get_ylim()[1] for axes in drawn("beyond").axes]
+def test_no_picture_cuts_a_curve_off(drawn):
+    tops = [axes.get_ylim()[1] for axes in drawn("many frames").axes]
     assert len(set(tops)) == 1 and 9 < tops[0] < 10
 
 

@@ -4,11 +4,10 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
 
 1. The gates are one pass over memory in each direction (`gates.c`), with a rational tanh. The library's exp
    and tanh cost several times the convolution.
-2. The input-to-state convolution of all frames is one call.
+2. The input-to-state convolution of all frames is one call (not by blocks, where a frame fits the cache).
 3. Memory lies as (T, B, H, W, C), so every frame is a channels-last image. The gates write h and c straight
    into the sequence, and backward turns the pre-activations into their gradient.
-4. Only x, z, h and c are kept for backward, which computes the gates again. The state-to-state weight
-   gradient of all frames is one convolution.
+4. Only x, z, h and c are kept for backward, which computes the gates again.
 5. Equivariant kernels need a quarter of the multiplications (`symmetric.py`). Others use Winograd's method
    where that pays (`winograd.py`), else torch.
 

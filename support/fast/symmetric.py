@@ -117,12 +117,10 @@ class Kernel:
             call("features_backward", len(part), H, W, Q, dilation, d_features, self.at, memory, result)
         return dx
 
-    def block_gradient(self, dz, x, dilation):
-        """The gradient of multiply for the blocks, in fp32."""
-        total = torch.zeros(self.matrices.shape, dtype=torch.float32)
+    def add_block_gradient(self, total, dz, x, dilation):
+        """Add the gradient of multiply for the blocks to the total, in fp32."""
         for part, images in zip(dz.split(IMAGES), x.split(IMAGES), strict=True):
             total += torch.bmm(self.features(images, dilation).transpose(1, 2), by_parity(part))
-        return total
 
 
 def scratch(H, W, C, dilation):
@@ -222,9 +220,10 @@ def self_test(dtype):
     expected = 2 * F.conv2d(x.float().permute(0, 3, 1, 2), weight, padding=2, dilation=2).permute(0, 2, 3, 1)
     dx, d_weight = torch.autograd.grad((expected * dz.float()).sum() / 2, (x, weight))
     exchange(dz, 4)
-    found = z, kernel.input_gradient(dz, 2), kernel.block_gradient(dz, x.detach(), 2)
-    d_blocks = ToBlocks.apply(d_weight, torch.arange(64), 4)
-    return build.agree([t.float() for t in found], [expected + bias, dx.float(), d_blocks], dtype)
+    kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dz, x.detach(), 2)
+    found = z.float(), kernel.input_gradient(dz, 2).float(), d_blocks
+    d_expected = ToBlocks.apply(d_weight, torch.arange(64), 4)
+    return build.agree(found, [expected + bias, dx.float(), d_expected], dtype)
 
 
 class Symmetric:
@@ -257,9 +256,9 @@ class Symmetric:
         z, hiddens, first = self.sequences
         exchange(z[t], 4)
         if t >= first:
-            self.d_state += self.of_state.block_gradient(z[t], hiddens[t], self.dilation)
+            self.of_state.add_block_gradient(self.d_state, z[t], hiddens[t], self.dilation)
         if self.x is not None:
-            self.d_input += self.of_input.block_gradient(z[t], self.x[t], 1)
+            self.of_input.add_block_gradient(self.d_input, z[t], self.x[t], 1)
         if self.dx is not None:
             self.dx[t] = self.of_input.input_gradient(z[t], 1)
         return self.of_state.input_gradient(z[t], self.dilation) if needs_dh else None
@@ -305,7 +304,8 @@ class Convolution(torch.autograd.Function):
         dy = dy.clone(memory_format=torch.contiguous_format)
         d_bias = dy.sum((0, 1, 2), dtype=torch.float32)
         exchange(dy, kernel.groups)
-        return kernel.input_gradient(dy, 1), kernel.block_gradient(dy, x, 1), d_bias, None
+        kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dy, x, 1)
+        return kernel.input_gradient(dy, 1), d_blocks, d_bias, None
 
 
 def is_supported(module):
