@@ -158,13 +158,15 @@ class ConvLSTMForecaster(nn.Module):
         return self.head
 
     def forward(self, past, n_future):
-        x = F.pixel_unshuffle(past, self.patch_size)  # (B, T, C·P², H/P, W/P)
+        H, W = past.shape[-2:]
+        whole = F.pad(past, (0, -W % self.patch_size, 0, -H % self.patch_size, 0, 0), "replicate")
+        x = F.pixel_unshuffle(whole, self.patch_size)  # (B, T, C·P², H/P, W/P)
         _, states = self.encoder(x)
         zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
         layer_outputs, _ = self.forecaster(zeros, states)
         h = torch.cat(layer_outputs, 2)  # (B, n_future, sum of Ch, H/P, W/P)
         logits = self.head(h.flatten(0, 1)).unflatten(0, h.shape[:2])
-        return F.pixel_shuffle(logits, self.patch_size)
+        return F.pixel_shuffle(logits, self.patch_size)[..., :H, :W]
 
 
 class Seq2SeqForecaster(nn.Module):

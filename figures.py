@@ -17,6 +17,7 @@ MODEL_COLORS = "#0b6e99", "#e08e0b", "#4f8a3c", "#b3446c", "#857048", "#5b5f97"
 MODEL_STYLES = [{"color": color, "marker": marker, "ms": 4} for marker in "os^D" for color in MODEL_COLORS]
 MSE_LABEL = "MSE (sum over the pixels of a frame)"
 CROSS_ENTROPY_LABEL = "cross-entropy (nats per pixel)"
+ERROR = "|error|"
 DPI = 150
 STYLE = {
     "axes.titlesize": 10,
@@ -134,20 +135,33 @@ def to_uint8(frames):
     return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
 
 
-def prediction(past, truth, forecast, title):
-    """Rows: input, truth, forecast, error. The truth may be shorter, or None."""
+def paint(frames, values):
+    """(T, C, H, W) → uint8 (T, H, W[, 3]): greys, colors, or a field, whose 0 and 1 mean `values`."""
+    if values is None:
+        return to_uint8(frames)
+    field, (low, high) = np.asarray(frames, np.float32)[:, 0], values
+    colors = matplotlib.colormaps["RdBu_r" if low < 0 < high else "viridis"]
+    if low < 0 < high:  # zero is white
+        field = 0.5 + (low + (high - low) * field) / (2 * max(-low, high))
+    colors = np.rint(255 * colors(np.nan_to_num(field))[..., :3]).astype(np.uint8)
+    return np.where(np.isnan(field)[..., None], np.uint8(128), colors)
+
+
+def prediction(past, truth, forecast, title, values=None):
+    """Rows: input, truth, forecast, error. The truth may be shorter, or None. values: as for `grid`."""
     n = len(past) + 1
     if truth is None:
-        return grid({"input": (1, past), "forecast": (n, forecast)}, title)
+        return grid({"input": (1, past), "forecast": (n, forecast)}, title, values=values)
     error = np.abs(np.asarray(forecast, np.float32)[: len(truth)] - np.asarray(truth, np.float32))
-    rows = {"input": (1, past), "truth": (n, truth), "forecast": (n, forecast), "|error|": (n, error)}
-    return grid(rows, title)
+    rows = {"input": (1, past), "truth": (n, truth), "forecast": (n, forecast), ERROR: (n, error)}
+    return grid(rows, title, values=values)
 
 
 @styled
-def grid(rows, title, most=10):
+def grid(rows, title, most=10, values=None):
     """rows: name → (labels, frames). labels: the number of the first frame, or words for each.
 
+    values: what 0 and 1 mean, if the frames are a field; then missing pixels (NaN) are grey.
     At most `most` frames of a row are drawn, evenly chosen. All are pasted into one image, as large as
     the PNG. One Axes per frame would take ten times as long.
     """
@@ -157,28 +171,56 @@ def grid(rows, title, most=10):
     labels = [fill(name, 24 if len(name) > 24 else 12, max_lines=6, placeholder=" …") for name in rows]
     left = 20 + 13 * max(len(line) for label in labels for line in label.split("\n"))  # 13 pixels a character
     wide = left + min(max(len(frames) for _, frames in rows.values()), most) * (width + 8)
+    wide = max(wide, left + 800) if values else wide  # room for two color bars
     title = fill(title, max(20, wide // 13))
     top = 57 + 25 * len(title.split("\n"))
-    picture = np.full((top + len(rows) * (height + 34) - 26, wide, 3), 255, np.uint8)
+    bottom = top + len(rows) * (height + 34) - 26
+    picture = np.full((bottom + (60 if values else 0), wide, 3), 255, np.uint8)
     figure = Figure(figsize=(wide / DPI, len(picture) / DPI), dpi=DPI, layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
-    for y, label, (first, frames) in zip(itertools.count(top, height + 34), labels, rows.values()):
+    bars = {}
+    for y, (name, (first, frames)), label in zip(itertools.count(top, height + 34), rows.items(), labels):
         axes.text(left - 14, y + height / 2, label, ha="right", va="center", fontsize=9)
+        meaning = values
+        if values and name == ERROR:  # most errors are far smaller than the values
+            meaning, frames = (0, (values[1] - values[0]) / 4), 4 * frames
+        bars[name if name == ERROR else ""] = meaning
         for k, t in enumerate(np.linspace(0, len(frames) - 1, min(len(frames), most)).astype(int)):
             x = left + k * (width + 8)
-            image = to_uint8(frames[t : t + 1])[0].repeat(scale, 0).repeat(scale, 1)
+            image = paint(frames[t : t + 1], meaning)[0].repeat(scale, 0).repeat(scale, 1)
             picture[y : y + height, x : x + width] = image if image.ndim == 3 else image[..., None]
             words = first + t if isinstance(first, int) else first[t]
             axes.text(x + width / 2, y - 4, words, ha="center", va="bottom", fontsize=7.5)
+    if values:
+        draw_color_bars(axes, picture, bars, left, bottom + 34)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.text(wide / 2, 14, title, ha="center", va="top", fontsize=10)
     return to_png(figure)
 
 
-def animation(past, truth, forecast, title):
-    """A looping GIF, exact greys. Left: the truth, unless it is None. Right: input, then forecast."""
-    videos = [to_uint8(np.concatenate([past, future])) for future in (truth, forecast) if future is not None]
+def draw_color_bars(axes, picture, bars, x, y):
+    """A color bar for each name: what its ends and its middle mean."""
+    for name, values in bars.items():
+        if name:
+            axes.text(x - 14, y + 9, name, ha="right", va="center", fontsize=7.5)
+        picture[y : y + 18, x : x + 256] = paint(np.linspace(0, 1, 256).reshape(1, 1, 1, 256), values)[0]
+        for k, value in enumerate((values[0], sum(values) / 2, values[1])):
+            words = f"{'≥ ' if name and k == 2 else ''}{value:.4g}"
+            axes.text(x + 128 * k, y - 3, words, ha="center", va="bottom", fontsize=7.5)
+        x += 256 + 200
+
+
+def animation(past, truth, forecast, title, values=None):
+    """A looping GIF, exact greys. Left: the truth, unless it is None. Right: input, then forecast.
+
+    values: as for `grid`.
+    """
+    futures = [future for future in (truth, forecast) if future is not None]
+    videos = [paint(np.concatenate([past, future]), values) for future in futures]
+    if values:
+        low, high = values
+        title += f": {low:.4g} blue, {high:.4g} {'red' if low < 0 < high else 'yellow'}"
     scale = max(1, min(4, 256 // videos[0].shape[2]))  # large videos are not enlarged
     videos = [video.repeat(scale, 1).repeat(scale, 2) for video in videos]
     n_frames, height, width, *channels = videos[0].shape

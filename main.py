@@ -35,6 +35,7 @@ from support.folders import run_folder
 from support.muon import Muon
 from support.prepare import load_model, prepare
 from support.progress import TIMED, Progress, load_best, resume, save
+from support.scale import fill
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
 
     # Data
-    data: str = "array"  # "array", "fresh" (new sequences in each epoch), a .npy, or a folder of videos
+    data: str = "array"  # "array", "fresh" (new sequences in each epoch), or the path of your own data
     train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 per epoch). Tried: 8 to 174960
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
-    video: tuple[int, int, int, int] = (64, 64, 1, 1)  # videos: height, width, frame step, channels (1 or 3)
-    overlay: int = -1  # sequences merged into each training sequence; -1 = automatic (2; your own data: 0)
+    video: tuple[int, int, int, int] = (64, 64, 1, 1)  # videos, images: height, width, frame step, channels
+    value_range: tuple[float, float] = (0, 0)  # lowest and highest value of your own data; 0 0 = automatic
+    overlay: int = 2  # other sequences merged into each training sequence, by the larger value
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -76,8 +78,9 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     fast: bool = True  # use fast kernels; --no_fast runs all in plain PyTorch
 
 
-# What `--model NAME` changes in the knobs above. A flag wins over both.
+# What data of your own and `--model NAME` change in the knobs above. A flag wins over both.
 RECIPES = {
+    "own data": {"overlay": 0},
     "paper": {
         "hidden_channels": (128, 64, 64),
         "kernel_size": 5,
@@ -158,7 +161,10 @@ def overlays_at(knobs, n_future):
 
 
 def load_batch(setup, step, n_past, n_future, n_overlays):
-    """(past, future) in [0, 1], this process's share of a batch. Each step draws its own random numbers."""
+    """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel.
+
+    Each step draws its own random numbers.
+    """
     knobs, training = setup.knobs, setup.data.training
     epoch, k = divmod(step, setup.steps_per_epoch)
     training.start_epoch(epoch)
@@ -170,7 +176,7 @@ def load_batch(setup, step, n_past, n_future, n_overlays):
     rng = np.random.default_rng((knobs.seed, step, OVERLAYS))
     for others in rng.integers(len(training), size=(n_overlays, len(index))):
         frames = torch.maximum(frames, training[others[my_share]])
-    frames = to_device(frames[:, : n_past + n_future], setup.device).float() / 255
+    frames = setup.data.scale.to_unit(to_device(frames[:, : n_past + n_future], setup.device))
     return frames[:, :n_past], frames[:, n_past:]
 
 
@@ -200,8 +206,10 @@ def train(setup, folder, progress, optimizers):
         seed_dropout(knobs.seed, progress.step)
         net.train()
         with setup.autocast():
-            logits = net(past, n_future, **dense).float()
+            logits = net(fill(past), n_future, **dense).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
+        missing = truth.isnan()  # no error there: black in both
+        logits, truth = logits.masked_fill(missing, -100), truth.masked_fill(missing, 0)
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
         # if you add a mean: with torchrun, multiply it by len(truth) / batch_size, as below
@@ -260,9 +268,9 @@ def load(path):
 
 def main(knobs):
     for name in UNUSED.get(knobs.model, ()):
-        if getattr(knobs, name) != getattr(default_knobs(knobs.model), name):
+        if getattr(knobs, name) != recipe(knobs).get(name, getattr(Knobs, name)):
             raise UserError(f"{knobs.model} does not use {name}; leave it out")
-    setup = prepare(knobs, build, RECIPES.get(knobs.model, {}))
+    setup = prepare(knobs, build, recipe(knobs))
     with run_folder(setup) as folder:
         if setup.knobs.eval_only:
             report.finish(setup, folder, setup.scored_step)
@@ -279,15 +287,18 @@ def main(knobs):
             report.show(setup, folder, results)
 
 
-def default_knobs(model):
-    return replace(Knobs(), model=model, **RECIPES.get(model, {}))
+def recipe(knobs):
+    """What the model and the data change in the default knobs."""
+    is_own = knobs.data not in ("array", "fresh")
+    return RECIPES.get(knobs.model, {}) | (RECIPES["own data"] if is_own else {})
 
 
 def parse(arguments):
-    """The knobs of a command line. It is read twice: the model named in it changes the defaults."""
+    """The knobs of a command line. It is read twice: model and data change the defaults of the others."""
     without_help = [word for word in arguments if word not in ("-h", "--help")]
-    model = tyro.cli(Knobs, args=without_help, use_underscores=True).model
-    return tyro.cli(Knobs, args=arguments, default=default_knobs(model), use_underscores=True)
+    given = tyro.cli(Knobs, args=without_help, use_underscores=True)
+    default = replace(Knobs(), model=given.model, data=given.data, **recipe(given))
+    return tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
 the prediction and y the truth. A metric gives a value for each sequence and frame, (B, T). A curve is their
-mean over the sequences. The number in a table is the mean of the curve. Metrics compute in float64.
+mean over the sequences. The number in a table is the mean of the curve. Metrics compute in float64. Where
+the truth is NaN, a pixel is missing, and does not count.
 """
 
 import functools
@@ -32,7 +33,7 @@ def mse_per_frame(prediction, truth):
     What every Moving MNIST table calls MSE. For 64 × 64 pixels it is 4,096 times the mean over pixels, and a
     black forecast scores about 175. PredRNN's code first clips the forecast to 0–1.
     """
-    return _per_sequence(lambda x, y: (x - y).square().sum((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: (x - y).square().nansum((2, 3, 4)), prediction, truth)
 
 
 def mae_per_frame(prediction, truth):
@@ -40,7 +41,7 @@ def mae_per_frame(prediction, truth):
 
     What every Moving MNIST table calls MAE.
     """
-    return _per_sequence(lambda x, y: (x - y).abs().sum((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: (x - y).abs().nansum((2, 3, 4)), prediction, truth)
 
 
 def psnr(prediction, truth):
@@ -49,7 +50,7 @@ def psnr(prediction, truth):
     One frame without any error makes the mean infinite. SimVP's 37.97 and 38.35 are not comparable: uint8
     overflows there, so that the square of 20 is 144 instead of 400. Integers are refused here.
     """
-    decibels = lambda x, y: -10 * (x - y).square().mean((2, 3, 4)).log10()
+    decibels = lambda x, y: -10 * (x - y).square().nanmean((2, 3, 4)).log10()
     return _per_sequence(decibels, prediction, truth)
 
 
@@ -60,7 +61,7 @@ def ssim(prediction, truth):
     use_sample_covariance=False), which leaves out 5 pixels at each border. The published tables differ: see
     `ssim_openstl`.
     """
-    return _per_sequence(lambda x, y: similarity(x, y).mean((2, 3, 4)), prediction, truth)
+    return _per_sequence(_mean_similarity, prediction, truth)
 
 
 def ssim_openstl(prediction, truth):
@@ -70,7 +71,17 @@ def ssim_openstl(prediction, truth):
     levels went from −1 to 1. Other tables differ: PredRNN's range is 255, Earthformer's depends on the batch.
     """
     options = {"window": UNIFORM, "data_range": 2, "norm": 49 / 48}
-    return _per_sequence(lambda x, y: similarity(x, y, **options).mean((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: _mean_similarity(x, y, **options), prediction, truth)
+
+
+def _mean_similarity(x, y, window=GAUSSIAN, **options):
+    """The mean SSIM of the windows without a missing pixel → (B, T)."""
+    missing = y.isnan()
+    if not missing.any():
+        return similarity(x, y, window, **options).mean((2, 3, 4))
+    maps = similarity(x.masked_fill(missing, 0), y.masked_fill(missing, 0), window, **options)
+    touched = F.max_pool3d(missing.double(), (1, len(window), len(window)), 1) > 0
+    return maps.masked_fill(touched, torch.nan).nanmean((2, 3, 4))
 
 
 def similarity(x, y, window=GAUSSIAN, data_range=1, norm=1):
@@ -101,8 +112,13 @@ def cross_entropy_per_sequence(logits, truth):
 
     z: logits. As in Table 1 of the ConvLSTM paper, whose best network has 3670.85 on the paper's data.
     """
-    nats = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").flatten(1).sum(1, True)
+    nats = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").flatten(1).nansum(1, True)
     return _per_sequence(nats, logits, truth, is_logits=True)
+
+
+def mean_squares(prediction, truth):
+    """Mean of (x − y)² over frames and pixels → (B, C), for the RMSE of each channel."""
+    return _per_sequence(lambda x, y: (x - y).square().nanmean((1, 3, 4)), prediction, truth)
 
 
 def black(past, n_future):
@@ -146,7 +162,8 @@ def _check(name, frames, is_logits=False):
         raise ValueError(f"{name} has shape {tuple(frames.shape)}, not a filled (B, T, C, H, W)")
     if not frames.is_floating_point():
         raise TypeError(f"{name} is {frames.dtype}; give floats in [0, 1] (uint8 frames: .float() / 255)")
-    low, high = (v.item() for v in frames.detach().aminmax())
+    known = frames.detach().nan_to_num(0.0, math.inf, -math.inf) if name == "truth" else frames.detach()
+    low, high = (v.item() for v in known.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
     if not is_logits and (low < -1e-6 or high > 1 + 1e-6):

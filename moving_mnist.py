@@ -18,6 +18,7 @@ from download import ARRAY, DIGITS, RAW, fetch, has_size
 from support import UserError
 from support.checkpoint import lock_folder, open_atomic
 from support.devices import print0, to_device
+from support.scale import Scale
 
 ORDER, DROPOUT, FRESH, OVERLAYS = 1, 2, 3, 4  # with one seed, each gives other random numbers
 SPLITS = {"train": (0, 81), "validation": (81, 90), "test": (90, 100), "all": (0, 100)}  # percent, in order
@@ -25,11 +26,10 @@ N_SEQUENCES = 10_000  # of the official array
 OFFICIAL, STAND_IN, STAND_IN_FILE = "Moving MNIST array", "stand-in array", "moving_mnist_standin.npy"
 
 
-def open_array(path):
-    """A memory map (T, N, C, H, W) of a .npy file, time first as the official array is.
+def open_npy(path):
+    """A memory map of a .npy file. Raises UserError where the file's length is not what its header says.
 
-    Raises UserError for anything but C-ordered uint8 of shape (T, N, H, W) or (T, N, H, W, C), and for a file
-    whose length is not what its header says. Nothing pickled is ever loaded.
+    Nothing pickled is ever loaded.
     """
     path = Path(path)
     if os.path.exists(path) and not path.is_file():
@@ -40,15 +40,18 @@ def open_array(path):
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # untrusted file: numpy evaluates the header, which may raise anything
         raise UserError(f"{path} is not a whole .npy array ({error!r:.100})") from error
-    if array.dtype != np.uint8:
-        raise UserError(f"{path} holds {array.dtype}; expected uint8 (grey values 0 to 255)")
-    if array.ndim not in (4, 5) or array.size == 0:
-        raise UserError(f"{path} has shape {array.shape}; expected (T, N, H, W) or (T, N, H, W, C)")
-    if not array.flags.c_contiguous:
-        raise UserError(f"{path} is in Fortran order; expected C order: save numpy.ascontiguousarray of it")
     expected, found = array.offset + array.nbytes, path.stat().st_size
     if found != expected:
         raise UserError(f"{path} has {found:,} bytes; its header says {expected:,}: it is damaged")
+    return array
+
+
+def open_array(path):
+    """A memory map (T, N, C, H, W) of uint8 (T, N, H, W) or (T, N, H, W, C), as the official array has it."""
+    array = open_npy(path)
+    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.size == 0:
+        found = f"{path} holds {array.dtype} of shape {array.shape}"
+        raise UserError(f"{found}; expected uint8 (T, N, H, W) or (T, N, H, W, C)")
     return array[:, :, None] if array.ndim == 4 else np.moveaxis(array, -1, 2)
 
 
@@ -72,6 +75,10 @@ class MovingMNIST:
 
     def start_epoch(self, epoch):
         """Nothing to do: every epoch has the same sequences."""
+
+    def parts(self):
+        """What the split is made of, to compute its hash."""
+        return [self.content]
 
     def fit_on_gpu(self, device):
         """Move to an NVIDIA GPU if its free memory is five times the data."""
@@ -103,6 +110,9 @@ class FreshMovingMNIST:
         rng = np.random.default_rng((self.seed, epoch, FRESH))
         self.chosen = rng.integers(len(self.content), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
+
+    def parts(self):
+        return [self.content]
 
     def fit_on_gpu(self, device):
         """Nothing to do: sequences are made on the CPU."""
@@ -160,9 +170,10 @@ class Data(NamedTuple):
     validation: MovingMNIST | FreshMovingMNIST
     test: MovingMNIST
     name: str
+    scale: Scale = Scale()
 
     @property
-    def is_moving_mnist(self):  # False for an array of your own in its place, if its size differs
+    def is_moving_mnist(self):
         return self.name.partition(",")[0] in (OFFICIAL, STAND_IN)
 
 
@@ -183,10 +194,10 @@ def moving_mnist_data(kind, train_sequences, seed):
 
 
 def moving_mnist_array():
-    """(array, name): the official array, your own in its place, or the stand-in."""
+    """(array, name): the official array, or the stand-in."""
     path, stand_in = RAW / ARRAY.name, RAW / STAND_IN_FILE
     if os.path.exists(path) and not has_size(path, ARRAY.size):
-        return open_array(path), path.name
+        raise UserError(f"{path} is not the official array: move it, and give its path with --data")
     if os.path.exists(stand_in) and not os.path.exists(path) and not os.path.exists(f"{path}.gz"):
         print0("using the stand-in for the official array (python download.py fetches that)")
         return open_array(stand_in), STAND_IN

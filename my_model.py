@@ -6,7 +6,7 @@ states into frames. `EncoderForecaster()` is that network with the first two cha
 
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: untrained, a model draws nearly black frames or, with motion, a blurred last input.
+- Initial output biases: untrained, a model draws nearly black frames or, with motion, the last input frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
 - `dilation`: the upper layers see farther. They need to: a whole digit bounces when one end hits a wall.
@@ -159,10 +159,10 @@ class EncoderForecaster(nn.Module):
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         draw = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
-            if max_motion:  # untrained, it draws the last frame, blurred
+            if max_motion:  # untrained, it draws nearly the last frame
                 draw.bias.zero_()
                 draw.bias[n_pixels : 2 * n_pixels] = 1.0
-                draw.bias[2 * n_pixels + n_moves // 2] = 2.0  # the zero move
+                draw.bias[2 * n_pixels + n_moves // 2] = 8.0  # the zero move
             else:
                 draw.bias.fill_(-3.0)  # frames start nearly black
         self.head = nn.Sequential(*head, draw)
@@ -203,20 +203,23 @@ class EncoderForecaster(nn.Module):
         Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
         """
         self.check(past, n_future)
+        H, W = past.shape[-2:]
+        # whole patches: the last rows and columns are repeated, and cropped below
+        past = F.pad(past, (0, -W % self.patch_size, 0, -H % self.patch_size, 0, 0), "replicate")
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
             if draw_from is not None:  # the encoder's hidden states predict the input frames
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
-            return self.draw(hidden_states)
+            return self.draw(hidden_states)[..., :H, :W]
         start = past.shape[1] - 1 if draw_from is None else draw_from
         logits, frame = [self.draw([h[:, start:] for h in encoded], past[:, start:])], past[:, -1:]
         for _ in range(n_future - 1):  # the first forecast frame is already drawn
             previous, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
             hidden_states, states = self.encode(frame, previous, states)
             logits.append(self.draw(hidden_states, frame))
-        return torch.cat(logits, 1)
+        return torch.cat(logits, 1)[..., :H, :W]
 
     def encode(self, frames, previous, states):
         """Run the encoder over frames (B, T, C, H, W); previous is the frame before them."""
@@ -240,7 +243,7 @@ class EncoderForecaster(nn.Module):
             weights = drawn[2].permute(0, 2, 3, 1)
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
             moved = self.advect(frames.transpose(0, 1).flatten(0, 1), weights, self.patch_size)
-            logits = logits + gain * torch.logit(moved.clamp(0.02, 0.98))  # the logit: within ±3.9
+            logits = logits + gain * torch.logit(moved.clamp(0.002, 0.998))  # the logit: within ±6.2
         return logits.unflatten(0, (T, B)).transpose(0, 1)
 
     def check(self, past, n_future):
@@ -248,9 +251,6 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"n_future is {n_future}; expected at least 1")
         if past.ndim != 5 or past.shape[2] != self.channels:
             raise ValueError(f"frames have shape {tuple(past.shape)}; expected (B, T, {self.channels}, H, W)")
-        H, W = past.shape[3:]
-        if H % self.patch_size or W % self.patch_size:
-            raise ValueError(f"frames of {H}×{W} cannot be cut into patches of {self.patch_size}")
         if past.device.type == "cpu" and past.numel():  # a GPU would have to wait for this check
             low, high = past.aminmax()
             if not (low >= 0 and high <= 1):

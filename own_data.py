@@ -1,83 +1,169 @@
-"""Your own data, for main.py and predict.py: a .npy, a video, or a folder of videos or images.
+"""Your own data, for main.py and predict.py: arrays of numbers, videos or images → series of frames.
 
-Videos become sequences of equal length. Each frame is cropped at its center to the shape of height:width, and
-resized. Each file is thinned to every `stride`-th frame. Files are taken in the order of their names.
+A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
+H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. Each file of a
+folder is a series; all images of a folder are one.
 """
 
+import hashlib
 import itertools
 import os
 import re
-from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
-from moving_mnist import Data, MovingMNIST, open_array
+from moving_mnist import Data, open_npy
 from support import UserError
 from support.devices import print0
+from support.scale import Scale
 
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+AXES = {"N": "sequence", "T": "time", "H": "height", "W": "width", "C": "channel"}
+LEAST = 16  # pixels of a side; a shorter last axis has the channels
+HELD_OUT = 0.15  # of each series, for validation and again for the test, where there are few series
 
 
-def is_array(data):
-    """Whether the knob names an array; else it names videos."""
-    return data in ("array", "fresh") or Path(data).suffix == ".npy"
+class Source(NamedTuple):
+    """What was read. axes: those of an array with all of it, such as "NTHW"."""
+
+    series: list  # of arrays (T, C, H, W), all of one number type
+    axes: str
+    name: str
 
 
-def own_data(path, train_sequences, n_frames, height, width, stride, channels):
-    """The three splits of a uint8 array (T, N, H, W[, C]), or of videos. Raises UserError."""
-    if is_array(path):
-        array = open_array(path)
-    else:
-        array = read_videos(path, n_frames, height, width, stride, channels)
-    for text in find_oddities(array):
+class Windows:
+    """Sequences cut from series: `dataset[index array]` → a batch (B, T, C, H, W), uint8 or float32."""
+
+    def __init__(self, series, digest, starts, n_frames, split):
+        """digest: a hash of the series. starts: the series and the first frame of each sequence."""
+        self.series, self.digest, self.starts, self.split = series, digest, np.array(starts), split
+        self.shape = (n_frames, *series[0].shape[1:])
+
+    def start_epoch(self, epoch):
+        """Nothing to do: every epoch has the same sequences."""
+
+    def fit_on_gpu(self, device):
+        """Nothing to do: the series stay in main memory."""
+
+    def parts(self):
+        """What the split is made of, to compute its hash."""
+        return self.digest, self.starts
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        batch = np.stack([self.series[k][t : t + self.shape[0]] for k, t in self.starts[index]])
+        return torch.from_numpy(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
+
+
+def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
+    """The three splits of the data at a path. Raises UserError.
+
+    scale: of weights that are only scored, instead of the range of the training split.
+    """
+    source = read(path, video)
+    low, high = describe(source)
+    for text in find_oddities(source, low, high):
         print0(f"warning   {text}")
-    name = path.name or path.resolve().name
-    splits = [MovingMNIST(array, split, 0, name) for split in ("validation", "test")]
-    return Data(MovingMNIST(array, "train", train_sequences, name), *splits, name)
+    series = [np.array(one, order="C") for one in source.series if len(one) >= n_frames]  # not on the disk
+    if len(series) < len(source.series):
+        print0(f"left out  series shorter than {n_frames} frames: {len(source.series) - len(series)}")
+    training, *others = cut([len(one) for one in series], n_frames)
+    starts = [(k, t) for k, first, end in training for t in range(first, end - n_frames + 1)]
+    if 0 < train_sequences < len(starts):
+        starts = np.array(starts)[np.linspace(0, len(starts) - 1, train_sequences).astype(int)]
+    digest = hashlib.sha256()
+    for one in series:
+        digest.update(one)
+    splits = [Windows(series, digest.digest(), starts, n_frames, "train")]
+    for name, parts in zip(("validation", "test"), others, strict=True):  # their sequences share no frame
+        starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
+        splits.append(Windows(series, digest.digest(), starts, n_frames, name))
+    whose = "of the weights" if scale else "--value_range" if any(value_range) else "range of training"
+    scale = scale or choose_scale([series[k][first:end] for k, first, end in training], value_range)
+    if not scale.is_grey or series[0].dtype != np.uint8:
+        report_scale(scale, series, whose)
+    return Data(*splits, source.name, scale)
 
 
-def find_oddities(array, white=255):
-    """Sentences on what is probably wrong with an array (T, N, C, H, W), whose values go from 0 to white."""
-    N = array.shape[1]
-    array = array[:20, np.linspace(0, N - 1, min(N, 20)).astype(int)].astype(np.float32) * (255 / white)
-    steps = [np.abs(np.diff(array, axis=axis)) for axis in (0, 1)]
-    along_time, along_sequences = (step.mean() if step.size else np.inf for step in steps)
-    if along_time > along_sequences:  # as a rule, neighboring frames are more alike than two sequences
-        yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
-    if array.max() <= 1:
-        yield f"no value is above {array.max():.3g}, on a scale from 0 to 255: frames are almost black"
-    elif along_time < 0.05:
-        yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3f} grey levels"
-
-
-def read_videos(path, n_frames, height, width, stride=1, channels=1):
-    """uint8 (n_frames, N, channels, height, width) of all videos at the path. Channels: 1 (grey), 3 (RGB)."""
-    if min(height, width) < 16 or stride < 1 or channels not in (1, 3):
-        expected = "height and width from 16, frame step, 1 or 3 channels"
-        raise UserError(f"video is {height} {width} {stride} {channels}; expected {expected}")
-    sequences = []
-    for file in find_videos(path):
-        frames = [crop_and_resize(frame, height, width, channels) for frame in decode(file, stride)]
-        n = len(frames) // n_frames
-        if n == 0:
-            fault = f"gives {len(frames)} frames at a stride of {stride}, and a sequence needs {n_frames}"
-            raise UserError(f"{file} {fault}: remove it, or change --video, frames_in or frames_out")
-        sequences.append(np.stack(frames[: n * n_frames]).reshape(n, n_frames, *frames[0].shape))
-    return np.concatenate(sequences).swapaxes(0, 1)
-
-
-def find_videos(path):
-    """The video files of a folder, or the one file, in the order of their names. Hidden files are skipped."""
+def read(path, video, most=None):
+    """The series at a path. video: the knob. most: of videos and images, only the first frames."""
     if not path.exists():
         raise UserError(f"{path} is not there")
-    paths = sorted(path.iterdir()) if path.is_dir() else [path]
-    # files only: a pipe would be waited for
-    files = [p for p in paths if p.suffix.lower() in VIDEOS and p.name[0] != "." and p.is_file()]
-    if not files:
-        raise UserError(f"{path} is no .npy and holds no video: {', '.join(sorted(VIDEOS))}")
-    return files
+    *size, stride, channels = video
+    if (min(size) < LEAST and any(size)) or stride < 1 or channels not in (1, 3):
+        expected = f"height and width from {LEAST}, frame step, 1 or 3 channels"
+        raise UserError(f"video is {' '.join(map(str, video))}; expected {expected}")
+    arrays, videos, images = (list_files(path, suffixes) for suffixes in ({".npy"}, VIDEOS, IMAGES))
+    if arrays:
+        found = [read_array(file) for file in arrays]
+    else:
+        frames = [(file, decode(file, stride)) for file in videos] or [(path, read_images(images[::stride]))]
+        if not (videos or images):
+            folders = [p for p in sorted(path.iterdir()) if list_files(p, IMAGES)] if path.is_dir() else []
+            frames = [(p, read_images(list_files(p, IMAGES)[::stride])) for p in folders]
+        found = [read_pictures(*pair, size, channels, most) for pair in frames]
+    if not found:
+        kinds = ", ".join((".npy", *sorted(VIDEOS | IMAGES)))
+        raise UserError(f"{path} is no file that can be read, and no folder of such: {kinds}")
+    series = [one for part, _ in found for one in part]
+    shapes = {(one.dtype, one.shape[1:]) for one in series}
+    if len(shapes) > 1:
+        raise UserError(f"the files of {path} differ in number type, channels, height or width: {shapes}")
+    (_, (_, H, W)) = shapes.pop()
+    if min(H, W) < LEAST:
+        raise UserError(f"{path} has frames of {H}×{W}; expected at least {LEAST}×{LEAST} pixels")
+    axes = found[0][1]
+    name = path.name or path.resolve().name
+    return Source(series, axes if len(found) == 1 or "N" in axes else f"N{axes}", name)
+
+
+def list_files(path, suffixes):
+    """The file, or the files of the folder, in the order of the numbers in their names."""
+    files = path.iterdir() if path.is_dir() else [path]
+    # no hidden ones, and no pipes, for which we would wait
+    files = [p for p in files if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()]
+    return sorted(files, key=lambda p: re.sub(r"\d+", lambda digits: digits[0].zfill(20), p.name))  # 2 < 10
+
+
+def read_array(path):
+    """(series, axes) of a .npy."""
+    array = open_npy(path)
+    if array.dtype.kind not in "buif":
+        raise UserError(f"{path} holds {array.dtype}; expected integers or floats")
+    shape, has_channels = array.shape, array.ndim > 3 and array.shape[-1] < LEAST
+    if array.dtype == np.uint8 and array.ndim == 4 and shape[0] == 20 and shape[2:] == (64, 64):
+        axes = "TNHW"  # as Moving MNIST has it
+    else:
+        axes = {3: "THW", 4: "THWC" if has_channels else "NTHW", 5: "NTHWC"}.get(array.ndim)
+    if axes is None or array.size == 0 or (array.ndim == 5 and not has_channels):
+        expected = f"(T, H, W) or (N, T, H, W), and perhaps C, below {LEAST}, at the end"
+        raise UserError(f"{path} has shape {shape}; expected {expected}")
+    missing = [axis for axis in "NTCHW" if axis not in axes]
+    order = [(axes + "".join(missing)).index(axis) for axis in "NTCHW"]
+    return list(array.reshape(*shape, *[1] * len(missing)).transpose(order)), axes
+
+
+def restore_axes(frames, axes):
+    """(N, T, C, H, W) → an array with these axes."""
+    kept = [axis for axis in "NTCHW" if axis in axes]
+    frames = frames[tuple(slice(None) if axis in axes else 0 for axis in "NTCHW")]
+    return frames.transpose([kept.index(axis) for axis in axes])
+
+
+def read_pictures(path, frames, size, channels, most):
+    """(one series, axes) of decoded frames."""
+    frames = [crop_and_resize(frame, *size, channels) for frame in itertools.islice(frames, most)]
+    if not frames:
+        raise UserError(f"{path} gives no frames: it is damaged, or nothing that OpenCV can read")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"{path} has frames of several sizes")
+    return [np.stack(frames)], "THW" if channels == 1 else "THWC"
 
 
 def decode(path, stride=1):
@@ -97,56 +183,131 @@ def decode(path, stride=1):
         raise UserError(f"{path} cannot be read as a video ({error.err})") from error
 
 
+def read_images(files):
+    """The frames of image files, as `decode` gives them."""
+    for file in files:
+        content = np.fromfile(file, np.uint8)  # cv2.imread fails at some paths on Windows
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+        if image is None:
+            raise UserError(f"{file} is not an image that OpenCV can read")
+        yield image
+
+
 def crop_and_resize(frame, height, width, channels):
-    """(H, W, 3) → (channels, height, width): the center of the frame, grey or red, green, blue."""
+    """(H, W, 3) → (channels, height, width): the center of the frame, grey or red, green, blue.
+
+    Where height and width are 0, the frame keeps its size.
+    """
     H, W = frame.shape[:2]
-    tall, wide = max(1, min(H, W * height // width)), max(1, min(W, H * width // height))
-    top, left = (H - tall) // 2, (W - wide) // 2
-    frame = frame[top : top + tall, left : left + wide]
-    frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+    if height and width:
+        tall, wide = max(1, min(H, W * height // width)), max(1, min(W, H * width // height))
+        top, left = (H - tall) // 2, (W - wide) // 2
+        frame = frame[top : top + tall, left : left + wide]
+        frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
     frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB if channels == 3 else cv2.COLOR_BGR2GRAY)
-    return frame.reshape(height, width, -1).transpose(2, 0, 1)
+    return frame.reshape(*frame.shape[:2], -1).transpose(2, 0, 1)
 
 
-def read_frames(path, most):
-    """The first frames, at most `most`, (N, T, H, W, C), float32 in [0, 1]; C is 1 or 3. Raises UserError."""
-    if not path.exists():
-        raise UserError(f"{path} is not there")
-    if path.is_dir():
-        frames = read_images(path, most)
-    elif path.suffix.lower() in VIDEOS:
-        decoded = [frame[..., ::-1] for frame in itertools.islice(decode(path), most)]
-        if not decoded:
-            raise UserError(f"{path} gives no frames: it is damaged, or no video that OpenCV can read")
-        frames = np.stack(decoded)
-    else:
-        try:
-            frames = np.load(path, "r", allow_pickle=False)
-            if frames.dtype.kind not in "buif":
-                raise ValueError(f"it holds {frames.dtype}")
-        except Exception as error:  # untrusted file: loading may raise anything
-            raise UserError(f"{path} is no .npy of numbers, no video and no folder of images") from error
-    shape = frames.shape
-    if frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] not in (1, 3)):
-        frames = frames[..., None]  # (T, H, W) or (N, T, H, W)
-    frames = frames[None] if frames.ndim == 4 else frames
-    if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[-1] not in (1, 3) or frames.size == 0:
-        expected = "(T, H, W) or (N, T, H, W), perhaps with C at the end; at least 2 frames, 1 or 3 channels"
-        raise UserError(f"frames have shape {shape}; expected {expected}")
-    white = 255 if np.issubdtype(frames.dtype, np.integer) else 1
-    frames = frames[:, :most].astype(np.float32) / white
-    if not (frames.min() >= 0 and frames.max() <= 1):
-        values = f"values go from {frames.min() * white:g} to {frames.max() * white:g}"
-        raise UserError(f"{values}; expected integers from 0 to 255, or floats from 0 to 1")
-    return frames
+def describe(source):
+    """Print what was read → the lowest and the highest value of each channel."""
+    series, axes = source.series, ", ".join(AXES[axis] for axis in source.axes)
+    low, high = limits(series, source.name)
+    lengths = sorted({len(one) for one in series})
+    frames = f"{lengths[0]:,} frames" if len(lengths) == 1 else f"{lengths[0]:,} to {lengths[-1]:,} frames"
+    many = f"{len(series):,} series of {frames}" if len(series) > 1 else frames
+    _, C, H, W = series[0].shape
+    channels = f", {C} channels" if C > 1 else ""
+    share = sum(np.isnan(one).sum() for one in series) / sum(one.size for one in series)
+    missing = f", missing (NaN): {share:.1%}" if share else ""
+    numbers = f"{series[0].dtype} from {low.min():.6g} to {high.max():.6g}"
+    print0(f"read      {source.name} ({axes}): {many} of {H}×{W}{channels}, {numbers}{missing}")
+    return low, high
 
 
-def read_images(path, most):
-    """The first images of a folder, (T, H, W, 3), in the order of the numbers in their names."""
-    files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-    files.sort(key=lambda p: re.sub(r"\d+", lambda digits: digits[0].zfill(20), p.name))  # 2 < 10
-    contents = [np.fromfile(file, np.uint8) for file in files[:most]]
-    images = [cv2.imdecode(c, cv2.IMREAD_COLOR) if c.size else None for c in contents]
-    if not images or any(image is None or image.shape != images[0].shape for image in images):
-        raise UserError(f"{path} needs readable images of one size; it has {len(files)} image files")
-    return np.stack(images)[..., ::-1]  # OpenCV's order is blue, green, red
+def limits(series, name):
+    """The lowest and the highest value of each channel, (C,). Raises UserError where nothing varies."""
+    low = np.fmin.reduce([np.fmin.reduce(one, (0, 2, 3)) for one in series]).astype(float)
+    high = np.fmax.reduce([np.fmax.reduce(one, (0, 2, 3)) for one in series]).astype(float)
+    for channel, (a, b) in enumerate(zip(low, high, strict=True), 1):
+        which = f" in channel {channel}" if len(low) > 1 else ""
+        if np.isnan(a):
+            raise UserError(f"all values of {name} are missing (NaN){which}")
+        if np.isinf([a, b]).any():
+            raise UserError(f"{name} has infinite values{which}; write NaN where a pixel is missing")
+        if a == b:
+            raise UserError(f"all values of {name} are {a:g}{which}; there is nothing to forecast")
+    return low, high
+
+
+def find_oddities(source, low, high):
+    """Sentences on what is probably wrong."""
+    chosen = np.linspace(0, len(source.series) - 1, min(len(source.series), 20)).astype(int)
+    sample = [source.series[k][:20].astype(np.float64) for k in chosen]
+    values = np.unique(np.concatenate([one[np.isfinite(one)] for one in sample]))
+    for far, others in (values[0], values[1:]), (values[-1], values[:-1]):
+        # a code for missing pixels lies farther from all other values than these lie apart
+        if len(others) > 2 and np.abs(others - far).min() > 10 * np.ptp(others):
+            yield f"the value {far:g} is far from all others; if it means a missing pixel, write NaN there"
+    if source.series[0].dtype == np.uint8 and high.max() <= 1:
+        yield f"no value is above {high.max():g}, on a scale from 0 to 255: frames are almost black"
+        return
+    shortest = min(map(len, sample))
+    along_time = np.nanmean([np.nanmean(np.abs(np.diff(one[:shortest], axis=0))) for one in sample])
+    if along_time < 2e-4 * (high - low).max():
+        yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3g}"
+    if "N" in source.axes and len(sample) > 1:
+        # as a rule, neighboring frames are more alike than two sequences
+        pairs = itertools.pairwise(sample)
+        if along_time > np.nanmean([np.nanmean(np.abs(a[:shortest] - b[:shortest])) for a, b in pairs]):
+            yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
+
+
+def cut(lengths, n_frames):
+    """The parts of training, validation and test: for each, a list of (series, first frame, end).
+
+    lengths: of the series. Prints the rule. Raises UserError where there are too few frames.
+    """
+    n, least = len(lengths), 3 * n_frames
+    if n >= 10 or (n >= 3 and min(lengths) < least):
+        whole = [(k, 0, length) for k, length in enumerate(lengths)]
+        a, b = (n * 81 // 100, n * 90 // 100) if n >= 10 else (n - 2, n - 1)
+        print0(f"split     by series, in their order: {a:,} training, {b - a:,} validation, {n - b:,} test")
+        return whole[:a], whole[a:b], whole[b:]
+    if n == 0 or min(lengths) < least:
+        wanted = f"one series of {least} frames, or three of {n_frames} (frames_in + frames_out)"
+        raise UserError(f"too few frames: expected at least {wanted}; found {lengths or 'none so long'}")
+    training, validation, test = parts = [], [], []
+    for k, length in enumerate(lengths):
+        held_out = max(n_frames, round(HELD_OUT * length))
+        training.append((k, 0, length - 2 * held_out))
+        validation.append((k, length - 2 * held_out, length - held_out))
+        test.append((k, length - held_out, length))
+    texts = (f"{a + 1} to {b}" for _, a, b in (part[0] for part in parts))
+    which = "" if n == 1 else " (series 1)"
+    print0("split     along time{}: frames {} training, {} validation, {} test".format(which, *texts))
+    return parts
+
+
+def choose_scale(training, value_range):
+    """That of the knob; 0 to 255 for uint8; else the range of the training split."""
+    C, low, high = training[0].shape[1], *value_range
+    if low < high:
+        return Scale((float(low),) * C, (float(high),) * C, is_grey=False)
+    if training[0].dtype == np.uint8:
+        return Scale()
+    return Scale(
+        *(tuple(values.tolist()) for values in limits(training, "the training split")), is_grey=False
+    )
+
+
+def report_scale(scale, series, whose):
+    """Print which values become 0 and 1, how many are outside, and whether the data fit a scale of others."""
+    low, high = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
+    outside = sum(((one < low) | (one > high)).sum() for one in series) / sum(one.size for one in series)
+    ranges = "; ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(scale.low, scale.high, strict=True))
+    print0(f"scale     {ranges} ({whose}); outside, and clipped: {outside:.2%} of the values")
+    found = limits(series, "the data")
+    used = np.divide(*(np.ptp(values) for values in (found, (low, high))))
+    if outside > 0.2 or used < 0.02:
+        texts = (f"{a:.6g} to {b:.6g}" for a, b in zip(*found, strict=True))
+        print0(f"warning   the scale hardly fits these values: they go from {'; '.join(texts)}")

@@ -1,82 +1,76 @@
-"""Forecast what follows the first frames of your data: a .npy, a video, or a folder of images.
+"""Forecast what follows frames of your data: a .npy, a video, or a folder of images.
 
 python predict.py my_frames.npy
-python predict.py clip.mp4 --weights results/my_model/best.pt --frames 20 --out forecast
+python predict.py clip.mp4 --weights results/my_model/best.pt --start -10 --frames 20 --out forecast
 """
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import tyro
 
 import figures
 import main
-from own_data import find_oddities, read_frames
+from own_data import describe, find_oddities, read, report_scale, restore_axes
 from support import UserError
 from support.checkpoint import make_folder, open_atomic, write_atomic
 from support.devices import run_script
-
-
-def fit_to_model(frames, model):
-    """(N, T, H, W, C) → (N, T, C, H, W) with the model's channels, resized to whole patches."""
-    channels, patch = model.channels, getattr(model, "patch_size", 1)
-    if frames.shape[-1] != channels:  # the same grey as of training videos
-        frames = frames @ np.float32([[0.299], [0.587], [0.114]]) if channels == 1 else frames.repeat(3, -1)
-    N, T, H, W = frames.shape[:4]
-    size = [max(patch, round(n / patch) * patch) for n in (W, H)]
-    if size != [W, H]:
-        print(f"resized   from {H}×{W} to {size[1]}×{size[0]}, a multiple of the patch size {patch}")
-        frames = frames.reshape(N * T, H, W, -1)
-        frames = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
-    frames = frames.clip(0, 1).reshape(N, T, size[1], size[0], channels)  # rounding may exceed 1
-    return torch.from_numpy(frames).movedim(-1, 2)
 
 
 def predict(
     source: tyro.conf.Positional[Path],
     weights: Path = Path(__file__).parent / "records" / "long.pt",
     frames: int = 10,
+    start: int = 0,
     out: Path = Path("forecast"),
 ):
-    """Forecast what follows the first frames of your data. Later frames are only compared with the forecast.
+    """Forecast what follows some frames of your data. Frames that follow are only compared with the forecast.
 
     Args:
-        source: .npy of (T, H, W), (T, H, W, C) or (N, T, H, W); a video; a folder of images in order.
-        weights: a best.pt of main.py.
+        source: what main.py reads with --data; a video or images as large as in training.
+        weights: a best.pt of main.py. They bring the number of input frames and the scale of values.
         frames: how many frames to forecast.
-        out: folder for forecast.npy (uint8), forecast.gif and forecast.png.
+        start: the first input frame, from 0. -10 is the tenth from the end.
+        out: folder for forecast.npy (in the units and axes of the data), forecast.gif and forecast.png.
     """
     if frames < 1:
         raise UserError(f"frames is {frames}; expected at least 1")
     model = main.load(weights)
-    if model.channels not in (1, 3):
-        raise UserError(f"{weights} is for {model.channels} channels; predict.py draws 1 or 3")
-    given = read_frames(source, model.frames_in + frames)
-    for text in find_oddities(given.swapaxes(0, 1), white=1):
+    n = model.frames_in
+    data = read(source, model.video, most=start + n + frames if start >= 0 else None)
+    channels = data.series[0].shape[1]
+    if channels != model.channels:
+        raise UserError(f"the data have {channels} channels; {weights} is for {model.channels}")
+    for text in find_oddities(data, *describe(data)):
         print(f"warning   {text}")
-    given = fit_to_model(given, model)
-    past, truth = given[:, : model.frames_in], given[:, model.frames_in :][:, :frames]
+    report_scale(model.scale, data.series, "of the weights")
+    given = [one[start:][: n + frames] for one in data.series]
+    most = min(map(len, given))
+    if most < n:
+        raise UserError(f"the data have {most} frames from --start {start} on; the weights need {n}")
+    given = torch.stack(
+        [model.scale.to_unit(torch.from_numpy(one[:most].astype(np.float32))) for one in given]
+    )
+    past, truth = given[:, :n], given[:, n:]
     forecast = torch.cat([model.forecast(part, frames) for part in past.split(8)])
-    n, n_frames, _, height, width = given.shape
-    print(f"used      sequences: {n}, of {n_frames} frames of {height}×{width}")
-    name = source.absolute().name.encode(errors="replace").decode()
-    words = f"{name}: {past.shape[1]} frames in, {frames} forecast"
+    words = f"{data.name}: {n} frames in, {frames} forecast"
     if truth.shape[1]:
-        mse = (forecast[:, : truth.shape[1]] - truth).square().sum((2, 3, 4)).mean()
+        mse = (forecast[:, : truth.shape[1]] - truth).square().nansum((2, 3, 4)).mean()
         words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
-        words += f" (mean of {n} sequences; pictures show the first)" * (n > 1)
+        words += f" (mean of {len(given)} series; pictures show the first)" * (len(given) > 1)
     print(words)
     make_folder(out)
-    array = (forecast.movedim(2, -1) * 255).round().byte().numpy()
     with open_atomic(out / "forecast.npy") as file:
-        np.save(file, array[..., 0] if model.channels == 1 else array)
+        np.save(file, restore_axes(model.scale.to_data(forecast), data.axes))
     shrink = -(-past.shape[-1] // 256)  # large frames, in the pictures only
     past, truth, shown = (x[0, ..., ::shrink, ::shrink] for x in (past, truth, forecast))
-    write_atomic(out / "forecast.png", figures.prediction(past, truth if len(truth) else None, shown, words))
-    known = truth if len(truth) == frames else None
-    write_atomic(out / "forecast.gif", figures.animation(past, known, shown, name))
+    for end, fields, values in model.scale.pictures():
+        before, after, drawn = (x[:, fields] for x in (past, truth, shown))
+        picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
+        write_atomic(out / f"forecast{end}.png", picture)
+        known = after if len(after) == frames else None
+        write_atomic(out / f"forecast{end}.gif", figures.animation(before, known, drawn, data.name, values))
     print(f"output    {out}")
 
 

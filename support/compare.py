@@ -4,14 +4,16 @@ import contextlib
 import csv
 
 import numpy as np
+import torch
 
 import figures
 import metrics
 from support.checkpoint import lock_folder, write_atomic
 from support.folders import describe_changes, read_configs, read_json
+from support.scale import Scale
 from support.score import BASELINES
 
-SAME_TASK = ("data_tested", "split", "sequences", "first_sequence", "frames_in", "frames_out")
+SAME_TASK = "data_tested", "scale", "split", "sequences", "first_sequence", "frames_in", "frames_out"
 
 
 def table(heads, rows):
@@ -25,12 +27,31 @@ def table(heads, rows):
     return "\n".join(lines)
 
 
-def means(scores):
-    """The mean of each metric, in the order of metrics.METRICS, as text."""
-    cells = []
+def headings(results):
+    """Of the columns of score_cells."""
+    n = len(results["scores"][results["model"]].get("rmse", ()))  # of your own data only
+    channels = ["RMSE"] if n == 1 else [f"RMSE {k + 1}" for k in range(n)]
+    return [*metrics.HEADINGS, *channels, *["skill"] * (n > 0)]
+
+
+def skill(results, who, reference):
+    """1 - MSE / MSE of the reference."""
+    mse, other = (results["scores"][name]["mse_per_frame"]["mean"] for name in (who, reference))
+    return 1 - mse / other if other else -np.inf
+
+
+def score_cells(results, who):
+    """The mean of each metric, in the order of metrics.METRICS, as text.
+
+    Of your own data, also the RMSE of each channel, in units of the data, and the skill: 1 - MSE / MSE of the
+    last frame copied.
+    """
+    scores, cells = results["scores"][who], []
     for name in metrics.METRICS:
         mean = scores[name]["mean"] if name in scores else None
         cells.append("–" if mean is None else f"{mean:.0f}" if mean >= 1000 else f"{mean:#.4g}")
+    if "rmse" in scores:
+        cells += [*(f"{error:.4g}" for error in scores["rmse"]), f"{skill(results, who, 'copy_last'):.3f}"]
     return cells
 
 
@@ -42,7 +63,7 @@ def describe_split(results):
 def compare_runs(out, latest, first_sequence):
     """Write the comparison into `out`. A single run is not compared.
 
-    latest: the metrics.json of one of the runs. first_sequence: of the test split, (T, C, H, W) uint8.
+    latest: the metrics.json of one of the runs. first_sequence: of the test split, (T, C, H, W) in [0, 1].
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         runs = []
@@ -61,26 +82,29 @@ def compare_runs(out, latest, first_sequence):
         for run in runs:
             run["label"] += "" if run["metrics"] == latest["metrics"] else " (scored by another metrics.py)"
         title = describe_split(latest)
-        baselines = {who: latest["scores"][who] for who in BASELINES}
-        write_atomic(out / "compare.md", comparison(title, runs, baselines, left_out).encode())
+        baselines = {who: latest["scores"][who] for who in BASELINES if who in latest["scores"]}
+        write_atomic(out / "compare.md", comparison(title, runs, latest, baselines, left_out).encode())
         histories = {run["label"]: run["history"] for run in runs}
         curves = {run["label"]: run["curve"] for run in runs}
         curves |= {who: scores["mse_per_frame"]["per_frame"] for who, scores in baselines.items()}
         write_atomic(out / "compare.png", figures.compare(histories, curves, title))
         n = latest["frames_in"]
-        rows = {"input": (1, first_sequence[:n] / 255)}
-        rows["truth"] = n + 1, first_sequence[n:][: latest["frames_out"]] / 255
-        rows |= {run["label"]: (n + 1, run["first_forecast"]) for run in runs}
-        write_atomic(out / "compare_strip.png", figures.grid(rows, f"{title}: the first sequence"))
+        for end, channels, values in Scale.of(latest["scale"]).pictures():
+            rows = {"input": (1, first_sequence[:n, channels])}
+            rows["truth"] = n + 1, first_sequence[n:][: latest["frames_out"], channels]
+            rows |= {run["label"]: (n + 1, run["first_forecast"][:, channels]) for run in runs}
+            picture = figures.grid(rows, f"{title}: the first sequence", values=values)
+            write_atomic(out / f"compare_strip{end}.png", picture)
 
 
 def read_run(folder, config, latest, shape):
     """What a comparison needs of a run. Raises ValueError if it was tested on something else."""
     run = {**config, "folder": folder, "label": folder.name, **read_json(folder / "metrics.json")}
-    run["first_forecast"] = np.load(folder / "forecast.npy", allow_pickle=False) / 255
+    forecast = torch.from_numpy(np.load(folder / "forecast.npy", allow_pickle=False))
+    run["first_forecast"] = Scale.of(run["scale"]).to_unit(forecast).numpy()
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
     run["curve"] = [float(value) for value in run["scores"][run["model"]]["mse_per_frame"]["per_frame"]]
-    run["cells"] = [f"{run['parameters']:,}", "–", "–", "–", *means(run["scores"][run["model"]])]
+    run["cells"] = [f"{run['parameters']:,}", "–", "–", "–", *score_cells(run, run["model"])]
     run["history"] = []
     if run["is_trained"]:
         lines = (folder / "log.csv").read_text("utf-8").splitlines()
@@ -106,7 +130,7 @@ def label_runs(runs):
             run["label"] += f": {', '.join(changes)}"
 
 
-def comparison(title, runs, baselines, left_out):
+def comparison(title, runs, latest, baselines, left_out):
     """compare.md."""
     lines = [f"# {title}", ""]
     lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
@@ -115,8 +139,8 @@ def comparison(title, runs, baselines, left_out):
     lines += ["All other scores are of test data.", ""]
     ranked = sorted(runs, key=lambda run: (run["validation_mse"] or np.inf, np.mean(run["curve"])))
     rows = [[run["label"].replace("|", "\\|"), *run["cells"]] for run in ranked]
-    rows += [[figures.LABELS[who], *["–"] * 4, *means(scores)] for who, scores in baselines.items()]
-    lines += [table(["", "parameters", "sequences", "minutes", "validation MSE", *metrics.HEADINGS], rows)]
+    rows += [[figures.LABELS[who], *["–"] * 4, *score_cells(latest, who)] for who in baselines]
+    lines += [table(["", "parameters", "sequences", "minutes", "validation MSE", *headings(latest)], rows)]
     if left_out:
         lines += [
             "",

@@ -26,7 +26,8 @@ def describe_identity(knobs, data):
     """What makes a run the same run: knobs, data, sources, and the content of the file of weights."""
     sha = hashlib.sha256()
     for split in (data.training, data.validation, data.test):
-        sha.update(split.content)
+        for part in split.parts():
+            sha.update(part)
     values = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
     shape = "×".join(map(str, data.training.shape))
     text = f"{data.name}, sequences of {shape}, sha256 {sha.hexdigest()[:16]}"

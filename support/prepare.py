@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moving_mnist import Data, moving_mnist_data
-from own_data import is_array, own_data
+from own_data import own_data
 from support import UserError, checkpoint, sources
 from support.devices import (
     WORLD_SIZE,
@@ -21,12 +21,13 @@ from support.devices import (
     print0,
 )
 from support.folders import describe_identity, to_text
+from support.scale import Scale, fill
 from support.score import CURVES, score
 
 # Knobs of the network: a checkpoint brings them along
 NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
 NETWORK += ("equivariant",)
-LEAST = {"train_sequences": 0, "frames_in": 2, "frames_out": 1, "overlay": -1, "patch_size": 1}
+LEAST = {"train_sequences": 0, "frames_in": 2, "frames_out": 1, "overlay": 0, "patch_size": 1}
 LEAST |= {"max_motion": 0, "epochs": 1, "max_minutes": 0, "batch_size": WORLD_SIZE, "seed": 0}
 LEAST |= {"kernel_size": 1, "learning_rate": 1e-9, "weight_decay": 0, "ssim_from": 0}
 
@@ -63,11 +64,9 @@ def prepare(knobs, build, recipe):
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
     if weights:
         knobs = with_knobs_of(knobs, weights, recipe)
-    data = load_data(knobs)
+    data = load_data(knobs, weights)
     if (first := broadcast(data.name)) != data.name:
         raise UserError(f"this process has {data.name}, the first has {first}; give all the same data")
-    if knobs.overlay < 0:
-        knobs = replace(knobs, overlay=2 if data.is_moving_mnist else 0)
     model = build_checked(knobs, build, data, device)
     if weights:
         checkpoint.load_weights(model, weights, knobs.weights)
@@ -101,8 +100,13 @@ def check(knobs):
     start, end = knobs.grow_horizon
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
-    if is_array(knobs.data) and knobs.video != type(knobs).video:
-        raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
+    low, high = knobs.value_range
+    if not (low < high or low == high == 0):
+        raise UserError(f"value_range is {low:g} {high:g}; expected the lower value first")
+    if knobs.data in ("array", "fresh"):
+        for name in ("video", "value_range"):
+            if getattr(knobs, name) != getattr(type(knobs), name):
+                raise UserError(f"{name} is for data of your own, and data is {knobs.data}; leave it out")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
@@ -128,30 +132,28 @@ def with_knobs_of(knobs, weights, recipe):
     return replace(knobs, **changes)
 
 
-def load_data(knobs):
-    """The three splits that the knobs ask for."""
+def load_data(knobs, weights):
+    """The three splits that the knobs ask for. Weights that are only scored bring the scale of their data."""
     if knobs.data in ("array", "fresh"):
         return moving_mnist_data(knobs.data, knobs.train_sequences, knobs.seed)
     n_frames = knobs.frames_in + knobs.frames_out
-    return own_data(Path(knobs.data), knobs.train_sequences, n_frames, *knobs.video)
+    scale = Scale.of(weights.get("scale")) if knobs.eval_only else None
+    return own_data(Path(knobs.data), n_frames, knobs.video, knobs.train_sequences, knobs.value_range, scale)
 
 
 def build_checked(knobs, build, data, device):
     """The model. Raises UserError where knobs, data and model do not fit together."""
-    n_frames, channels, height, width = data.training.shape
+    n_frames, channels, *_ = data.training.shape
     if n_frames < knobs.frames_in + knobs.frames_out:
         wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
         raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
-    if min(height, width) < 16:  # flat, wide frames would end the process
-        raise UserError(f"frames are {height}×{width}; OpenCV's optical flow needs at least 16×16")
     if knobs.batch_size > len(data.training) and not knobs.eval_only:
         raise UserError(f"batch_size is {knobs.batch_size}, for {len(data.training)} training sequences")
-    if knobs.model != "seq2seq" and (height % knobs.patch_size or width % knobs.patch_size):
-        raise UserError(f"frames of {height}×{width} cannot be cut into patches of {knobs.patch_size}")
     torch.manual_seed(knobs.seed)
     model = build(knobs, channels).to(device)
     with torch.no_grad():  # a try on one sequence, before anything is written
-        model(data.training[np.arange(1)][:, : knobs.frames_in].to(device) / 255, 1)
+        past = data.training[np.arange(1)][:, : knobs.frames_in]
+        model(fill(data.scale.to_unit(past.to(device))), 1)
     return model
 
 
@@ -183,10 +185,6 @@ def describe(setup, recipe):
     print0(f"device    {text.format(**setup.environment)}\nkernels   {setup.environment['kernels']}")
     splits = f"{len(training):,} training, {len(setup.data.validation):,} validation"
     print0(f"data      {setup.data.name}: {splits}, {len(setup.data.test):,} test sequences")
-    T, C, H, W = training.shape
-    color = {1: "grey", 3: "color"}.get(C, f"{C} channels")
-    values = training[np.arange(min(len(training), 50))]
-    print0(f"          {T} frames of {H}×{W}, {color}, values {values.min()} to {values.max()}")
 
 
 def load_model(path, knobs, build):
@@ -200,15 +198,23 @@ def load_model(path, knobs, build):
     checkpoint.report_edits(weights, path)
     attach(model, device, torch.float32)
     model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
+    of_arrays = knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy"
+    # videos are as large as in training, or as they are
+    model.video = (0, 0, 1, 3 if model.channels == 3 else 1) if of_arrays else knobs.video
+    model.scale = Scale.of(weights.get("scale"))
     model.forecast = types.MethodType(forecast, model)
     return model
 
 
 @torch.no_grad()
 def forecast(model, past, n):
-    """The n frames after past, both (B, T, C, H, W) in [0, 1], on the device of past."""
+    """The n frames after past, both (B, T, C, H, W) in [0, 1], on the device of past.
+
+    Pixels that are missing (NaN) in the last input frame are missing in the forecast.
+    """
     past = torch.as_tensor(past, dtype=torch.float32)
-    if not (past.min() >= 0 and past.max() <= 1):
-        raise ValueError(f"frames go from {past.min():.4g} to {past.max():.4g}; expected 0 to 1")
-    logits = model.eval()(past.to(next(model.parameters()).device), n)
-    return torch.sigmoid(logits).to(past.device)
+    known = fill(past)
+    if not (known.min() >= 0 and known.max() <= 1):
+        raise ValueError(f"frames go from {known.min():.4g} to {known.max():.4g}; expected 0 to 1")
+    logits = model.eval()(known.to(next(model.parameters()).device), n)
+    return torch.sigmoid(logits).to(past.device).masked_fill(past[:, -1:].isnan(), torch.nan)

@@ -115,6 +115,7 @@ def save(folder, setup, progress, optimizers):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("weights are not finite, and were not saved; use a lower --learning_rate")
     network = {"knobs": setup.asked["knobs"], "channels": setup.data.training.shape[1]}
+    network |= {"scale": asdict(setup.data.scale)}
     network |= {"model": model.state_dict(), "step": progress.step, "network": sources.network()}
     states = [optimizer.state_dict() for optimizer in optimizers]
     state = network | {"progress": asdict(progress), "optimizers": states, "environment": setup.environment}

@@ -10,13 +10,21 @@ import numpy as np
 import torch
 
 import figures
-import metrics
 from support import checkpoint, sources
 from support.checkpoint import make_folder, open_atomic, write_atomic
-from support.compare import compare_runs, describe_split, means, table
+from support.compare import compare_runs, describe_split, headings, score_cells, skill, table
 from support.devices import RANK, on_rank_0, print0
 from support.folders import read_json
-from support.score import BASELINES, CROSS_ENTROPY, CURVES, forecast, score, split_frames, summary
+from support.score import (
+    BASELINES,
+    CROSS_ENTROPY,
+    CURVES,
+    MEAN_SQUARES,
+    predict,
+    score,
+    split_frames,
+    summary,
+)
 
 WATCHED = 100  # validation sequences, evenly chosen, that every evaluation scores
 
@@ -56,7 +64,7 @@ def evaluate(setup, folder, progress):
 def validated(setup):
     """The validation data, in titles."""
     is_fresh = setup.knobs.data == "fresh"
-    return "fresh sequences of held-out digits" if is_fresh else f"validation split of the {setup.data.name}"
+    return "fresh sequences of held-out digits" if is_fresh else f"validation split of {setup.data.name}"
 
 
 def write_log(setup, folder, progress):
@@ -86,14 +94,22 @@ def baselines(setup, folder, dataset, names, index=None):
         chosen = None if index is None else index.tolist()
         part = dataset.shape, len(dataset), getattr(dataset, "seed", None), chosen
         code = sources.fingerprint("metrics.py"), sources.fingerprint("moving_mnist.py"), cv2.__version__
-        sha = hashlib.sha256(dataset.content)
-        sha.update(repr((part, setup.knobs.frames_in, setup.knobs.frames_out, names, code)).encode())
+        sha = hashlib.sha256()
+        for content in dataset.parts():
+            sha.update(content)
+        sha.update(
+            repr(
+                (part, setup.data.scale, setup.knobs.frames_in, setup.knobs.frames_out, names, code)
+            ).encode()
+        )
         path = folder.parent / ".baselines" / f"{sha.hexdigest()[:16]}.json"
         return path, read_json(path)
 
     path, found = on_rank_0(find)
     if found is None:
-        found = {who: summary(score(setup, dataset, names, who, index)) for who in BASELINES}
+        scale = setup.data.scale
+        chosen = BASELINES if scale.is_grey else BASELINES[1:]
+        found = {who: summary(score(setup, dataset, names, who, index), scale) for who in chosen}
         if RANK == 0:
             make_folder(path.parent)
             write_atomic(path, json.dumps(found).encode())
@@ -115,7 +131,7 @@ def show(setup, folder, results):
     """Print the results of a run that has ended."""
     print0(f"this run has ended; nothing was changed\n\n{describe(results)}\noutput    {folder}")
     if RANK == 0 and not (folder.parent / "compare.md").exists():
-        compare_runs(folder.parent, results, setup.data.test[np.arange(1)][0].numpy())
+        compare_runs(folder.parent, results, first_sequence(setup))
 
 
 def finish(setup, folder, step):
@@ -128,15 +144,17 @@ def finish(setup, folder, step):
         errors = score(setup, data.validation, ["mse_per_frame"])
         validation_mse = float(np.mean(summary(errors)["mse_per_frame"]["per_frame"]))
     print0(f"scoring   {len(test):,} test sequences")
-    scores = score(setup, test, (*CURVES, CROSS_ENTROPY))
+    names = CURVES if data.is_moving_mnist else (*CURVES, MEAN_SQUARES)
+    scores = score(setup, test, (*names, CROSS_ENTROPY))
     ranking = scores["mse_per_frame"].mean(1).argsort(stable=True)
-    first = test[np.arange(1)]
+    scale = data.scale
     results = {
         "data": data.name,
         "data_tested": data.name.partition(", trained on")[0],
+        "scale": {"low": list(scale.low), "high": list(scale.high), "is_grey": scale.is_grey},
         "split": test.split,
         "sequences": len(test),
-        "first_sequence": hashlib.sha256(first.numpy()).hexdigest()[:16],
+        "first_sequence": hashlib.sha256(test[np.arange(1)].numpy()).hexdigest()[:16],
         "frames_in": knobs.frames_in,
         "frames_out": knobs.frames_out,
         "model": knobs.model,
@@ -145,20 +163,19 @@ def finish(setup, folder, step):
         "parameters": sum(p.numel() for p in setup.model.parameters()),
         "metrics": sources.fingerprint("metrics.py"),
         "validation_mse": validation_mse,
-        "scores": {knobs.model: summary(scores), **baselines(setup, folder, test, CURVES)},
+        "scores": {knobs.model: summary(scores, scale), **baselines(setup, folder, test, names)},
     }
     if RANK == 0:
         draw_samples(setup, folder, f"{validated(setup)}, weights of step {step:,}")
         title = results["data_tested"] + ("" if test.split == "all" else f", {test.split} split")
         draw_ranked(setup, folder, ranking, title)
-        past, _ = split_frames(first, knobs)
-        prediction = forecast(setup, past, knobs.frames_out)[0][0].cpu()
+        first = first_sequence(setup)
         with open_atomic(folder / "forecast.npy") as file:
-            np.save(file, (prediction * 255).round().byte().numpy())
+            np.save(file, scale.to_data(predict(setup, first[None, : knobs.frames_in])[0]))
         curves = {who: values["mse_per_frame"]["per_frame"] for who, values in results["scores"].items()}
         write_atomic(folder / "per_frame.png", figures.per_frame(describe_split(results), curves))
         write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
-        compare_runs(folder.parent, results, first[0].numpy())
+        compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
 
 
@@ -167,8 +184,10 @@ def draw_samples(setup, folder, title):
     dataset = setup.data.validation
     index = np.linspace(0, len(dataset) - 1, 4).astype(int)
     named = {f"predict_{k}": (i, f"sequence {i + 1} of {len(dataset):,}") for k, i in enumerate(index, 1)}
-    past, truth, prediction = draw_named(setup, folder, dataset, named, title)
-    write_atomic(folder / "predict.gif", figures.animation(past[0], truth[0], prediction[0], title))
+    frames = draw_named(setup, folder, dataset, named, title)
+    for end, channels, values in setup.data.scale.pictures():
+        shown = (part[0][:, channels] for part in frames)
+        write_atomic(folder / f"predict{end}.gif", figures.animation(*shown, title, values))
 
 
 def draw_ranked(setup, folder, ranking, title):
@@ -184,30 +203,41 @@ def draw_ranked(setup, folder, ranking, title):
     }
     draw_named(setup, folder, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
-    past, truth = split_frames(dataset[index], knobs)
+    past, truth = split_frames(dataset[index], setup)
     # one at a time, so that large ones fit in memory
-    predictions = [forecast(setup, one[None], knobs.frames_out)[0][0].cpu() for one in past]
+    predictions = [predict(setup, one[None])[0] for one in past]
     errors = [describe_error(*pair) for pair in zip(predictions, truth, strict=True)]
     last = torch.stack([frames[-1] for frames in predictions])
-    rows = {"truth": ([f"sequence {i + 1:,}" for i in index], truth[:, -1]), "forecast": (errors, last)}
     title += f": last frames, from the best forecast to the worst (MSE: all {knobs.frames_out} frames)"
-    write_atomic(folder / "predict_last_frame.png", figures.grid(rows, title))
+    for end, channels, values in setup.data.scale.pictures():
+        rows = {"truth": ([f"sequence {i + 1:,}" for i in index], truth[:, -1, channels])}
+        rows["forecast"] = errors, last[:, channels]
+        picture = figures.grid(rows, title, values=values)
+        write_atomic(folder / f"predict_last_frame{end}.png", picture)
 
 
 def draw_named(setup, folder, dataset, named, title):
     """<name>.png of each; named: name → (index in the dataset, words for the title)."""
     index = np.array([i for i, _ in named.values()])
-    past, truth = split_frames(dataset[index], setup.knobs)
-    prediction = forecast(setup, past, truth.shape[1])[0].cpu()
-    for (name, (_, what)), p, t, f in zip(named.items(), past, truth, prediction, strict=True):
-        picture = figures.prediction(p, t, f, f"{title}: {what}, {describe_error(f, t)}")
-        write_atomic(folder / f"{name}.png", picture)
+    past, truth = split_frames(dataset[index], setup)
+    prediction = predict(setup, past)
+    for (name, (_, what)), *frames in zip(named.items(), past, truth, prediction, strict=True):
+        words = f"{title}: {what}, {describe_error(*frames[:0:-1])}"
+        for end, channels, values in setup.data.scale.pictures():
+            shown = (part[:, channels] for part in frames)
+            write_atomic(folder / f"{name}{end}.png", figures.prediction(*shown, words, values))
     return past, truth, prediction
+
+
+def first_sequence(setup):
+    """The first of the test split, (T, C, H, W) in [0, 1]."""
+    return torch.cat(split_frames(setup.data.test[np.arange(1)], setup), 1)[0]
 
 
 def describe_error(prediction, truth):
     """The MSE of one sequence, (T, C, H, W), in words."""
-    return f"MSE {(prediction - truth).square().sum() / len(truth):.0f}"
+    mse = (prediction - truth).square().nansum() / len(truth)
+    return f"MSE {mse:.0f}" if mse >= 10 else f"MSE {mse:.2g}"
 
 
 def describe(results):
@@ -215,14 +245,17 @@ def describe(results):
     title = f"{describe_split(results)}, mean over {results['frames_out']} forecast frames"
     title += " (cross-entropy: sum; SSIM*: OpenSTL's)"
     scores = results["scores"]
-    rows = [[figures.LABELS.get(who, who), *means(values)] for who, values in scores.items()]
-    lines = [title, table(["", *metrics.HEADINGS], rows)]
+    rows = [[figures.LABELS.get(who, who), *score_cells(results, who)] for who in scores]
+    lines = [title, table(["", *headings(results)], rows)]
     mse = {who: values["mse_per_frame"]["mean"] for who, values in scores.items()}
-    better = [
-        f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in BASELINES if mse[who] < mse[results["model"]]
-    ]
+    mine = mse[results["model"]]
+    better = [f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in mse if mse[who] < mine]
     if better:
         lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
+    else:
+        shares = {who: skill(results, results["model"], who) for who in BASELINES[1:]}  # black is too easy
+        texts = [f"{share:.0%} below that of {figures.LABELS[who]}" for who, share in shares.items()]
+        lines.append(f"The MSE is {' and '.join(texts)}.")
     lines += ["", "weights   of training step {step:,}, hash {weights}".format(**results)]
     if mse := results.get("validation_mse"):
         lines[-1] += f", validation MSE {mse:.2f} (to choose between runs)"

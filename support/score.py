@@ -8,44 +8,55 @@ import torch
 import metrics
 from support import UserError
 from support.devices import RANK, WORLD_SIZE, all_reduce
+from support.scale import fill
 
 CROSS_ENTROPY = "cross_entropy_per_sequence"
+MEAN_SQUARES = "mean_squares"  # one value for each channel
 CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)  # one value for each frame
-BASELINES = "black", "copy_last", "optical_flow"
+BASELINES = "black", "copy_last", "optical_flow"  # black: of grey levels only
 
 
-def split_frames(frames, knobs, device="cpu"):
-    """uint8 sequences → (past, truth) in [0, 1]."""
-    frames = frames[:, : knobs.frames_in + knobs.frames_out].to(device).float() / 255
-    return frames[:, : knobs.frames_in], frames[:, knobs.frames_in :]
+def split_frames(frames, setup, device="cpu"):
+    """Sequences of a dataset → (past, truth) in [0, 1], or NaN. Where the last input is, so is the truth."""
+    n = setup.knobs.frames_in
+    frames = setup.data.scale.to_unit(frames[:, : n + setup.knobs.frames_out].to(device))
+    past, truth = frames[:, :n], frames[:, n:]
+    return past, truth.masked_fill(past[:, -1:].isnan(), torch.nan)
 
 
 @torch.inference_mode()
 def forecast(setup, past, n):
-    """The model's next n frames, as (prediction in [0, 1], logits)."""
+    """The model's next n frames, as (prediction in [0, 1], logits). Missing pixels of the past may be NaN."""
     setup.model.eval()
     with setup.autocast():
-        logits = setup.model(past.to(setup.device), n).float()
+        logits = setup.model(fill(past.to(setup.device)), n).float()
     return torch.sigmoid(logits), logits
+
+
+def predict(setup, past):
+    """The forecast in [0, 1]. Pixels that are missing in the last input frame are NaN, too."""
+    prediction, _ = forecast(setup, past, setup.knobs.frames_out)
+    return prediction.cpu().masked_fill(past[:, -1:].isnan().cpu(), torch.nan)
 
 
 def score(setup, dataset, names, who="", index=None):
     """name → metrics.<name> of each sequence of the dataset, or of those in index: (N, T).
 
-    The cross-entropy has one value per sequence: (N, 1). who: a baseline; "": the model. Raises UserError for
-    a metric of another shape.
+    The cross-entropy has one value per sequence, (N, 1). Mean squares have one per channel, (N, C).
+    who: a baseline; "": the model. Raises UserError for a metric of another shape.
     """
     index = np.arange(len(dataset)) if index is None else index
     n_future = setup.knobs.frames_out
-    widths = {name: 1 if name == CROSS_ENTROPY else n_future for name in names}
+    others = {CROSS_ENTROPY: 1, MEAN_SQUARES: dataset.shape[1]}
+    widths = {name: others.get(name, n_future) for name in names}
     scores = {name: torch.zeros(len(index), width).double() for name, width in widths.items()}
     mine = np.arange(len(index))[RANK::WORLD_SIZE]
     at_once = max(1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:])))  # fewer of large frames
     for start in range(0, len(mine), at_once):
         batch = mine[start : start + at_once]
-        past, truth = split_frames(dataset[index[batch]], setup.knobs, setup.device)
+        past, truth = split_frames(dataset[index[batch]], setup, setup.device)
         if who:
-            prediction, logits = getattr(metrics, who)(past, n_future), None
+            prediction, logits = getattr(metrics, who)(fill(past), n_future), None
         else:
             prediction, logits = forecast(setup, past, n_future)
         for name, width in widths.items():
@@ -58,13 +69,19 @@ def score(setup, dataset, names, who="", index=None):
     return {name: all_reduce(values, setup.device).cpu() for name, values in scores.items()}
 
 
-def summary(scores):
-    """metric → unit, mean and curve, as metrics.json has them. JSON cannot hold an infinite PSNR: None."""
+def summary(scores, scale=None):
+    """metric → unit, mean and curve, as metrics.json has them. JSON cannot hold an infinite PSNR: None.
+
+    With a scale, also the RMSE of each channel, in units of the data.
+    """
     found = {}
     for name, (_, unit) in metrics.METRICS.items():
         if name in scores:
-            curve = scores[name].mean(0)
-            values = [curve.mean().item(), *curve.tolist()]
+            curve = scores[name].nanmean(0)
+            values = [curve.nanmean().item(), *curve.tolist()]
             mean, *curve = [value if math.isfinite(value) else None for value in values]
             found[name] = {"unit": unit, "mean": mean, "per_frame": curve}
+    if MEAN_SQUARES in scores:
+        widths = np.subtract(scale.high, scale.low)
+        found["rmse"] = (widths * scores[MEAN_SQUARES].nanmean(0).sqrt().numpy()).tolist()
     return found

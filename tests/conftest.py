@@ -63,9 +63,9 @@ def moving_squares(n, seed=0):
 
 @pytest.fixture(scope="session")
 def array(tmp_path_factory):
-    """Path of 57 sequences."""
+    """Path of 57 sequences of 10 frames, uint8 (57, 10, 16, 16)."""
     path = tmp_path_factory.mktemp("data") / "squares.npy"
-    np.save(path, moving_squares(57))
+    np.save(path, moving_squares(57)[: FRAMES_IN + FRAMES_OUT].swapaxes(0, 1))
     return path
 
 

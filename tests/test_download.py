@@ -246,12 +246,16 @@ def test_two_first_starts_in_a_fresh_clone_without_internet(tmp_path):
     assert names(tmp_path) == ["clone"]
 
 
-@pytest.mark.parametrize(("more", "name"), [(1, "mnist_test_seq.npy"), (0, "Moving MNIST array")])
-def test_only_an_array_of_its_size_is_called_official(folder, monkeypatch, more, name):
+def test_only_an_array_of_its_size_is_official(folder, monkeypatch):
     path = folder / "mnist_test_seq.npy"
     np.save(path, np.random.default_rng(0).integers(256, size=(20, 12, 4, 4), dtype=np.uint8))
     monkeypatch.setattr(moving_mnist, "RAW", folder)
-    file = download.ARRAY._replace(size=path.stat().st_size + more)
-    monkeypatch.setattr(moving_mnist, "ARRAY", file)
-    data = moving_mnist.moving_mnist_data("array", 0, 0)
-    assert data.name == name and data.is_moving_mnist == (not more)
+    for more in (0, 1):
+        file = download.ARRAY._replace(size=path.stat().st_size + more)
+        monkeypatch.setattr(moving_mnist, "ARRAY", file)
+        if more:
+            with pytest.raises(UserError, match="is not the official array: move it, and give its path with"):
+                moving_mnist.moving_mnist_data("array", 0, 0)
+        else:
+            data = moving_mnist.moving_mnist_data("array", 0, 0)
+            assert data.name == "Moving MNIST array" and data.is_moving_mnist

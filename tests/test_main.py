@@ -19,16 +19,18 @@ from moving_mnist import MovingMNIST
 from support.muon import orthogonal
 from support.prepare import with_knobs_of
 from support.progress import Progress
+from support.scale import Scale
 
 FEW = {"epochs": 1, "train_sequences": 10}
+EVENLY = [0, 11, 22, 33, 45]  # of 46 training sequences
 
 
 def test_knobs_are_few_and_plain():
-    """What a user reads first: at most 28, each a literal with a comment, in the first 80 lines."""
+    """What a user reads first: at most 29, each a literal with a comment, in the first 80 lines."""
     lines = (ROOT / "main.py").read_text("utf-8").splitlines()[:80]
     knobs = [re.fullmatch(r"    (\w+): .+ = (.+)  # .+", line) for line in lines]
     found = {knob[1]: ast.literal_eval(knob[2]) for knob in knobs if knob}
-    assert found == asdict(Knobs()) and len(found) <= 28
+    assert found == asdict(Knobs()) and len(found) <= 29
 
 
 def test_imports_go_one_way():
@@ -50,12 +52,14 @@ def test_knobs_reach_the_network():
 
 
 def test_a_recipe_replaces_defaults(capsys):
-    """And gives way to flags and to weights."""
+    """Of a model, and of data of your own. It gives way to flags and to weights."""
     paper = parse(["--model", "paper"])
     assert sum(p.numel() for p in main.build(paper, 1).parameters()) == 7_585_296
     assert parse(["--learning_rate", "0.5", "--model", "paper"]).learning_rate == 0.5
     weights = {"knobs": {**asdict(paper), "hidden_channels": (32, 32)}}
     assert with_knobs_of(paper, weights, main.RECIPES["paper"]).hidden_channels == (32, 32)
+    own = parse(["--data", "my.npy", "--model", "convlstm", "--epochs", "4"])
+    assert (own.overlay, own.learning_rate, own.epochs) == (0, 0.04, 4)
     with pytest.raises(SystemExit):
         parse(["--model", "paper", "--help"])
     assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
@@ -94,7 +98,7 @@ def batches(overlay, knobs=(), horizons=((9, 1), (9, 1), (7, 3), (6, 4))):
     """(what was fetched, past and future) of each step of an epoch of 20 sequences."""
     training = Noting(moving_squares(20)[:, :, None])
     knobs = Knobs(frames_in=6, frames_out=4, batch_size=5, overlay=overlay, **dict(knobs))
-    data, device = SimpleNamespace(training=training), torch.device("cpu")
+    data, device = SimpleNamespace(training=training, scale=Scale()), torch.device("cpu")
     setup = SimpleNamespace(knobs=knobs, data=data, steps_per_epoch=4, device=device)
     for step, (n_past, n_future) in enumerate(horizons):
         training.fetched = []
@@ -140,7 +144,7 @@ def test_what_a_step_is_scored_on(changes, scored, array, tmp_path):
     folder = here(array, tmp_path, **changes)
     torch.manual_seed(0)
     model = main.build(parse(flags(array, tmp_path, **changes)), 1)
-    frames = torch.from_numpy(np.load(array)[:, :5].swapaxes(0, 1)[:, :, None] / np.float32(255))
+    frames = torch.from_numpy(np.load(array)[EVENLY, :, None] / np.float32(255))
     with torch.no_grad():
         pairs = [(model(frames[:, :t], lead)[:, -1], frames[:, t + lead - 1]) for t, lead in scored]
         losses = [F.binary_cross_entropy_with_logits(*pair) for pair in pairs]
@@ -231,16 +235,15 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_one_optimizer_is_enough(array, tmp_path, monkeypatch, precision, dtype):
-    """Its learning rate is the highest, also after a stop. By default, own data has no overlays."""
+    """Its learning rate is the highest, also after a stop."""
     told = []
     alone = lambda model, _, t: told.append(t) or [torch.optim.AdamW(model.parameters(), amsgrad=True)]
     monkeypatch.setattr(main, "make_optimizers", alone)
     with stopped_after_a_checkpoint():
-        here(array, tmp_path, precision=precision, overlay=-1, **FEW)
-    folder = here(array, tmp_path, precision=precision, overlay=-1, **FEW)
+        here(array, tmp_path, precision=precision, **FEW)
+    folder = here(array, tmp_path, precision=precision, **FEW)
     last = torch.load(folder / "last.pt")
     (group,) = last["optimizers"][0]["param_groups"]
-    assert last["knobs"]["overlay"] == 0
     logged = last["progress"]["history"][-1]["learning_rate"]
     assert group["lr"] == logged == pytest.approx(0.001 * 0.25 / 0.95)
     assert (folder / "metrics.json").exists() and told == [dtype] * 2

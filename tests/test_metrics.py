@@ -116,7 +116,7 @@ def test_bad_values_are_refused_in_either_place(bad):
     fine, spoilt = random_pair(dtype=torch.float32)
     spoilt[1, 2, 0, 3, 4] = bad
     refusal = ValueError if math.isfinite(bad) else FloatingPointError
-    for metric in ALL:
+    for metric in ALL if not math.isnan(bad) else ():  # NaN is a missing pixel there
         with pytest.raises(refusal, match="truth"):
             metric(fine, spoilt)
     for metric in PAIRS if math.isfinite(bad) else ALL:  # logits may be of any finite size
@@ -124,6 +124,23 @@ def test_bad_values_are_refused_in_either_place(bad):
             metric(spoilt, fine)
     spoilt[1, 2, 0, 3, 4] = 1 + 5e-7  # rounding
     assert all(metric(spoilt, fine).isfinite().all() for metric in ALL)
+
+
+def test_missing_pixels_do_not_count():
+    """Where the truth is missing, the forecast does not matter. The rest is scored as if alone."""
+    x, y = random_pair((2, 3, 2, 30, 28))
+    y[:, :, :, :12] = math.nan
+    y[0, 1] = math.nan  # a whole frame
+    other = torch.where(y.isnan(), 1 - x, x)
+    cropped = x[:, :, :, 12:], y[:, :, :, 12:]
+    for metric in ALL:
+        found = metric(x, y)
+        torch.testing.assert_close(found, metric(other, y), equal_nan=True)
+        expected = metric(*(part[1:] for part in cropped))
+        torch.testing.assert_close(found[1:], expected)
+    assert metrics.mean_squares(x, y)[1].tolist() == pytest.approx(
+        (cropped[0][1] - cropped[1][1]).square().mean((0, 2, 3)).tolist()
+    )
 
 
 def moving_blob(start, velocity, n_frames=8, size=(48, 64)):

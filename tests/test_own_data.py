@@ -1,5 +1,6 @@
-"""Your own videos: frames, colors and order as written, a whole run on them, and files that are none."""
+"""Your own data: each layout and number type, splits, units, gaps, videos as written, and what is refused."""
 
+import csv
 import os
 import random
 import sys
@@ -8,12 +9,265 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from conftest import here
+import torch
+from conftest import flags, here, moving_squares, results, stopped_after_a_checkpoint
 
+import main
 import own_data
-from support import UserError
+from own_data import cut, read, restore_axes
+from support import UserError, checkpoint
+from support.scale import Scale, fill
 
 SIZE = 32
+SIZES = (SIZE, 2 * SIZE), (SIZE, SIZE), (0, 0)
+VIDEO = 64, 64, 1, 1
+FEW = {"frames_in": 3, "frames_out": 2, "epochs": 1}
+FIELD = np.random.default_rng(0).normal(size=(40, 18, 21)).cumsum(0) * 3 - 100  # values about -100, (T, H, W)
+
+
+def saved(array, folder, name="own.npy"):
+    np.save(folder / name, array)
+    return folder / name
+
+
+def load(path, n_frames=5, video=VIDEO, train_sequences=0, value_range=(0, 0), scale=None):
+    return own_data.own_data(path, n_frames, video, train_sequences, value_range, scale)
+
+
+LAYOUTS = {
+    "THW": (40, 18, 21),
+    "THWC": (40, 18, 21, 2),
+    "NTHW": (7, 40, 18, 21),
+    "NTHWC": (7, 40, 18, 21, 15),
+    "TNHW": (20, 3, 64, 64),  # as Moving MNIST
+}
+
+
+@pytest.mark.parametrize("axes", LAYOUTS)
+@pytest.mark.parametrize("order", "CF")
+def test_each_layout_is_read_and_restored(axes, order, tmp_path, capsys):
+    array = np.arange(np.prod(LAYOUTS[axes])).reshape(LAYOUTS[axes]) % 251
+    path = saved(np.asarray(array, np.uint8 if axes == "TNHW" else np.int16, order=order), tmp_path)
+    source = read(path, VIDEO)
+    assert source.axes == axes and len(source.series) == (array.shape[axes.index("N")] if "N" in axes else 1)
+    names = dict(zip(axes, array.shape, strict=True))
+    assert source.series[0].shape == (names["T"], names.get("C", 1), names["H"], names["W"])
+    frames = np.stack(source.series)  # (N, T, C, H, W)
+    np.testing.assert_array_equal(restore_axes(frames, axes), array)
+    at = {"N": 0, "T": 3, "C": 0, "H": 5, "W": 7}
+    assert frames[0, 3, 0, 5, 7] == array[tuple(at[axis] for axis in axes)]
+    own_data.describe(source)
+    words = ", ".join(own_data.AXES[axis] for axis in axes)
+    assert f"own.npy ({words}): " in capsys.readouterr().out
+
+
+def test_what_cannot_be_told_apart_is_read_as_documented(tmp_path):
+    """16 channels at the end are the width of a frame; a few sequences of 64×64 floats have no time first."""
+    assert read(saved(np.zeros((30, 20, 20, 16)), tmp_path), VIDEO).axes == "NTHW"
+    assert read(saved(np.zeros((20, 3, 64, 64), np.float32), tmp_path), VIDEO).axes == "NTHW"
+    assert read(saved(np.zeros((20, 3, 32, 32), np.uint8), tmp_path), VIDEO).axes == "NTHW"
+
+
+@pytest.mark.parametrize("kind", ["bool", "int8", "uint16", "int64", "float16", "float32", "float64", ">f4"])
+def test_each_number_type_goes_there_and_back(kind, tmp_path):
+    field = (FIELD > -100 if kind == "bool" else FIELD).astype(kind)
+    data = load(saved(field, tmp_path))
+    batch = data.training[np.array([3])]
+    assert batch.dtype == torch.float32 and not data.scale.is_grey
+    unit = data.scale.to_unit(batch)
+    assert 0 <= unit.min() < unit.max() <= 1
+    low, high = field[:28].min().astype(float), field[:28].max().astype(float)
+    assert data.scale == Scale((low,), (high,), is_grey=False)  # of the training split
+    np.testing.assert_allclose(unit[0, :, 0], (field[3:8].astype(float) - low) / (high - low), atol=1e-6)
+    back = data.scale.to_data(unit)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back[0, :, 0], field[3:8].astype(float), rtol=1e-5)
+
+
+def test_sequences_share_no_frame_across_splits(tmp_path, capsys):
+    """Frames are numbered. A few series are cut along time, ten or more are not cut."""
+    numbered = np.arange(3 * 100).reshape(3, 100, 1, 1) + np.zeros((16, 16))
+    for array, expected in (
+        (numbered[0], (66, 3, 3)),  # 70, 15 and 15 frames: 70 - 5 + 1 sequences
+        (numbered, (198, 9, 9)),
+        (numbered.reshape(12, 25, 16, 16), (9 * 21, 5, 10)),  # series by series: 9, 1, 2
+        (numbered[:, :14], (10, 2, 2)),  # three, too short to be cut along time
+    ):
+        data = load(saved(array, tmp_path))
+        splits = data.training, data.validation, data.test
+        assert tuple(map(len, splits)) == expected
+        frames = [split[np.arange(len(split))][:, :, 0, 0, 0] for split in splits]
+        assert all((np.diff(part) == 1).all() for part in frames)  # in order, of one series
+        found = [set(part.flatten().tolist()) for part in frames]
+        assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+        for part, values in zip(frames[1:], found[1:], strict=True):
+            assert len(values) == part.numel()  # no frame twice
+    assert len(load(saved(numbered[0], tmp_path), train_sequences=4).training) == 4
+    assert "split     along time: frames 1 to 70 training, 71 to 85 validation, 86 to 100 test" in (
+        capsys.readouterr().out
+    )
+    assert [len(part) for part in cut([20] * 10, 20)] == [8, 1, 1]
+
+
+def test_units_channels_and_the_knob(tmp_path, capsys):
+    two = np.stack((FIELD, 1e6 + FIELD**2), -1)
+    scale = load(saved(two, tmp_path)).scale
+    training = two[:28].reshape(-1, 2)
+    assert scale.low == tuple(training.min(0)) and scale.high == tuple(training.max(0))
+    assert [end for end, *_ in scale.pictures()] == ["", "_channel_2"]
+    capsys.readouterr()
+    data = load(saved(two[..., 0], tmp_path), value_range=(-110, -90))
+    outside = ((FIELD < -110) | (FIELD > -90)).mean()
+    assert data.scale == Scale((-110.0,), (-90.0,), is_grey=False)
+    assert f"-110 to -90 (--value_range); outside, and clipped: {outside:.2%}" in capsys.readouterr().out
+    assert data.scale.to_unit(data.training[np.arange(9)]).max() == 1
+
+
+def test_a_missing_pixel_keeps_its_last_value():
+    nan = torch.nan
+    pixels = torch.tensor([[nan, 0.1, nan, nan, 0.3], [0.2, 0.4, 0.6, nan, 0.9]])  # two pixels over time
+    frames = pixels.T[None, :, None, None, :]
+    expected = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.3], [0.2, 0.4, 0.6, 0.6, 0.9]]).T[None, :, None, None, :]
+    assert torch.equal(fill(frames), expected) and fill(expected) is expected
+
+
+def test_a_run_on_a_field_with_gaps(tmp_path, capsys):
+    """Two channels, odd sizes, land, lost pixels. What is missing is in no score and in no forecast."""
+    field = np.stack((FIELD, FIELD[:, ::-1] * 2 + 7), -1).astype(np.float32)
+    field[:, :5, :6] = np.nan  # land
+    field[::7, 10:12] = np.nan
+    path = saved(field, tmp_path)
+    run = here(path, tmp_path / "out", pictures=True, **FEW)
+    printed = capsys.readouterr().out
+    assert "40 frames of 18×21, 2 channels, float32 from" in printed and "missing (NaN): " in printed
+    for name in ("predict_1", "predict_worst", "predict_last_frame", "predict"):
+        suffix = ".gif" if name == "predict" else ".png"
+        assert all((run / f"{name}{end}{suffix}").exists() for end in ("", "_channel_2"))
+    forecast = np.load(run / "forecast.npy")
+    assert forecast.dtype == np.float32 and forecast.shape == (2, 2, 18, 21)
+    scale = Scale.of(checkpoint.load(run / "best.pt")["scale"])
+    low, high = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
+    test = field[34:].transpose(0, 3, 1, 2).clip(low, high)  # 28 training, 6 validation, 6 test frames
+    past, truth = test[:3], test[3:5]
+    np.testing.assert_array_equal(np.isnan(forecast), np.isnan(past[-1:]) | np.zeros_like(truth, bool))
+    known = np.isnan(past[-1:]) | np.isnan(truth)
+    copy, scores = np.where(known, np.nan, past[-1:] - truth), results(run)["scores"]
+    assert scores["copy_last"]["rmse"] == pytest.approx(np.sqrt(np.nanmean(copy**2, (0, 2, 3))), rel=1e-4)
+    mine = np.where(known, np.nan, forecast - truth)
+    assert scores["my_model"]["rmse"] == pytest.approx(np.sqrt(np.nanmean(mine**2, (0, 2, 3))), rel=1e-4)
+    mse = np.nansum((mine / (high - low)) ** 2, (1, 2, 3)).mean()
+    assert scores["my_model"]["mse_per_frame"]["mean"] == pytest.approx(mse, rel=1e-4)
+    assert "RMSE 1" in printed and "skill" in printed and "black frame" not in printed
+    assert np.isfinite([row["mean"] for row in scores["my_model"].values() if isinstance(row, dict)]).all()
+    again = here(path, tmp_path / "out", **FEW, weights=run / "best.pt", eval_only=True)
+    assert results(again)["scores"] == results(run)["scores"]
+
+
+def test_the_loss_leaves_missing_pixels_out(tmp_path):
+    """That of the first step, against its definition."""
+    field = FIELD.astype(np.float32)
+    field[::3, 4:9] = np.nan
+    changes = {**FEW, "max_motion": 0, "train_sequences": 5, "grow_horizon": (0, 0)}
+    path = saved(field, tmp_path)
+    run = here(path, tmp_path / "out", **changes)
+    (row,) = csv.DictReader((run / "log.csv").read_text("utf-8").splitlines())
+    torch.manual_seed(0)
+    model = main.build(main.parse(flags(path, tmp_path, **changes)), 1)
+    low, high = np.nanmin(field[:28]), np.nanmax(field[:28])
+    starts = np.linspace(0, 23, 5).astype(int)
+    frames = torch.from_numpy(np.stack([(field[t : t + 5] - low) / (high - low) for t in starts]))[:, :, None]
+    with torch.no_grad():
+        probability = torch.sigmoid(model(fill(frames[:, :3]), 2)).double()
+    truth = frames[:, 3:].double()
+    losses = -(truth * probability.log() + (1 - truth) * (1 - probability).log())
+    assert 0 < truth.isnan().double().mean() < 1
+    assert float(row["train_loss"]) == pytest.approx(losses.nansum().item() / truth.numel(), rel=1e-4)
+
+
+@pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (35, 19)])
+def test_any_size_trains(model, size, tmp_path):
+    field = np.random.default_rng(0).random((20, *size), np.float32)
+    run = here(saved(field, tmp_path), tmp_path / "out", model=model, **FEW, train_sequences=5)
+    assert np.load(run / "forecast.npy").shape == (2, 1, *size)
+
+
+def test_a_resumed_run_has_its_scale(tmp_path):
+    path, changes = saved(FIELD, tmp_path), {**FEW, "value_range": (-120, -80)}
+    alone = here(path, tmp_path / "alone", **changes)
+    with stopped_after_a_checkpoint():
+        here(path, tmp_path / "out", **changes)
+    again = here(path, tmp_path / "out", **changes)
+    assert results(again) == results(alone) and results(again)["scale"]["low"] == [-120]
+    assert main.load(again / "last.pt").scale == Scale((-120.0,), (-80.0,), is_grey=False)
+
+
+def test_weights_of_another_scale_say_so(tmp_path, capsys):
+    run = here(saved(FIELD, tmp_path), tmp_path / "out", **FEW)
+    capsys.readouterr()
+    for other, warned in (FIELD, False), (FIELD + 273.15, True), (FIELD / 1e4 - 100, True):
+        path = saved(other, tmp_path, "other.npy")
+        here(path, tmp_path / "out", **FEW, weights=run / "best.pt", eval_only=True)
+        printed = capsys.readouterr().out
+        assert "(of the weights); outside, and clipped:" in printed
+        assert ("warning   the scale hardly fits these values: they go from" in printed) == warned
+
+
+with_one = lambda value: np.where(np.arange(FIELD.size).reshape(FIELD.shape) == 7, value, FIELD)
+REFUSED = [
+    (FIELD * np.nan, r"all values of own\.npy are missing \(NaN\)"),
+    (FIELD * 0 + 3, r"all values of own\.npy are 3; there is nothing to forecast"),
+    (with_one(np.inf), r"own\.npy has infinite values; write NaN where"),
+    (FIELD * 1j, "holds complex128; expected integers or floats"),
+    (np.full(FIELD.shape, "a"), "holds <U1; expected integers or floats"),
+    (
+        FIELD[:14],
+        r"too few frames: expected at least one series of 15 frames, or three of 5 .*; found \[14\]",
+    ),
+    (FIELD[:4], "too few frames: .*; found none so long"),
+    (FIELD[:, :8, :10], "has frames of 18×10|has frames of 8×10; expected at least 16×16"),
+    (FIELD[0], r"has shape \(18, 21\); expected \(T, H, W\)"),
+    (np.stack((FIELD, FIELD * np.nan), -1), r"missing \(NaN\) in channel 2"),
+]
+
+
+@pytest.mark.parametrize(("array", "sentence"), REFUSED)
+def test_what_cannot_be_learned_is_refused(array, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        load(saved(array, tmp_path))
+
+
+def test_what_is_probably_wrong_is_warned_of(tmp_path, capsys):
+    squares = moving_squares(30).swapaxes(0, 1)
+    for wrong, warning in (
+        (squares, ""),
+        (squares.swapaxes(0, 1).copy(), "frames of a sequence differ more than sequences"),
+        (squares // 255, "no value is above 1"),
+        (squares[:, :1].repeat(20, axis=1), "hardly anything moves"),
+        (np.where(FIELD > -95, 1e20, FIELD), "the value 1e+20 is far from all others"),
+        (np.where(FIELD > -95, -1e34, FIELD), "the value -1e+34 is far from all others"),
+        (np.where(FIELD > -95, -9999, FIELD).astype(np.int16), "the value -9999 is far from all others"),
+    ):
+        load(saved(wrong, tmp_path))
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        assert len(warnings) == bool(warning) and (not warning or warning in warnings[0]), warnings
+
+
+def test_files_of_a_folder_are_series(tmp_path, capsys):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for k, length in (2, 30), (10, 20), (9, 4):
+        saved(np.full((length, 16, 16), k) + np.arange(length)[:, None, None], folder, f"part{k}.npy")
+    data = load(folder)
+    assert data.name == "many"
+    first = [one[0, 0, 0, 0] for one in data.training.series]
+    assert first == [2, 10]  # in the order of numbers; one is too short
+    assert "left out  series shorter than 5 frames: 1" in capsys.readouterr().out
+    saved(np.zeros((9, 16, 17)), folder, "other.npy")
+    with pytest.raises(
+        UserError, match=r"the files of .*many differ in number type, channels, height or width"
+    ):
+        load(folder)
 
 
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # as own_data.decode sets it; a writer reads it, too
@@ -32,47 +286,66 @@ def write(path, n_frames, color=(40, 80, 200), fourcc="MJPG", width=SIZE):
 
 
 def test_frames_are_those_of_the_files(tmp_path):
-    """In the order of names, cropped at the center, without hidden files; what is left over is dropped."""
+    """In the order of names, cropped at the center, without hidden files."""
     write(tmp_path / "b.avi", 25, color=(0, 0, 255), width=2 * SIZE)
     write(tmp_path / "a.avi", 12, color=(0, 255, 0))
     (tmp_path / "notes.txt").write_text("no video")
     (tmp_path / "._clip.mov").write_bytes(b"of macOS")
     (tmp_path / "folder.avi").mkdir()
-    frames = own_data.read_videos(tmp_path, 10, SIZE, SIZE, channels=3)
-    assert frames.shape == (10, 1 + 2, 3, SIZE, SIZE) and frames.dtype == np.uint8
-    middle = frames[:, :, :, 10:22]
-    assert [middle[0, n].max((1, 2)).argmax() for n in range(3)] == [1, 0, 0]  # a.avi first; red, green, blue
-    whole, cropped = (own_data.read_videos(tmp_path / "b.avi", 20, SIZE, wide) for wide in (2 * SIZE, SIZE))
+    source = read(tmp_path, (SIZE, SIZE, 1, 3))
+    a, b = source.series
+    assert (a.shape, b.shape) == ((12, 3, SIZE, SIZE), (25, 3, SIZE, SIZE))
+    assert a.dtype == np.uint8 and source.axes == "NTHWC"
+    assert [one[0, :, 10:22].max((1, 2)).argmax() for one in (a, b)] == [
+        1,
+        0,
+    ]  # a.avi first; red, green, blue
+    whole, cropped, native = (read(tmp_path / "b.avi", (*size, 1, 1)).series[0] for size in SIZES)
     np.testing.assert_array_equal(cropped, whole[..., 16:48])
+    np.testing.assert_array_equal(native, whole)
     for t in range(10):
-        for n, channel in (0, 1), (1, 0):
-            columns = np.flatnonzero(middle[t, n, channel].mean(0) > 128)
+        for one, channel in (a, 1), (b, 0):
+            columns = np.flatnonzero(one[t, channel, 10:22].mean(0) > 128)
             assert abs(columns[0] - t) <= 1 and abs(columns[-1] - (t + 15)) <= 1
-    grey = own_data.read_videos(tmp_path / "a.avi", 6, 16, 16, stride=2)  # a single file
-    assert grey.shape == (6, 1, 1, 16, 16)
+    grey = read(tmp_path / "a.avi", (16, 16, 2, 1)).series[0]  # a single file, every second frame
+    assert grey.shape == (6, 1, 16, 16) and len(read(tmp_path / "a.avi", VIDEO, most=4).series[0]) == 4
     for t in range(1, 6):
-        assert np.flatnonzero(grey[t, 0, 0, 8] > 75)[0] == t  # half of 2 pixels
+        assert np.flatnonzero(grey[t, 0, 8] > 75)[0] == t  # half of 2 pixels
+
+
+def test_images_of_a_folder_are_a_series(tmp_path):
+    """And so is each folder of images in a folder."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for k in (1, 2, 10):  # in the order of numbers
+            image = np.full((20, 30, 3), 10 * k, np.uint8)
+            cv2.imwrite(str(tmp_path / name / f"{k}.png"), image)
+    one, two = read(tmp_path / "a", (0, 0, 1, 1)), read(tmp_path, (16, 16, 2, 3))
+    assert one.axes == "THW" and one.series[0][:, 0, 3, 3].tolist() == [10, 20, 100]
+    assert two.axes == "NTHWC" and [part[:, 0, 3, 3].tolist() for part in two.series] == [[10, 100]] * 2
+    (tmp_path / "a" / "2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2\.png is not an image"):
+        read(tmp_path / "a", VIDEO)
 
 
 def test_a_color_video_trains(tmp_path):
     write(tmp_path / "clip.mp4", 61, fourcc="mp4v")
-    changes = {"video": (16, 32, 1, 3), "frames_in": 3, "frames_out": 2, "epochs": 1}
-    run = here(tmp_path / "clip.mp4", tmp_path, pictures=True, **changes)
+    run = here(
+        tmp_path / "clip.mp4", tmp_path, pictures=True, **FEW, video=(16, 32, 1, 3), train_sequences=20
+    )
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 
 def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
     def refused(sentence, path=tmp_path):
         with pytest.raises(UserError, match=sentence):
-            own_data.read_videos(path, 10, SIZE, SIZE)
+            read(path, (SIZE, SIZE, 1, 1))
 
-    refused(r"holds no video: \.avi, ")
+    refused(r"is no file that can be read, and no folder of such: \.npy, \.avi, ")
     refused("missing is not there", tmp_path / "missing")
-    write(tmp_path / "Screen Recording 3.41\u202fPM.avi", 9)  # as macOS calls them
-    refused(r"PM\.avi gives 9 frames.*a sequence needs 10")
     write(tmp_path / "Screen Recording 3.41\u202fPM.avi", 20)
     (tmp_path / "b.mp4").write_text("<html>")
-    refused(r"b\.mp4 gives 0 frames")
+    refused(r"b\.mp4 gives no frames: it is damaged")
     assert not capfd.readouterr().err  # OpenCV and FFmpeg add nothing
     huge = lambda: (True, cv2.repeat(np.zeros((SIZE, SIZE, 3), np.uint8), 2**20, 2**25))
     video = SimpleNamespace(read=huge)
@@ -83,11 +356,11 @@ def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names and pipes")
 def test_a_pipe_and_a_name_that_is_no_text(tmp_path):
     os.mkfifo(tmp_path / "a.avi")
-    with pytest.raises(UserError, match="holds no video"):  # nor waits for one
-        own_data.read_videos(tmp_path, 10, SIZE, SIZE)
+    with pytest.raises(UserError, match="no folder of such"):  # nor waits for one
+        read(tmp_path, (SIZE, SIZE, 1, 1))
     (tmp_path / os.fsdecode(b"\xff.avi")).touch()
     with pytest.raises(UserError, match=r"udcff\.avi' is a name that OpenCV cannot open; rename"):
-        own_data.read_videos(tmp_path, 10, SIZE, SIZE)
+        read(tmp_path, (SIZE, SIZE, 1, 1))
 
 
 @pytest.mark.parametrize(("suffix", "fourcc"), [("avi", "MJPG"), ("mp4", "mp4v"), ("mkv", "mp4v")])
@@ -102,7 +375,7 @@ def test_a_damaged_video_is_read_or_refused(suffix, fourcc, tmp_path):
             content[rng.choice((rng.randrange(400), -1 - rng.randrange(800)))] = rng.randrange(256)
         path.write_bytes(content[: rng.choice((len(content), rng.randrange(len(content))))])
         try:
-            frames = own_data.read_videos(tmp_path, 4, SIZE, SIZE)
-            assert (frames.shape[0], *frames.shape[2:]) == (4, 1, SIZE, SIZE)
+            (frames,) = read(tmp_path, (SIZE, SIZE, 1, 1)).series
+            assert frames.shape[1:] == (1, SIZE, SIZE)
         except UserError as error:
             assert path.name in str(error)

@@ -33,6 +33,7 @@ import main
 import metrics
 from moving_mnist import MovingMNIST
 from support import UserError, checkpoint, progress, report, score
+from support.scale import Scale
 
 PREDICTIONS = [f"predict_{k}.png" for k in (1, 2, 3, 4, "best", "median", "worst", "last_frame")]
 PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
@@ -50,7 +51,7 @@ def of_model(model, frames_in, frames_out, **knobs):
     knobs = main.Knobs(frames_in=frames_in, frames_out=frames_out, **knobs)
     network = torch.nn.Module()
     network.forward = model
-    options = {"device": torch.device("cpu"), "autocast": nullcontext, "data": SimpleNamespace()}
+    options = {"device": torch.device("cpu"), "autocast": nullcontext, "data": SimpleNamespace(scale=Scale())}
     return SimpleNamespace(knobs=knobs, model=network, **options)
 
 
@@ -67,7 +68,7 @@ def evaluations(folder):
 
 def split(array, sequences):
     """(past, truth) as float64 (B, T, H, W) in [0, 1], straight from the file."""
-    frames = np.load(array)[:, sequences].swapaxes(0, 1) / 255
+    frames = np.load(array)[sequences] / 255
     return frames[:, :FRAMES_IN], frames[:, FRAMES_IN : FRAMES_IN + FRAMES_OUT]
 
 
@@ -129,6 +130,8 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     assert (found["split"], found["sequences"], found["data"]) == ("test", 6, "squares.npy")
     assert set(found["scores"]) == {"my_model", "black", "copy_last", "optical_flow"}
     for scores in found["scores"].values():
+        rmse = scores.pop("rmse")  # in grey levels
+        assert rmse == pytest.approx([255 * (scores["mse_per_frame"]["mean"] / 256) ** 0.5])
         for name, found_score in scores.items():
             assert found_score["unit"] == metrics.METRICS[name][1]
             assert found_score["mean"] == pytest.approx(np.mean(found_score["per_frame"]))
@@ -192,11 +195,11 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
     setup = of_model(lambda past, n: torch.full((len(past), n, *past.shape[2:]), -99.0), 2, 1)
     setup.data.test = MovingMNIST(dataset.swapaxes(0, 1).numpy())
     errors = score.score(setup, setup.data.test, ["mse_per_frame"])["mse_per_frame"]
-    keep = lambda past, truth, forecast, title: titles.update({int(truth.max() * 255): title}) or b""
+    keep = lambda past, truth, forecast, title, values: titles.update({int(truth.max() * 255): title}) or b""
     monkeypatch.setattr(figures, "prediction", keep)
-    monkeypatch.setattr(figures, "grid", lambda rows, title: grids.append(rows) or b"")
+    monkeypatch.setattr(figures, "grid", lambda rows, title, values: grids.append(rows) or b"")
     report.draw_ranked(setup, tmp_path, errors.mean(1).argsort(), "of a")
-    error = lambda level: f"MSE {256 * (level / 255) ** 2:.0f}"
+    error = lambda level: f"MSE {(level / 255 * 16) ** 2:{'.2g' if level < 50 else '.0f'}}"
     ranks = ("best", 10), ("median", 90), ("worst", 200)
     assert titles == {level: f"of a: the {name} of 5 sequences, {error(level)}" for name, level in ranks}
     (numbers, truth), (errors, last) = grids[0].values()
@@ -222,7 +225,7 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
         monkeypatch.setattr(main, "learning_rate_at", lambda *given: np.float64(schedule(*given)))
         monkeypatch.setattr(main, "ADAMW_RATE", np.float64(main.ADAMW_RATE))
     alone = here(array, tmp_path / "alone", model=model, **FEW)
-    assert set(results(alone)["scores"][model]) == set(metrics.METRICS)
+    assert set(results(alone)["scores"][model]) == {*metrics.METRICS, "rmse"}
     with stopped_after_a_checkpoint():
         here(array, tmp_path, model=model, **FEW)
     assert checkpoint.load(tmp_path / model / "last.pt")["step"] == 1
