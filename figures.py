@@ -135,6 +135,13 @@ def to_uint8(frames):
     return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
 
 
+def shrink(frames):
+    """Every n-th pixel of large frames, so that at most 256 stand side by side."""
+    frames = np.asarray(frames)
+    step = -(-frames.shape[-1] // 256)
+    return frames[..., ::step, ::step]
+
+
 def paint(frames, values):
     """(T, C, H, W) → uint8 (T, H, W[, 3]): greys, colors, or a field, whose 0 and 1 mean `values`."""
     if values is None:
@@ -143,7 +150,7 @@ def paint(frames, values):
     colors = matplotlib.colormaps["RdBu_r" if low < 0 < high else "viridis"]
     if low < 0 < high:  # zero is white
         field = 0.5 + (low + (high - low) * field) / (2 * max(-low, high))
-    colors = np.rint(255 * colors(np.nan_to_num(field))[..., :3]).astype(np.uint8)
+    colors = colors(np.nan_to_num(field), bytes=True)[..., :3]
     return np.where(np.isnan(field)[..., None], np.uint8(128), colors)
 
 
@@ -165,7 +172,8 @@ def grid(rows, title, most=10, values=None):
     At most `most` frames of a row are drawn, evenly chosen. All are pasted into one image, as large as
     the PNG. One Axes per frame would take ten times as long.
     """
-    height, width = np.shape(next(iter(rows.values()))[1])[-2:]
+    rows = {name: (labels, shrink(frames)) for name, (labels, frames) in rows.items()}
+    height, width = next(iter(rows.values()))[1].shape[-2:]
     scale = max(1, min(-(-128 // width), 1024 // height))
     height, width = height * scale, width * scale
     labels = [fill(name, 24 if len(name) > 24 else 12, max_lines=6, placeholder=" …") for name in rows]
@@ -217,7 +225,7 @@ def animation(past, truth, forecast, title, values=None):
     values: as for `grid`.
     """
     futures = [future for future in (truth, forecast) if future is not None]
-    videos = [paint(np.concatenate([past, future]), values) for future in futures]
+    videos = [paint(shrink(np.concatenate([past, future])), values) for future in futures]
     if values:
         low, high = values
         title += f": {low:.4g} blue, {high:.4g} {'red' if low < 0 < high else 'yellow'}"

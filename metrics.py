@@ -33,7 +33,7 @@ def mse_per_frame(prediction, truth):
     What every Moving MNIST table calls MSE. For 64 × 64 pixels it is 4,096 times the mean over pixels, and a
     black forecast scores about 175. PredRNN's code first clips the forecast to 0–1.
     """
-    return _per_sequence(lambda x, y: (x - y).square().nansum((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: _sum((x - y).square()), prediction, truth)
 
 
 def mae_per_frame(prediction, truth):
@@ -41,7 +41,7 @@ def mae_per_frame(prediction, truth):
 
     What every Moving MNIST table calls MAE.
     """
-    return _per_sequence(lambda x, y: (x - y).abs().nansum((2, 3, 4)), prediction, truth)
+    return _per_sequence(lambda x, y: _sum((x - y).abs()), prediction, truth)
 
 
 def psnr(prediction, truth):
@@ -155,6 +155,11 @@ def optical_flow(past, n_future):
         moving = F.grid_sample(moving, origin, padding_mode="border", align_corners=False)
         frames.append(moving[:, :C])
     return torch.stack(frames, 1).clamp(0, 1).to(past)  # interpolation may round to 1 + 1e-7
+
+
+def _sum(errors):
+    """Over the pixels of a frame, without missing ones. NaN where all are missing."""
+    return errors.nansum((2, 3, 4)).masked_fill(errors.isnan().flatten(2).all(2), torch.nan)
 
 
 def _check(name, frames, is_logits=False):

@@ -22,6 +22,7 @@ from support.scale import Scale
 
 VIDEOS = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+KINDS = {".npy"}, VIDEOS, IMAGES
 AXES = {"N": "sequence", "T": "time", "H": "height", "W": "width", "C": "channel"}
 LEAST = 16  # pixels of a side; a shorter last axis has the channels
 HELD_OUT = 0.15  # of each series, for validation and again for the test, where there are few series
@@ -68,16 +69,21 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     """
     source = read(path, video)
     low, high = describe(source)
+    if (low == high).all():
+        raise UserError(f"all values of {source.name} are {low[0]:g}; there is nothing to forecast")
+    if scale and len(scale.low) not in (1, len(low)):
+        raise UserError(f"the data have {len(low)} channels; the weights are of {len(scale.low)}")
     for text in find_oddities(source, low, high):
         print0(f"warning   {text}")
-    series = [np.array(one, order="C") for one in source.series if len(one) >= n_frames]  # not on the disk
+    # in memory: a file that shrinks under a memory map kills the process
+    series = [np.array(one, order="C") for one in source.series if len(one) >= n_frames]
     if len(series) < len(source.series):
         print0(f"left out  series shorter than {n_frames} frames: {len(source.series) - len(series)}")
     training, *others = cut([len(one) for one in series], n_frames)
     starts = [(k, t) for k, first, end in training for t in range(first, end - n_frames + 1)]
     if 0 < train_sequences < len(starts):
         starts = np.array(starts)[np.linspace(0, len(starts) - 1, train_sequences).astype(int)]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(series[0].dtype).encode())
     for one in series:
         digest.update(one)
     splits = [Windows(series, digest.digest(), starts, n_frames, "train")]
@@ -85,9 +91,10 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
         splits.append(Windows(series, digest.digest(), starts, n_frames, name))
     whose = "of the weights" if scale else "--value_range" if any(value_range) else "range of training"
-    scale = scale or choose_scale([series[k][first:end] for k, first, end in training], value_range)
+    pick = lambda parts: [series[k][first:end] for k, first, end in parts]
+    scale = scale or choose_scale(pick(training), value_range)
     if not scale.is_grey or series[0].dtype != np.uint8:
-        report_scale(scale, series, whose)
+        report_scale(scale, pick(others[0]) + pick(others[1]), f"{whose}; of validation and test", low, high)
     return Data(*splits, source.name, scale)
 
 
@@ -99,23 +106,27 @@ def read(path, video, most=None):
     if (min(size) < LEAST and any(size)) or stride < 1 or channels not in (1, 3):
         expected = f"height and width from {LEAST}, frame step, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, video))}; expected {expected}")
-    arrays, videos, images = (list_files(path, suffixes) for suffixes in ({".npy"}, VIDEOS, IMAGES))
-    if arrays:
-        found = [read_array(file) for file in arrays]
-    else:
-        frames = [(file, decode(file, stride)) for file in videos] or [(path, read_images(images[::stride]))]
-        if not (videos or images):
-            folders = [p for p in sorted(path.iterdir()) if list_files(p, IMAGES)] if path.is_dir() else []
-            frames = [(p, read_images(list_files(p, IMAGES)[::stride])) for p in folders]
-        found = [read_pictures(*pair, size, channels, most) for pair in frames]
+    files = list_files(path)
+    arrays, videos, images = (
+        [p for p in files if p.suffix.lower() in kind and p.is_file()] for kind in KINDS
+    )
+    if sum(map(bool, (arrays, videos, images))) > 1:
+        raise UserError(f"{path} holds arrays, videos or images together; give a folder of one kind")
+    folders = [path] if images else [p for p in files if p.is_dir()] if not (arrays or videos) else []
+    pictures = [(file, decode(file, stride)) for file in videos]
+    for folder in folders:
+        images = [p for p in list_files(folder) if p.suffix.lower() in IMAGES]
+        pictures += [(folder, read_images(images[::stride]))] if images else []
+    found = [read_array(file) for file in arrays]
+    found += [read_pictures(*pair, size, channels, most) for pair in pictures]
     if not found:
-        kinds = ", ".join((".npy", *sorted(VIDEOS | IMAGES)))
+        kinds = ", ".join(sorted(set().union(*KINDS)))
         raise UserError(f"{path} is no file that can be read, and no folder of such: {kinds}")
     series = [one for part, _ in found for one in part]
-    shapes = {(one.dtype, one.shape[1:]) for one in series}
+    shapes = sorted({f"{one.dtype} of {one.shape[1:]}" for one in series})
     if len(shapes) > 1:
-        raise UserError(f"the files of {path} differ in number type, channels, height or width: {shapes}")
-    (_, (_, H, W)) = shapes.pop()
+        raise UserError(f"the files of {path} differ (channels, height, width): {', '.join(shapes)}")
+    H, W = series[0].shape[2:]
     if min(H, W) < LEAST:
         raise UserError(f"{path} has frames of {H}×{W}; expected at least {LEAST}×{LEAST} pixels")
     axes = found[0][1]
@@ -123,11 +134,11 @@ def read(path, video, most=None):
     return Source(series, axes if len(found) == 1 or "N" in axes else f"N{axes}", name)
 
 
-def list_files(path, suffixes):
-    """The file, or the files of the folder, in the order of the numbers in their names."""
+def list_files(path):
+    """The file, or what is in the folder, in the order of the numbers in the names."""
     files = path.iterdir() if path.is_dir() else [path]
     # no hidden ones, and no pipes, for which we would wait
-    files = [p for p in files if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()]
+    files = [p for p in files if p.name[0] != "." and (p.is_file() or p.is_dir())]
     return sorted(files, key=lambda p: re.sub(r"\d+", lambda digits: digits[0].zfill(20), p.name))  # 2 < 10
 
 
@@ -187,9 +198,10 @@ def read_images(files):
     """The frames of image files, as `decode` gives them."""
     for file in files:
         content = np.fromfile(file, np.uint8)  # cv2.imread fails at some paths on Windows
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-        if image is None:
-            raise UserError(f"{file} is not an image that OpenCV can read")
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if content.size else None
+        if image is None or image.dtype != np.uint8:
+            fault = "is not an image that OpenCV can read" if image is None else f"holds {image.dtype}"
+            raise UserError(f"{file} {fault}; expected 8 bits for each color. Save other numbers as .npy")
         yield image
 
 
@@ -217,7 +229,8 @@ def describe(source):
     many = f"{len(series):,} series of {frames}" if len(series) > 1 else frames
     _, C, H, W = series[0].shape
     channels = f", {C} channels" if C > 1 else ""
-    share = sum(np.isnan(one).sum() for one in series) / sum(one.size for one in series)
+    is_float = series[0].dtype.kind == "f"
+    share = sum(np.isnan(one).sum() for one in series) / sum(one.size for one in series) if is_float else 0
     missing = f", missing (NaN): {share:.1%}" if share else ""
     numbers = f"{series[0].dtype} from {low.min():.6g} to {high.max():.6g}"
     print0(f"read      {source.name} ({axes}): {many} of {H}×{W}{channels}, {numbers}{missing}")
@@ -225,7 +238,7 @@ def describe(source):
 
 
 def limits(series, name):
-    """The lowest and the highest value of each channel, (C,). Raises UserError where nothing varies."""
+    """The lowest and the highest value of each channel, (C,). Raises UserError where there is none."""
     low = np.fmin.reduce([np.fmin.reduce(one, (0, 2, 3)) for one in series]).astype(float)
     high = np.fmax.reduce([np.fmax.reduce(one, (0, 2, 3)) for one in series]).astype(float)
     for channel, (a, b) in enumerate(zip(low, high, strict=True), 1):
@@ -234,31 +247,32 @@ def limits(series, name):
             raise UserError(f"all values of {name} are missing (NaN){which}")
         if np.isinf([a, b]).any():
             raise UserError(f"{name} has infinite values{which}; write NaN where a pixel is missing")
-        if a == b:
-            raise UserError(f"all values of {name} are {a:g}{which}; there is nothing to forecast")
     return low, high
 
 
 def find_oddities(source, low, high):
     """Sentences on what is probably wrong."""
     chosen = np.linspace(0, len(source.series) - 1, min(len(source.series), 20)).astype(int)
-    sample = [source.series[k][:20].astype(np.float64) for k in chosen]
-    values = np.unique(np.concatenate([one[np.isfinite(one)] for one in sample]))
-    for far, others in (values[0], values[1:]), (values[-1], values[:-1]):
-        # a code for missing pixels lies farther from all other values than these lie apart
-        if len(others) > 2 and np.abs(others - far).min() > 10 * np.ptp(others):
-            yield f"the value {far:g} is far from all others; if it means a missing pixel, write NaN there"
+    step = max(1, min(source.series[0].shape[2:]) // 64)  # a part of large frames is enough
+    sample = [source.series[k][:20, :, ::step, ::step].astype(np.float64) for k in chosen]
+    values, counts = np.unique(np.concatenate([one[~np.isnan(one)] for one in sample]), return_counts=True)
+    for k, others in ((0, values[1:]), (-1, values[:-1])) if len(values) > 3 else ():
+        # a code for missing pixels is frequent, and far from all other values
+        if counts[k] > 9 and np.abs(others - values[k]).min() > 2 * np.ptp(others):
+            yield f"the value {values[k]:g} is far from all others; if it means a missing pixel, write NaN"
     if source.series[0].dtype == np.uint8 and high.max() <= 1:
         yield f"no value is above {high.max():g}, on a scale from 0 to 255: frames are almost black"
         return
+    if source.axes == "NTHW" and len(sample[0]) <= 4:
+        yield f"series have {len(sample[0])} frames: if these are channels, put them at the end"
     shortest = min(map(len, sample))
-    along_time = np.nanmean([np.nanmean(np.abs(np.diff(one[:shortest], axis=0))) for one in sample])
+    sample = np.stack([one[:shortest] for one in sample])
+    along_time = np.nanmean(np.abs(np.diff(sample, axis=1)))
     if along_time < 2e-4 * (high - low).max():
         yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3g}"
     if "N" in source.axes and len(sample) > 1:
         # as a rule, neighboring frames are more alike than two sequences
-        pairs = itertools.pairwise(sample)
-        if along_time > np.nanmean([np.nanmean(np.abs(a[:shortest] - b[:shortest])) for a, b in pairs]):
+        if along_time > np.nanmean(np.abs(np.diff(sample, axis=0))):
             yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
 
 
@@ -268,22 +282,24 @@ def cut(lengths, n_frames):
     lengths: of the series. Prints the rule. Raises UserError where there are too few frames.
     """
     n, least = len(lengths), 3 * n_frames
-    if n >= 10 or (n >= 3 and min(lengths) < least):
+    long_ones = [k for k, length in enumerate(lengths) if length >= least]
+    if n >= 10 or (n >= 3 and not long_ones):
         whole = [(k, 0, length) for k, length in enumerate(lengths)]
         a, b = (n * 81 // 100, n * 90 // 100) if n >= 10 else (n - 2, n - 1)
         print0(f"split     by series, in their order: {a:,} training, {b - a:,} validation, {n - b:,} test")
         return whole[:a], whole[a:b], whole[b:]
-    if n == 0 or min(lengths) < least:
+    if not long_ones:
         wanted = f"one series of {least} frames, or three of {n_frames} (frames_in + frames_out)"
         raise UserError(f"too few frames: expected at least {wanted}; found {lengths or 'none so long'}")
-    training, validation, test = parts = [], [], []
-    for k, length in enumerate(lengths):
+    parts = training, validation, test = [(k, 0, lengths[k]) for k in range(n) if k not in long_ones], [], []
+    for k in long_ones:
+        length = lengths[k]
         held_out = max(n_frames, round(HELD_OUT * length))
         training.append((k, 0, length - 2 * held_out))
         validation.append((k, length - 2 * held_out, length - held_out))
         test.append((k, length - held_out, length))
-    texts = (f"{a + 1} to {b}" for _, a, b in (part[0] for part in parts))
-    which = "" if n == 1 else " (series 1)"
+    texts = (f"{a + 1} to {b}" for _, a, b in (part[-1] for part in parts))
+    which = "" if n == 1 else f" (series {long_ones[-1] + 1})"
     print0("split     along time{}: frames {} training, {} validation, {} test".format(which, *texts))
     return parts
 
@@ -295,19 +311,18 @@ def choose_scale(training, value_range):
         return Scale((float(low),) * C, (float(high),) * C, is_grey=False)
     if training[0].dtype == np.uint8:
         return Scale()
-    return Scale(
-        *(tuple(values.tolist()) for values in limits(training, "the training split")), is_grey=False
-    )
+    low, high = limits(training, "the training split")
+    high = np.where(low == high, low + 1, high)  # of a channel that never changes
+    return Scale(tuple(low.tolist()), tuple(high.tolist()), is_grey=False)
 
 
-def report_scale(scale, series, whose):
-    """Print which values become 0 and 1, how many are outside, and whether the data fit a scale of others."""
-    low, high = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
-    outside = sum(((one < low) | (one > high)).sum() for one in series) / sum(one.size for one in series)
+def report_scale(scale, series, whose, low, high):
+    """Print which values become 0 and 1, how many lie outside, and whether values from low to high fit."""
     ranges = "; ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(scale.low, scale.high, strict=True))
-    print0(f"scale     {ranges} ({whose}); outside, and clipped: {outside:.2%} of the values")
-    found = limits(series, "the data")
-    used = np.divide(*(np.ptp(values) for values in (found, (low, high))))
-    if outside > 0.2 or used < 0.02:
-        texts = (f"{a:.6g} to {b:.6g}" for a, b in zip(*found, strict=True))
+    bottom, top = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
+    outside = sum(((frame < bottom) | (frame > top)).sum() for one in series for frame in one)
+    outside /= sum(one.size for one in series)
+    print0(f"scale     {ranges} ({whose}, {outside:.2%} lie outside and are clipped)")
+    if outside > 0.2 or (high - low).max() < 0.02 * (top - bottom).max():
+        texts = (f"{a:.6g} to {b:.6g}" for a, b in zip(low, high, strict=True))
         print0(f"warning   the scale hardly fits these values: they go from {'; '.join(texts)}")

@@ -42,16 +42,20 @@ def predict(
     channels = data.series[0].shape[1]
     if channels != model.channels:
         raise UserError(f"the data have {channels} channels; {weights} is for {model.channels}")
-    for text in find_oddities(data, *describe(data)):
-        print(f"warning   {text}")
-    report_scale(model.scale, data.series, "of the weights")
     given = [one[start:][: n + frames] for one in data.series]
-    most = min(map(len, given))
-    if most < n:
+    chosen = [one for one in given if len(one) >= n]
+    if not chosen:
+        most = max(map(len, given))
         raise UserError(f"the data have {most} frames from --start {start} on; the weights need {n}")
-    given = torch.stack(
-        [model.scale.to_unit(torch.from_numpy(one[:most].astype(np.float32))) for one in given]
-    )
+    if len(chosen) < len(given):
+        print(f"left out  series with fewer than {n} frames: {len(given) - len(chosen)}")
+    data = data._replace(series=[one[: min(map(len, chosen))] for one in chosen])
+    low, high = describe(data)
+    for text in find_oddities(data, low, high):
+        print(f"warning   {text}")
+    report_scale(model.scale, data.series, "of the weights", low, high)
+    given = torch.stack([torch.from_numpy(one.astype(np.float32)) for one in data.series])
+    given = model.scale.to_unit(given)
     past, truth = given[:, :n], given[:, n:]
     forecast = torch.cat([model.forecast(part, frames) for part in past.split(8)])
     words = f"{data.name}: {n} frames in, {frames} forecast"
@@ -63,10 +67,8 @@ def predict(
     make_folder(out)
     with open_atomic(out / "forecast.npy") as file:
         np.save(file, restore_axes(model.scale.to_data(forecast), data.axes))
-    shrink = -(-past.shape[-1] // 256)  # large frames, in the pictures only
-    past, truth, shown = (x[0, ..., ::shrink, ::shrink] for x in (past, truth, forecast))
     for end, fields, values in model.scale.pictures():
-        before, after, drawn = (x[:, fields] for x in (past, truth, shown))
+        before, after, drawn = (x[0][:, fields] for x in (past, truth, forecast))
         picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
         write_atomic(out / f"forecast{end}.png", picture)
         known = after if len(after) == frames else None

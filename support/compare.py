@@ -34,6 +34,14 @@ def headings(results):
     return [*metrics.HEADINGS, *channels, *["skill"] * (n > 0)]
 
 
+def explain(results):
+    """What the columns of score_cells mean."""
+    text = "cross-entropy: sum; SSIM*: OpenSTL's"
+    if "rmse" in results["scores"][results["model"]]:
+        text += "; RMSE: in units of the data; skill: 1 - MSE / MSE of the last frame copied"
+    return text
+
+
 def skill(results, who, reference):
     """1 - MSE / MSE of the reference."""
     mse, other = (results["scores"][name]["mse_per_frame"]["mean"] for name in (who, reference))
@@ -51,7 +59,10 @@ def score_cells(results, who):
         mean = scores[name]["mean"] if name in scores else None
         cells.append("–" if mean is None else f"{mean:.0f}" if mean >= 1000 else f"{mean:#.4g}")
     if "rmse" in scores:
-        cells += [*(f"{error:.4g}" for error in scores["rmse"]), f"{skill(results, who, 'copy_last'):.3f}"]
+        cells += [
+            *("–" if error is None else f"{error:.4g}" for error in scores["rmse"]),
+            f"{skill(results, who, 'copy_last'):.3f}",
+        ]
     return cells
 
 
@@ -111,7 +122,7 @@ def read_run(folder, config, latest, shape):
         rows = [row for row in csv.DictReader(lines) if row["val_loss"]]
         run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
         seen, minutes = run["history"][-1]["sequences"], run["history"][-1]["minutes"]
-        run["cells"][1:4] = f"{seen:,.0f}", f"{minutes:.1f}", f"{run['validation_mse']:.2f}"
+        run["cells"][1:4] = f"{seen:,.0f}", f"{minutes:.1f}", f"{run['validation_mse']:#.4g}"
     same = all(run[key] == latest[key] for key in SAME_TASK) and len(run["curve"]) == latest["frames_out"]
     if not same or run["first_forecast"].shape != (latest["frames_out"], *shape[1:]):
         raise ValueError("tested on something else")
@@ -133,7 +144,7 @@ def label_runs(runs):
 def comparison(title, runs, latest, baselines, left_out):
     """compare.md."""
     lines = [f"# {title}", ""]
-    lines += ["Mean over the forecast frames; cross-entropy: sum. Units: `metrics.json`. SSIM*: OpenSTL's."]
+    lines += [f"Mean over the forecast frames ({explain(latest)}). Other units: `metrics.json`."]
     lines += ["After a name: what differs from the earliest run of its model."]
     lines += ["Sorted by validation MSE: choose by it, between runs trained on the same data."]
     lines += ["All other scores are of test data.", ""]

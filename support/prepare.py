@@ -116,10 +116,10 @@ def check(knobs):
 def with_knobs_of(knobs, weights, recipe):
     """The knobs, with those of the network from a checkpoint. Raises UserError for a flag that differs.
 
-    Weights that are only scored also bring their number of frames, unless a flag differs from its default.
+    Weights that are only scored also bring number and size of frames, unless a flag differs from its default.
     """
     path, changes = knobs.weights, {}
-    for name in (*NETWORK, "frames_in", "frames_out") if knobs.eval_only else NETWORK:
+    for name in (*NETWORK, "frames_in", "frames_out", "video") if knobs.eval_only else NETWORK:
         if name not in weights["knobs"]:
             raise UserError(f"{path} is of an earlier version of this script, without {name}")
         then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
@@ -198,10 +198,12 @@ def load_model(path, knobs, build):
     checkpoint.report_edits(weights, path)
     attach(model, device, torch.float32)
     model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
-    of_arrays = knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy"
+    model.scale = Scale.of(weights.get("scale"))
+    of_arrays = (
+        knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy" or not model.scale.is_grey
+    )
     # videos are as large as in training, or as they are
     model.video = (0, 0, 1, 3 if model.channels == 3 else 1) if of_arrays else knobs.video
-    model.scale = Scale.of(weights.get("scale"))
     model.forecast = types.MethodType(forecast, model)
     return model
 

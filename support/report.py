@@ -12,7 +12,7 @@ import torch
 import figures
 from support import checkpoint, sources
 from support.checkpoint import make_folder, open_atomic, write_atomic
-from support.compare import compare_runs, describe_split, headings, score_cells, skill, table
+from support.compare import compare_runs, describe_split, explain, headings, score_cells, skill, table
 from support.devices import RANK, on_rank_0, print0
 from support.folders import read_json
 from support.score import (
@@ -36,7 +36,7 @@ def evaluate(setup, folder, progress):
     if not progress.baselines:
         found = baselines(setup, folder, data.validation, ["mse_per_frame"], watched)
         progress.baselines = {who: scores["mse_per_frame"]["per_frame"] for who, scores in found.items()}
-        levels = [f"{figures.LABELS[who]} {np.mean(mse):.1f}" for who, mse in progress.baselines.items()]
+        levels = [f"{figures.LABELS[who]} {np.mean(mse):#.4g}" for who, mse in progress.baselines.items()]
         print0(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
     row = progress.history[-1]
     try:
@@ -46,16 +46,16 @@ def evaluate(setup, folder, progress):
         raise progress.diverged(fault, row["learning_rate"], step) from error
     n_pixels = knobs.frames_out * np.prod(data.validation.shape[1:])
     row["val_loss"] = float(scores[CROSS_ENTROPY].mean() / n_pixels)
-    row["val_mse_per_frame"] = float(scores["mse_per_frame"].mean())
+    row["val_mse_per_frame"] = float(scores["mse_per_frame"].nanmean())
     row["val_sequences"] = len(watched)
     losses = f"{row['train_loss']:.4f} (training) {row['val_loss']:.4f} (validation)"
-    error = f"MSE {row['val_mse_per_frame']:.1f} of {len(watched)} sequences, {row['minutes']:.1f} min"
+    error = f"MSE {row['val_mse_per_frame']:#.4g} of {len(watched)} sequences, {row['minutes']:.1f} min"
     print0(f"epoch {row['epoch']:.3f} cross-entropy {losses}, {error}")
     if row["val_mse_per_frame"] < progress.best_mse:
         progress.best_mse, progress.best_step = row["val_mse_per_frame"], progress.step
     if RANK == 0:
         write_log(setup, folder, progress)
-        curves = {knobs.model: scores["mse_per_frame"].mean(0).tolist(), **progress.baselines}
+        curves = {knobs.model: scores["mse_per_frame"].nanmean(0).tolist(), **progress.baselines}
         write_atomic(folder / "per_frame.png", figures.per_frame(validated(setup), curves))
         title = f"{validated(setup)}, after {row['sequences']:,} training sequences"
         draw_samples(setup, folder, title)
@@ -146,7 +146,8 @@ def finish(setup, folder, step):
     print0(f"scoring   {len(test):,} test sequences")
     names = CURVES if data.is_moving_mnist else (*CURVES, MEAN_SQUARES)
     scores = score(setup, test, (*names, CROSS_ENTROPY))
-    ranking = scores["mse_per_frame"].mean(1).argsort(stable=True)
+    errors = scores["mse_per_frame"].nanmean(1)
+    ranking = errors.argsort(stable=True)[: errors.isfinite().sum()]  # without sequences that are missing
     scale = data.scale
     results = {
         "data": data.name,
@@ -243,20 +244,20 @@ def describe_error(prediction, truth):
 def describe(results):
     """metrics.json as text for people."""
     title = f"{describe_split(results)}, mean over {results['frames_out']} forecast frames"
-    title += " (cross-entropy: sum; SSIM*: OpenSTL's)"
+    title += f" ({explain(results)})"
     scores = results["scores"]
     rows = [[figures.LABELS.get(who, who), *score_cells(results, who)] for who in scores]
     lines = [title, table(["", *headings(results)], rows)]
     mse = {who: values["mse_per_frame"]["mean"] for who, values in scores.items()}
     mine = mse[results["model"]]
-    better = [f"{figures.LABELS[who]} ({mse[who]:.1f})" for who in mse if mse[who] < mine]
+    better = [f"{figures.LABELS[who]} ({mse[who]:#.4g})" for who in mse if mse[who] < mine]
     if better:
-        lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
+        lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}. Train longer.")
     else:
         shares = {who: skill(results, results["model"], who) for who in BASELINES[1:]}  # black is too easy
         texts = [f"{share:.0%} below that of {figures.LABELS[who]}" for who, share in shares.items()]
         lines.append(f"The MSE is {' and '.join(texts)}.")
     lines += ["", "weights   of training step {step:,}, hash {weights}".format(**results)]
     if mse := results.get("validation_mse"):
-        lines[-1] += f", validation MSE {mse:.2f} (to choose between runs)"
+        lines[-1] += f", validation MSE {mse:#.4g} (to choose between runs)"
     return "\n".join(lines)

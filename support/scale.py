@@ -31,7 +31,8 @@ class Scale:
         """[0, 1] → a NumPy array in the units of the data: float32, or uint8 where the data have it."""
         low, width = bounds(self, frames.device)
         values = frames * width + low
-        return (values.round().byte() if self.is_grey else values).cpu().numpy()
+        is_whole = self.is_grey and not values.isnan().any()
+        return (values.round().byte() if is_whole else values).cpu().numpy()
 
     def pictures(self):
         """(end of the file's name, channels, values of 0 and 1) of each picture: one for each field."""

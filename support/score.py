@@ -83,5 +83,6 @@ def summary(scores, scale=None):
             found[name] = {"unit": unit, "mean": mean, "per_frame": curve}
     if MEAN_SQUARES in scores:
         widths = np.subtract(scale.high, scale.low)
-        found["rmse"] = (widths * scores[MEAN_SQUARES].nanmean(0).sqrt().numpy()).tolist()
+        roots = widths * scores[MEAN_SQUARES].nanmean(0).sqrt().numpy()
+        found["rmse"] = [root if math.isfinite(root) else None for root in roots.tolist()]
     return found

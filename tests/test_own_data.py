@@ -107,6 +107,8 @@ def test_sequences_share_no_frame_across_splits(tmp_path, capsys):
         capsys.readouterr().out
     )
     assert [len(part) for part in cut([20] * 10, 20)] == [8, 1, 1]
+    short, long = (0, 0, 25), (1, 0, 60)  # too short to be cut: all of it is for training
+    assert cut([25, 100], 20) == ([short, long], [(1, 60, 80)], [(1, 80, 100)])
 
 
 def test_units_channels_and_the_knob(tmp_path, capsys):
@@ -115,11 +117,15 @@ def test_units_channels_and_the_knob(tmp_path, capsys):
     training = two[:28].reshape(-1, 2)
     assert scale.low == tuple(training.min(0)) and scale.high == tuple(training.max(0))
     assert [end for end, *_ in scale.pictures()] == ["", "_channel_2"]
+    two[..., 1] = 7  # never changes
+    scale = load(saved(two, tmp_path)).scale
+    assert (scale.low[1], scale.high[1]) == (7, 8)
     capsys.readouterr()
     data = load(saved(two[..., 0], tmp_path), value_range=(-110, -90))
-    outside = ((FIELD < -110) | (FIELD > -90)).mean()
+    outside = ((FIELD < -110) | (FIELD > -90))[28:].mean()
     assert data.scale == Scale((-110.0,), (-90.0,), is_grey=False)
-    assert f"-110 to -90 (--value_range); outside, and clipped: {outside:.2%}" in capsys.readouterr().out
+    words = f"-110 to -90 (--value_range; of validation and test, {outside:.2%} lie outside and are clipped)"
+    assert words in capsys.readouterr().out
     assert data.scale.to_unit(data.training[np.arange(9)]).max() == 1
 
 
@@ -209,7 +215,7 @@ def test_weights_of_another_scale_say_so(tmp_path, capsys):
         path = saved(other, tmp_path, "other.npy")
         here(path, tmp_path / "out", **FEW, weights=run / "best.pt", eval_only=True)
         printed = capsys.readouterr().out
-        assert "(of the weights); outside, and clipped:" in printed
+        assert "(of the weights; of validation and test, " in printed
         assert ("warning   the scale hardly fits these values: they go from" in printed) == warned
 
 
@@ -247,10 +253,14 @@ def test_what_is_probably_wrong_is_warned_of(tmp_path, capsys):
         (np.where(FIELD > -95, 1e20, FIELD), "the value 1e+20 is far from all others"),
         (np.where(FIELD > -95, -1e34, FIELD), "the value -1e+34 is far from all others"),
         (np.where(FIELD > -95, -9999, FIELD).astype(np.int16), "the value -9999 is far from all others"),
+        (np.where(np.arange(40)[:, None, None] < 20, np.nan, FIELD), ""),
     ):
         load(saved(wrong, tmp_path))
         warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
         assert len(warnings) == bool(warning) and (not warning or warning in warnings[0]), warnings
+    with pytest.raises(UserError, match="too few frames"):
+        load(saved(np.stack([FIELD] * 3, 1), tmp_path))
+    assert "series have 3 frames: if these are channels, put them at the end" in capsys.readouterr().out
 
 
 def test_files_of_a_folder_are_series(tmp_path, capsys):
@@ -264,9 +274,7 @@ def test_files_of_a_folder_are_series(tmp_path, capsys):
     assert first == [2, 10]  # in the order of numbers; one is too short
     assert "left out  series shorter than 5 frames: 1" in capsys.readouterr().out
     saved(np.zeros((9, 16, 17)), folder, "other.npy")
-    with pytest.raises(
-        UserError, match=r"the files of .*many differ in number type, channels, height or width"
-    ):
+    with pytest.raises(UserError, match=r"many differ .*: float64 of \(1, 16, 17\), int64 of \(1, 16, 16\)"):
         load(folder)
 
 
@@ -323,8 +331,21 @@ def test_images_of_a_folder_are_a_series(tmp_path):
     one, two = read(tmp_path / "a", (0, 0, 1, 1)), read(tmp_path, (16, 16, 2, 3))
     assert one.axes == "THW" and one.series[0][:, 0, 3, 3].tolist() == [10, 20, 100]
     assert two.axes == "NTHWC" and [part[:, 0, 3, 3].tolist() for part in two.series] == [[10, 100]] * 2
-    (tmp_path / "a" / "2.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"2\.png is not an image"):
+    (tmp_path / ".hidden").mkdir()
+    cv2.imwrite(str(tmp_path / ".hidden" / "1.png"), image)
+    assert len(read(tmp_path, VIDEO).series) == 2
+    deep = cv2.imencode(".png", np.full((20, 30), 700, np.uint16))[1].tobytes()
+    for content, sentence in (
+        (deep, r"2\.png holds uint16; expected 8 bits"),
+        (b"", r"2\.png is not an image"),
+    ):
+        (tmp_path / "a" / "2.png").write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            read(tmp_path / "a", VIDEO)
+    saved(FIELD, tmp_path / "a")
+    with pytest.raises(
+        UserError, match="a holds arrays, videos or images together; give a folder of one kind"
+    ):
         read(tmp_path / "a", VIDEO)
 
 
@@ -341,7 +362,7 @@ def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
         with pytest.raises(UserError, match=sentence):
             read(path, (SIZE, SIZE, 1, 1))
 
-    refused(r"is no file that can be read, and no folder of such: \.npy, \.avi, ")
+    refused(r"is no file that can be read, and no folder of such: \.avi, \.bmp, ")
     refused("missing is not there", tmp_path / "missing")
     write(tmp_path / "Screen Recording 3.41\u202fPM.avi", 20)
     (tmp_path / "b.mp4").write_text("<html>")

@@ -20,6 +20,7 @@ from records import ablation
 
 README = (ROOT / "README.md").read_text("utf-8")
 SHORT = "--epochs 1 --train_sequences 8 --batch_size 4 --frames_in 3 --frames_out 2 --device cpu"
+SHORT += " --max_minutes 0"
 
 
 def shell(line, folder):
@@ -43,6 +44,7 @@ def test_commands_do_their_job(tmp_path):
     sequences = moving_mnist.generate(digits, 60, 0)[:, :, 0]
     np.save(tmp_path / "raw" / "moving_mnist_standin.npy", np.ascontiguousarray(sequences.swapaxes(0, 1)))
     np.save(tmp_path / "my_frames.npy", sequences[0, :12])
+    np.save(tmp_path / "my.npy", np.random.default_rng(0).normal(273, 9, (40, 16, 17)))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
     lines = [line for language, block in blocks if not language for line in block.splitlines()]
     commands = [line.rpartition(" && ")[2] for line in lines]
@@ -51,8 +53,11 @@ def test_commands_do_their_job(tmp_path):
     for line in trainings:
         shell(f"{line} {SHORT} {'' if 'convlstm' in line else '--hidden_channels 8'}", tmp_path)
     assert torch.load(tmp_path / "results" / "my_model" / "last.pt")["knobs"]["overlay"] == 2
-    (predict,) = (line for line in commands if line.startswith("python predict.py"))
-    shell(predict, tmp_path)
+    predictions = [line for line in commands if line.startswith("python predict.py")]
+    assert len(predictions) == 2
+    for line in predictions:
+        shell(f"{line} --out forecast{'_own' if 'mine' in line else ''}", tmp_path)
+    assert np.load(tmp_path / "forecast_own" / "forecast.npy").shape == (10, 16, 17)
     folders = (tmp_path / name for name in ("results", "results/my_model", "forecast"))
     made = {path.name for folder in folders for path in folder.iterdir()}
     named = set(re.findall(r"`([\w*]+\.(?:png|gif|csv|json|pt|npy|md))`", README))
@@ -71,7 +76,7 @@ def test_linked_and_named_files_exist():
 def test_named_knobs_exist():
     knobs = {field.name for field in dataclasses.fields(main.Knobs)}
     named = {name.removeprefix("no_") for name in re.findall(r"--([a-z_]+)", README)}
-    assert len(named) > 10 and named - {"help", "standalone", "nproc_per_node"} <= knobs
+    assert len(named) > 10 and named - {"help", "start", "nproc_per_node"} <= knobs
 
 
 def test_what_to_edit_exists():
@@ -110,7 +115,7 @@ def test_what_each_part_adds():
 
 
 def test_the_python_example_forecasts():
-    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.S | re.M)
+    (example,) = re.findall(r"^```python\n(import main.*?)^```$", README, re.S | re.M)
     digits = moving_mnist.read_digits(ROOT / "raw" / "digits_test.png")
     frames = torch.from_numpy(moving_mnist.generate(digits, 20, 0)) / 255
     past, future = frames[:, :10], frames[:, 10:]
