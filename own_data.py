@@ -252,17 +252,19 @@ def limits(series, name):
 
 def find_oddities(source, low, high):
     """Sentences on what is probably wrong."""
+    if source.series[0].dtype == np.uint8 and high.max() <= 1:
+        yield f"no value is above {high.max():g}, on a scale from 0 to 255: frames are almost black"
+        return
     chosen = np.linspace(0, len(source.series) - 1, min(len(source.series), 20)).astype(int)
     step = max(1, min(source.series[0].shape[2:]) // 64)  # a part of large frames is enough
     sample = [source.series[k][:20, :, ::step, ::step].astype(np.float64) for k in chosen]
     values, counts = np.unique(np.concatenate([one[~np.isnan(one)] for one in sample]), return_counts=True)
-    for k, others in ((0, values[1:]), (-1, values[:-1])) if len(values) > 3 else ():
+    if len(values) < 4:  # masks, or a part with gaps only
+        return
+    for k, others in (0, values[1:]), (-1, values[:-1]):
         # a code for missing pixels is frequent, and far from all other values
         if counts[k] > 9 and np.abs(others - values[k]).min() > 2 * np.ptp(others):
             yield f"the value {values[k]:g} is far from all others; if it means a missing pixel, write NaN"
-    if source.series[0].dtype == np.uint8 and high.max() <= 1:
-        yield f"no value is above {high.max():g}, on a scale from 0 to 255: frames are almost black"
-        return
     if source.axes == "NTHW" and len(sample[0]) <= 4:
         yield f"series have {len(sample[0])} frames: if these are channels, put them at the end"
     shortest = min(map(len, sample))
@@ -270,10 +272,9 @@ def find_oddities(source, low, high):
     along_time = np.nanmean(np.abs(np.diff(sample, axis=1)))
     if along_time < 2e-4 * (high - low).max():
         yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3g}"
-    if "N" in source.axes and len(sample) > 1:
-        # as a rule, neighboring frames are more alike than two sequences
-        if along_time > np.nanmean(np.abs(np.diff(sample, axis=0))):
-            yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
+    # as a rule, neighboring frames are more alike than two sequences
+    if len(sample) > 1 and along_time > np.nanmean(np.abs(np.diff(sample, axis=0))):
+        yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
 
 
 def cut(lengths, n_frames):
