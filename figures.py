@@ -65,12 +65,15 @@ def loss(history, baselines, title):
     words = f"validation, {points[-1]['val_sequences']:,} sequences"
     for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
         axes.plot(column("epoch", points), column(name, points), **MODEL_STYLES[0], label=words)
-    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(0, 1.2 * max(*training, *validation)))
+    lowest, highest = min(*training, *validation), max(*training, *validation)
+    # grey truths have a high cross-entropy even if forecast exactly: then the axis does not begin at zero
+    start = 0 if lowest < highest / 2 else lowest - (highest - lowest) / 5
+    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(start, highest + (highest - start) / 5))
     left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
     for name, value in baselines.items():
-        right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.0f}")
+        right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.3g}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
-    right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.1f}")
+    right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:#.3g}")
     names = list(dict.fromkeys(name for row in history for name in row))
     names = "learning_rate", *names[names.index("val_sequences") + 1 :]
     styles = zip(itertools.cycle(("-.", "-", "--", ":")), itertools.cycle(MODEL_COLORS[1:]), strict=False)

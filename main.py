@@ -80,7 +80,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
 
 # What data of your own and `--model NAME` change in the knobs above. A flag wins over both.
 RECIPES = {
-    "own data": {"overlay": 0},
+    "own data": {"overlay": 0, "batch_size": 4},
     "paper": {
         "hidden_channels": (128, 64, 64),
         "kernel_size": 5,

@@ -59,7 +59,7 @@ def test_a_recipe_replaces_defaults(capsys):
     weights = {"knobs": {**asdict(paper), "hidden_channels": (32, 32)}}
     assert with_knobs_of(paper, weights, main.RECIPES["paper"]).hidden_channels == (32, 32)
     own = parse(["--data", "my.npy", "--model", "convlstm", "--epochs", "4"])
-    assert (own.overlay, own.learning_rate, own.epochs) == (0, 0.04, 4)
+    assert (own.overlay, own.batch_size, own.learning_rate, own.epochs) == (0, 4, 0.04, 4)
     with pytest.raises(SystemExit):
         parse(["--model", "paper", "--help"])
     assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
