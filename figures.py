@@ -217,7 +217,7 @@ def draw_color_bars(axes, picture, bars, x, y):
             axes.text(x - 14, y + 9, name, ha="right", va="center", fontsize=7.5)
         picture[y : y + 18, x : x + 256] = paint(np.linspace(0, 1, 256).reshape(1, 1, 1, 256), values)[0]
         for k, value in enumerate((values[0], sum(values) / 2, values[1])):
-            words = f"{'≥ ' if name and k == 2 else ''}{value:.4g}"
+            words = f"{'≥ ' if name and k == 2 else ''}{value:.3g}"
             axes.text(x + 128 * k, y - 3, words, ha="center", va="bottom", fontsize=7.5)
         x += 256 + 200
 

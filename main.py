@@ -40,7 +40,7 @@ from support.scale import fill
 
 @dataclass(frozen=True)
 class Knobs:  # its docstring and comments are the text of --help; RECIPES below changes some values
-    """Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them."""
+    """Train a ConvLSTM encoder-forecaster on Moving MNIST or on your own data, and score its forecasts."""
 
     # Data
     data: str = "array"  # "array", "fresh" (new sequences in each epoch), or the path of your own data

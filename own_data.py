@@ -90,11 +90,11 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     for name, parts in zip(("validation", "test"), others, strict=True):  # their sequences share no frame
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
         splits.append(Windows(series, digest.digest(), starts, n_frames, name))
-    whose = "of the weights" if scale else "--value_range" if any(value_range) else "range of training"
+    whose = "of the weights" if scale else "--value_range" if any(value_range) else "of training"
     pick = lambda parts: [series[k][first:end] for k, first, end in parts]
     scale = scale or choose_scale(pick(training), value_range)
-    if not scale.is_grey or series[0].dtype != np.uint8:
-        report_scale(scale, pick(others[0]) + pick(others[1]), f"{whose}; of validation and test", low, high)
+    whose = "of uint8" if scale == Scale() else whose
+    report_scale(scale, pick(others[0]) + pick(others[1]), f"{whose}; of validation and test", low, high)
     return Data(*splits, source.name, scale)
 
 

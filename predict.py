@@ -21,23 +21,23 @@ from support.devices import run_script
 def predict(
     source: tyro.conf.Positional[Path],
     weights: Path = Path(__file__).parent / "records" / "long.pt",
-    frames: int = 10,
+    frames: int = 0,
     start: int = 0,
     out: Path = Path("forecast"),
 ):
-    """Forecast what follows some frames of your data. Frames that follow are only compared with the forecast.
+    """Forecast what follows some frames of your data. Later frames are compared with the forecast.
 
     Args:
-        source: what main.py reads with --data; a video or images as large as in training.
-        weights: a best.pt of main.py. They bring the number of input frames and the scale of values.
-        frames: how many frames to forecast.
-        start: the first input frame, from 0. -10 is the tenth from the end.
+        source: any data that main.py reads. Videos and images are resized as in training.
+        weights: a best.pt of main.py. It also has the number of input frames, and the scale of values.
+        frames: how many frames to forecast. 0 = as many as in training.
+        start: the first input frame. 0 is the first of the data, -10 the tenth from the end.
         out: folder for forecast.npy (in the units and axes of the data), forecast.gif and forecast.png.
     """
-    if frames < 1:
-        raise UserError(f"frames is {frames}; expected at least 1")
+    if frames < 0:
+        raise UserError(f"frames is {frames}; expected at least 0")
     model = main.load(weights)
-    n = model.frames_in
+    n, frames = model.frames_in, frames or model.frames_out
     data = read(source, model.video, most=start + n + frames if start >= 0 else None)
     channels = data.series[0].shape[1]
     if channels != model.channels:

@@ -179,8 +179,8 @@ def describe(setup, recipe):
     default = type(knobs)
     won = {k: v for k, v in recipe.items() if getattr(knobs, k) == v != getattr(default, k)}
     if won and not knobs.eval_only:
-        texts = (f"{k} {to_text(v)} (not {to_text(getattr(default, k))})" for k, v in won.items())
-        print0(f"recipe    {', '.join(texts)}: RECIPES in main.py win over Knobs")
+        texts = (f"{k} {to_text(v)} instead of {to_text(getattr(default, k))}" for k, v in won.items())
+        print0(f"recipe    {', '.join(texts)} (RECIPES in main.py win over Knobs)")
     text = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {text.format(**setup.environment)}\nkernels   {setup.environment['kernels']}")
     splits = f"{len(training):,} training, {len(setup.data.validation):,} validation"
@@ -197,7 +197,8 @@ def load_model(path, knobs, build):
     checkpoint.load_weights(model, weights, path)
     checkpoint.report_edits(weights, path)
     attach(model, device, torch.float32)
-    model.frames_in, model.channels = weights["knobs"]["frames_in"], weights["channels"]
+    model.frames_in, model.frames_out = knobs.frames_in, knobs.frames_out
+    model.channels = weights["channels"]
     model.scale = Scale.of(weights.get("scale"))
     of_arrays = (
         knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy" or not model.scale.is_grey

@@ -178,6 +178,9 @@ def finish(setup, folder, step):
         write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
         compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
+    if not (data.is_moving_mnist or knobs.eval_only):
+        words = f"{knobs.data} --weights {folder / 'best.pt'} --start -{knobs.frames_in}"
+        print0(f"predict   python predict.py {words}")
 
 
 def draw_samples(setup, folder, title):

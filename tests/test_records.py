@@ -72,6 +72,31 @@ def test_the_ablation_is_its_runs():
     assert {path.parent.name for path in RECORDS.glob("ladder/*/log.csv")} == {*ablation.LADDER}
 
 
+def test_own_data():
+    """Each row is its run: steps, scores and command."""
+    rows = TABLES["Data", "Forecaster"]
+    found = {folder.name for folder in (RECORDS / "own_data").iterdir() if folder.is_dir()}
+    assert found == {name for row in rows for name in re.findall(r"own_data/(\w+)/", row["Forecaster"])}
+    for row in rows:
+        name = re.search(r"own_data/(\w+)/", row["Forecaster"])
+        data = row["Data"].replace(" ", "_")
+        folder = name[1] if name else f"{data}_my_model"
+        results = read(f"own_data/{folder}/metrics.json")
+        baselines = {"last frame copied": "copy_last", "optical flow": "optical_flow"}
+        scores = results["scores"][baselines.get(row["Forecaster"], results["model"])]
+        mse = scores["mse_per_frame"]["mean"]
+        skill = 1 - mse / results["scores"]["copy_last"]["mse_per_frame"]["mean"]
+        expected = [f"{mse:.2f}", f"{skill:.2f}", f"{scores['rmse'][0]:.2f}"]
+        assert [row["MSE"], row["Skill"], row["RMSE"]] == expected, folder
+        if name:
+            config, log = read(f"own_data/{folder}/config.json"), read(f"own_data/{folder}/log.csv")
+            assert row["Steps"] == f"{int(log['step']):,}" and config["asked"]["knobs"]["max_minutes"] in (
+                1,
+                5,
+            )
+            assert folder == f"{data}_{results['model']}" and results["split"] == "test"
+
+
 def test_sequences_a_second():
     rows = {row["Contender"]: row for row in TABLES["Contender", "Training step, batch 16"]}
     for timed in read("bench_zen5.json")["rows"]:
