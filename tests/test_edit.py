@@ -164,7 +164,7 @@ def test_a_recipe_that_wins_over_an_edited_knob_says_so(code):
     changes = {"model": "paper", "epochs": 3, "hidden_channels": 8, "head_channels": []}
     printed, _ = finish(run(code, **changes))
     (line,) = (line for line in printed.splitlines() if line.startswith("recipe"))
-    assert "epochs 3 (not 7)" in line and "learning_rate 0.04 (not 0.06)" in line
+    assert "epochs 3 instead of 7" in line and "learning_rate 0.04 instead of 0.06" in line
     assert "hidden_channels" not in line  # a flag won
 
 
