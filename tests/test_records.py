@@ -95,6 +95,13 @@ def test_own_data():
                 5,
             )
             assert folder == f"{data}_{results['model']}" and results["split"] == "test"
+    cells = {(row["Data"], row["Forecaster"].strip("[`").partition("`")[0]): row["MSE"] for row in rows}
+    front = (ROOT / "README.md").read_text("utf-8").split("Data | `my_model`")[1].split("\n\n")[0]
+    heads = "my_model", "convlstm", "paper", "last frame copied", "optical flow"
+    for line in front.splitlines()[2:]:
+        data, *shown = line.split(" | ")
+        expected = [f"{float(cells[data.partition(',')[0], head]):.1f}" for head in heads]
+        assert shown == expected, data
 
 
 def test_sequences_a_second():
