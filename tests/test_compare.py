@@ -43,7 +43,7 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     for name in models:
         scored, (parameters, seen, _, validated, error, *_) = results(tmp_path / name), found[name]
         assert (parameters, seen) == (f"{scored['parameters']:,}", "10")
-        assert validated == f"{scored['validation_mse']:.2f}"
+        assert validated == f"{scored['validation_mse']:#.4g}"
         assert error == f"{scored['scores'][name]['mse_per_frame']['mean']:#.4g}"
     for picture in ("compare.png", "compare_strip.png"):
         with Image.open(tmp_path / picture) as image:
