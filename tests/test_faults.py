@@ -402,6 +402,6 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
     with monkeypatch.context() as patch:  # the next run asks nobody
         patch.setattr(moving_mnist, "fetch", lambda *_: pytest.fail("the network was asked"))
         assert load("array").name == "stand-in array"
-    training, _, test, name = load("fresh")
+    training, _, test, name, _ = load("fresh")
     assert (len(training), test.split) == (40, "test")
     assert name == "stand-in array, trained on fresh sequences of 9,167 digits"
