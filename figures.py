@@ -145,13 +145,19 @@ def shrink(frames):
     return frames[..., ::step, ::step]
 
 
+def is_signed(values):
+    """Whether values lie on both sides of zero, and not nearly all on one side."""
+    low, high = values
+    return min(-low, high) > max(-low, high) / 4
+
+
 def paint(frames, values):
     """(T, C, H, W) → uint8 (T, H, W[, 3]): greys, colors, or a field, whose 0 and 1 mean `values`."""
     if values is None:
         return to_uint8(frames)
     field, (low, high) = np.asarray(frames, np.float32)[:, 0], values
-    colors = matplotlib.colormaps["RdBu_r" if low < 0 < high else "viridis"]
-    if low < 0 < high:  # zero is white
+    colors = matplotlib.colormaps["RdBu_r" if is_signed(values) else "viridis"]
+    if is_signed(values):  # zero is white
         field = 0.5 + (low + (high - low) * field) / (2 * max(-low, high))
     colors = colors(np.nan_to_num(field), bytes=True)[..., :3]
     return np.where(np.isnan(field)[..., None], np.uint8(128), colors)
@@ -231,7 +237,7 @@ def animation(past, truth, forecast, title, values=None):
     videos = [paint(shrink(np.concatenate([past, future])), values) for future in futures]
     if values:
         low, high = values
-        title += f": {low:.4g} blue, {high:.4g} {'red' if low < 0 < high else 'yellow'}"
+        title += f": {low:.4g} blue, {high:.4g} {'red' if is_signed(values) else 'yellow'}"
     scale = max(1, min(4, 256 // videos[0].shape[2]))  # large videos are not enlarged
     videos = [video.repeat(scale, 1).repeat(scale, 2) for video in videos]
     n_frames, height, width, *channels = videos[0].shape

@@ -248,7 +248,7 @@ def test_what_is_probably_wrong_is_warned_of(tmp_path, capsys):
     for wrong, warning in (
         (squares, ""),
         (squares.swapaxes(0, 1).copy(), "frames of a sequence differ more than sequences"),
-        (squares // 255, "no value is above 1"),
+        (squares // 255, "the scale hardly fits these values: they go from 0 to 1"),
         (squares[:, :1].repeat(20, axis=1), "hardly anything moves"),
         (np.where(FIELD > -95, 1e20, FIELD), "the value 1e+20 is far from all others"),
         (np.where(FIELD > -95, -1e34, FIELD), "the value -1e+34 is far from all others"),
