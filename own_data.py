@@ -62,6 +62,11 @@ class Windows:
         return torch.from_numpy(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
 
 
+def is_array(data):
+    """Whether the knob names an array; else it names a folder, or videos or images."""
+    return data in ("array", "fresh") or data.endswith(".npy")
+
+
 def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     """The three splits of the data at a path. Raises UserError.
 

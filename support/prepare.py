@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moving_mnist import Data, moving_mnist_data
-from own_data import own_data
+from own_data import is_array, own_data
 from support import UserError, checkpoint, sources
 from support.devices import (
     WORLD_SIZE,
@@ -103,10 +103,10 @@ def check(knobs):
     low, high = knobs.value_range
     if not (low < high or low == high == 0):
         raise UserError(f"value_range is {low:g} {high:g}; expected the lower value first")
-    if knobs.data in ("array", "fresh"):
-        for name in ("video", "value_range"):
-            if getattr(knobs, name) != getattr(type(knobs), name):
-                raise UserError(f"{name} is for data of your own, and data is {knobs.data}; leave it out")
+    if is_array(knobs.data) and knobs.video != type(knobs).video:
+        raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
+    if knobs.data in ("array", "fresh") and low < high:
+        raise UserError(f"value_range is for data of your own, and data is {knobs.data}; leave it out")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
@@ -200,9 +200,7 @@ def load_model(path, knobs, build):
     model.frames_in, model.frames_out = knobs.frames_in, knobs.frames_out
     model.channels = weights["channels"]
     model.scale = Scale.of(weights.get("scale"))
-    of_arrays = (
-        knobs.data in ("array", "fresh") or Path(knobs.data).suffix == ".npy" or not model.scale.is_grey
-    )
+    of_arrays = is_array(knobs.data) or not model.scale.is_grey
     # videos are as large as in training, or as they are
     model.video = (0, 0, 1, 3 if model.channels == 3 else 1) if of_arrays else knobs.video
     model.forecast = types.MethodType(forecast, model)

@@ -53,6 +53,11 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"hidden_channels": [8, 0]}, r"hidden_channels is \(8, 0\); expected numbers of channels"),
         ({"grow_horizon": [0.9, 0.1]}, "grow_horizon is 0.9 0.1; expected"),
         ({"video": [64, 64, 1, 2], "data": "."}, "video is 64 64 1 2; expected"),
+        (
+            {"video": [64, 64, 1, 3]},
+            r"video is for data that are videos, and data is .*squares\.npy; leave out",
+        ),
+        ({"value_range": [0, 9], "data": "fresh"}, "value_range is for data of your own, and data is fresh"),
         ({"name": "../elsewhere"}, r"name is \.\./elsewhere; it must be"),
         ({"device": "cuda" if sys.platform == "darwin" else "mps"}, "was not found; set device to auto or"),
         ({"data": "nowhere.npy"}, r"nowhere\.npy is not there"),
