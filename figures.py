@@ -55,13 +55,18 @@ def loss(history, baselines, title):
 
     baselines: name → MSE.
     """
-    figure = Figure(figsize=(14, 4.4))
-    left, right, others = figure.subplots(1, 3)
+    names = list(dict.fromkeys(name for row in history for name in row))
+    names = "learning_rate", *names[names.index("val_sequences") + 1 :]
+    figure = Figure(figsize=(14, max(4.4, len(names))))
+    places = figure.add_gridspec(len(names), 5)
+    left, right = (figure.add_subplot(places[:, columns]) for columns in (slice(0, 2), slice(2, 4)))
     points = [row for row in history if row["val_loss"] is not None]
     column = lambda name, rows: [row.get(name, np.nan) for row in rows]
     epochs, training = column("epoch", history), column("train_loss", history)
     validation = column("val_loss", points)
-    left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label="training")
+    has_overlays = any(number > 0 for number in column("overlays", history))
+    words = "training (harder: with overlays)" if has_overlays else "training"
+    left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=words)
     words = f"validation, {points[-1]['val_sequences']:,} sequences"
     for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
         axes.plot(column("epoch", points), column(name, points), **MODEL_STYLES[0], label=words)
@@ -74,20 +79,19 @@ def loss(history, baselines, title):
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.3g}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
     right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:#.3g}")
-    names = list(dict.fromkeys(name for row in history for name in row))
-    names = "learning_rate", *names[names.index("val_sequences") + 1 :]
-    styles = zip(itertools.cycle(("-.", "-", "--", ":")), itertools.cycle(MODEL_COLORS[1:]), strict=False)
-    for name, (style, color) in zip(names, styles, strict=False):
-        numbers = np.array(column(name, history))
-        most = max(np.nan_to_num(numbers), key=abs)
-        label = f"{name.replace('_', ' ')}, up to {most:.3g}"
-        others.step(epochs, numbers / (abs(most) or 1), color=color, ls=style, label=label)
-    others.set(title="schedule and other numbers", ylabel="fraction of the largest value")
     thousands = history[-1]["sequences"] / epochs[-1] / 1000
     functions = lambda x: x * thousands, lambda x: x / thousands
-    for axes in (left, right, others):
-        axes.set(xlabel="epoch", xlim=(0, 1.03 * epochs[-1]))
+    for axes in (left, right):
         axes.secondary_xaxis("top", functions, xlabel="training sequences (thousands)")
+    for k, name in enumerate(names):
+        axes = figure.add_subplot(places[k, 4])
+        axes.step(epochs, column(name, history), color=MODEL_COLORS[1])
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.tick_params(labelsize=8, labelbottom=k == len(names) - 1)
+    for axes in figure.axes:
+        axes.set(xlim=(0, 1.03 * epochs[-1]))
+    for axes in (left, right, figure.axes[-1]):
+        axes.set(xlabel="epoch")
     return to_png(figure, title)
 
 
@@ -110,15 +114,15 @@ def compare(histories, curves, title):
         losses = [row["val_loss"] for row in rows]
         by_time.plot([row["minutes"] for row in rows], losses, **style, label=name)
         by_sequences.plot([row["sequences"] / 1000 for row in rows], losses, **style, label=name)
-    by_time.set(title="validation loss over time", xlabel="minutes of training")
-    by_sequences.set(title="validation loss over sequences", xlabel="training sequences (thousands)")
+    by_time.set(title="validation cross-entropy over time", xlabel="minutes of training")
+    by_sequences.set(title="over training sequences", xlabel="training sequences (thousands)")
     for axes in (by_time, by_sequences):
         axes.set(ylabel=CROSS_ENTROPY_LABEL, yscale="log", xlim=(0, None))
         ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
-    draw_curves(by_frame, curves, fill(title, 40))
+    draw_curves(by_frame, curves, "MSE of each forecast frame")
     by_frame.set(ylabel=MSE_LABEL, ylim=(0, None))
-    return to_png(figure)
+    return to_png(figure, title)
 
 
 def draw_curves(axes, curves, title):
@@ -242,10 +246,10 @@ def animation(past, truth, forecast, title, values=None):
     videos = [video.repeat(scale, 1).repeat(scale, 2) for video in videos]
     n_frames, height, width, *channels = videos[0].shape
 
-    def write(canvas, text, x, y, wide):
+    def write(canvas, text, x, y, wide, grey=255):
         font = cv2.FONT_HERSHEY_SIMPLEX
         size = 0.45 * min(1, (wide - 8) / max(1, cv2.getTextSize(text, font, 0.45, 1)[0][0]))
-        cv2.putText(canvas, text, (x + 6, y), font, size, (255,) * 3, 1, cv2.LINE_AA)
+        cv2.putText(canvas, text, (x + 6, y), font, size, (grey,) * 3, 1, cv2.LINE_AA)
 
     images = []
     for t in range(n_frames):
@@ -253,7 +257,10 @@ def animation(past, truth, forecast, title, values=None):
         names = "truth", "input" if t < len(past) else "forecast"
         for x, name, video in zip(itertools.count(0, width + 8), names[-len(videos) :], videos):
             canvas[22:-22, x : x + width] = video[t]
-            write(canvas, f"{name} {t + 1}", x, 16, width)
+            grey = 255
+            if name == "forecast":  # black on white: the forecast has begun
+                canvas[:22, x : x + width], grey = 255, 0
+            write(canvas, f"{name} {t + 1}", x, 16, width, grey)
         write(canvas, title, 0, height + 38, canvas.shape[1])
         images.append(Image.fromarray(canvas))
     buffer = io.BytesIO()
