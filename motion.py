@@ -49,7 +49,7 @@ def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     straight edge cannot be seen. Costs are divided by their mean over the moves, so that data of low contrast
     work as well. A softmax turns them into probabilities.
     """
-    wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too imprecise for the argument of exp
+    wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for costs
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
     cost = costs(frames, before, patch_size, max_motion)
     cost = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)

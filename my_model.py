@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model draws nearly black frames or, with motion, the last input frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see farther. They need to: a whole digit bounces when one end hits a wall.
+- `dilation`: the upper layers see a whole digit, which bounces when its edge touches a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 

@@ -203,7 +203,7 @@ def draw_ranked(setup, folder, ranking, title):
     dataset, knobs, n = setup.data.test, setup.knobs, len(ranking)
     places = {"best": 0, "median": n // 2, "worst": n - 1}
     named = {
-        f"predict_{name}": (int(ranking[k]), f"the {name} of {n:,} sequences") for name, k in places.items()
+        f"predict_{name}": (int(ranking[k]), f"{name} of {n:,} forecasts") for name, k in places.items()
     }
     draw_named(setup, folder, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
