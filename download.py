@@ -2,12 +2,11 @@
 
     python download.py    leaves raw/mnist_test_seq.npy (819,200,080 bytes), or says why not
 
-A file gets its final name only when its checksum has matched. A .gz that you put into raw/ is used first.
+A file gets its final name only when its checksum has matched.
 """
 
 import gzip
 import hashlib
-import os
 import sys
 import zlib
 from pathlib import Path
@@ -40,39 +39,41 @@ DIGITS = File("train-images-idx3-ubyte", 47_040_016, "6bbc9ace898e44ae57da46a324
 
 
 def fetch(file):
-    """Path of the file in raw/: already there, unzipped, or downloaded. Raises UserError."""
-    path, by_hand, part = (RAW / f"{file.name}{suffix}" for suffix in ("", ".gz", ".part"))
-    if has_size(path, file.size):
-        return path
+    """Path of the file in raw/, which is downloaded if it is not there. Raises UserError."""
+    path = RAW / file.name
+    if not is_there(path, file):
+        with lock_folder(RAW, wait=True):
+            if not is_there(path, file):  # another process may have been faster
+                download(path, file)
+    return path
+
+
+def is_there(path, file):
+    """Whether the file has been downloaded. Raises UserError for another file of its name."""
+    if path.exists() and path.stat().st_size != file.size:
+        raise UserError(f"{path} is not the official file: move it, and give its path with --data")
+    return path.exists()
+
+
+def download(path, file):
+    """Try one address after the other. Raises UserError."""
     import pooch  # here, as few runs download
 
-    download, failures = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**16, timeout=TIMEOUT), []
-    with lock_folder(RAW, wait=True):
-        sources = [by_hand] * os.path.exists(by_hand) + list(file.urls)
-        while sources and not has_size(path, file.size):  # another process may have been faster
-            source = sources.pop(0)
-            try:
-                if source is not by_hand:
-                    download(source, part, None)
-                write_atomic(path, read_verified(by_hand if source is by_hand else part, file))
-            except FAULTS as error:
-                failures.append(f"from {source} ({describe(error)})")
-        part.unlink(missing_ok=True)
-    if has_size(path, file.size):
-        return path
+    get = pooch.HTTPDownloader(sys.stderr.isatty(), chunk_size=2**16, timeout=TIMEOUT)
+    part, failures = path.with_name(f"{path.name}.part"), []
+    for url in file.urls:
+        try:
+            get(url, part, None)
+            write_atomic(path, read_verified(part, file))
+            return
+        except FAULTS as error:
+            while error.__context__:  # requests wraps the first error in several others
+                error = error.__context__
+            failures.append(f"from {url} ({error})")
+        finally:
+            part.unlink(missing_ok=True)
     words = f"cannot fetch {file.name} ({file.size:,} bytes) {', '.join(dict.fromkeys(failures))}"
-    raise UserError(f"{words}; you can put it at {path.absolute()} yourself, or its .gz beside that")
-
-
-def has_size(path, size):
-    return os.path.exists(path) and os.path.getsize(path) == size
-
-
-def describe(error):
-    """The reason, in one line. requests wraps the first error in several others."""
-    while error.__context__:
-        error = error.__context__
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    raise UserError(f"{words}; you can put it at {path.absolute()} yourself")
 
 
 def read_verified(path, file):
@@ -87,12 +88,6 @@ def read_verified(path, file):
 
 
 def main():
-    path = RAW / ARRAY.name
-    try:
-        if os.path.exists(path):  # put there by hand, or your own
-            read_verified(path, ARRAY)
-    except FAULTS as error:
-        raise UserError(f"{path} cannot be used ({describe(error)}); move it away") from error
     print(f"{fetch(ARRAY)} is complete")
 
 

@@ -7,6 +7,8 @@ from textwrap import fill
 import cv2
 import matplotlib.style
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure  # not pyplot, whose state belongs to the user
 from matplotlib.ticker import LogLocator
 from PIL import Image
@@ -63,26 +65,18 @@ def loss(history, baselines, title):
     points = [row for row in history if row["val_loss"] is not None]
     column = lambda name, rows: [row.get(name, np.nan) for row in rows]
     epochs, training = column("epoch", history), column("train_loss", history)
-    validation = column("val_loss", points)
     has_overlays = any(number > 0 for number in column("overlays", history))
     words = "training (harder: with overlays)" if has_overlays else "training"
     left.plot(epochs, training, color="#9aa5b1", marker="." if len(history) < 30 else "", label=words)
     words = f"validation, {points[-1]['val_sequences']:,} sequences"
     for axes, name in (left, "val_loss"), (right, "val_mse_per_frame"):
         axes.plot(column("epoch", points), column(name, points), **MODEL_STYLES[0], label=words)
-    lowest, highest = min(*training, *validation), max(*training, *validation)
-    # grey truths have a high cross-entropy even if forecast exactly: then the axis does not begin at zero
-    start = 0 if lowest < highest / 2 else lowest - (highest - lowest) / 5
-    left.set(ylabel=CROSS_ENTROPY_LABEL, ylim=(start, highest + (highest - start) / 5))
-    left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {validation[-1]:.4f}")
+    left.set(ylabel=CROSS_ENTROPY_LABEL)
+    left.set_title(f"cross-entropy: training {training[-1]:.4f}, validation {points[-1]['val_loss']:.4f}")
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.3g}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
     right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:#.3g}")
-    thousands = history[-1]["sequences"] / epochs[-1] / 1000
-    functions = lambda x: x * thousands, lambda x: x / thousands
-    for axes in (left, right):
-        axes.secondary_xaxis("top", functions, xlabel="training sequences (thousands)")
     for k, name in enumerate(names):
         axes = figure.add_subplot(places[k, 4])
         axes.step(epochs, column(name, history), color=MODEL_COLORS[1])
@@ -135,13 +129,6 @@ def draw_curves(axes, curves, title):
     axes.set(title=title, xlabel="forecast frame", xticks=ticks)
 
 
-def to_uint8(frames):
-    """(T, C, H, W) in [0, 1] → uint8 (T, H, W), or (T, H, W, 3) of three channels; others show their mean."""
-    frames = np.asarray(frames, np.float32)
-    frames = np.moveaxis(frames, 1, -1) if frames.shape[1] == 3 else frames.mean(1)
-    return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
-
-
 def shrink(frames):
     """Every n-th pixel of large frames, so that at most 256 stand side by side."""
     frames = np.asarray(frames)
@@ -149,22 +136,24 @@ def shrink(frames):
     return frames[..., ::step, ::step]
 
 
-def is_signed(values):
-    """Whether values lie on both sides of zero, and not nearly all on one side."""
+def color_scale(values):
+    """The colors of a field whose 0 and 1 mean `values`. Where both signs are frequent, zero is white."""
     low, high = values
-    return min(-low, high) > max(-low, high) / 4
+    most = max(-low, high)
+    is_signed = min(-low, high) > most / 4
+    norm = Normalize(-most, most) if is_signed else Normalize(low, high)
+    colors = matplotlib.colormaps["RdBu_r" if is_signed else "viridis"]
+    return ScalarMappable(norm, colors.with_extremes(bad="grey"))
 
 
 def paint(frames, values):
-    """(T, C, H, W) → uint8 (T, H, W[, 3]): greys, colors, or a field, whose 0 and 1 mean `values`."""
+    """(T, C, H, W) in [0, 1] → uint8 (T, H, W[, 3]): colors, or the channels' mean in grey, or a field."""
+    frames = np.asarray(frames, np.float32)
     if values is None:
-        return to_uint8(frames)
-    field, (low, high) = np.asarray(frames, np.float32)[:, 0], values
-    colors = matplotlib.colormaps["RdBu_r" if is_signed(values) else "viridis"]
-    if is_signed(values):  # zero is white
-        field = 0.5 + (low + (high - low) * field) / (2 * max(-low, high))
-    colors = colors(np.nan_to_num(field), bytes=True)[..., :3]
-    return np.where(np.isnan(field)[..., None], np.uint8(128), colors)
+        frames = np.moveaxis(frames, 1, -1) if frames.shape[1] == 3 else frames.mean(1)
+        return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
+    colors, (low, high) = color_scale(values), values
+    return colors.cmap(colors.norm(low + (high - low) * frames[:, 0]), bytes=True)[..., :3]
 
 
 def prediction(past, truth, forecast, title, values=None):
@@ -196,7 +185,7 @@ def grid(rows, title, most=10, values=None):
     title = fill(title, max(20, wide // 13))
     top = 57 + 25 * len(title.split("\n"))
     bottom = top + len(rows) * (height + 34) - 26
-    picture = np.full((bottom + (60 if values else 0), wide, 3), 255, np.uint8)
+    picture = np.full((bottom + (100 if values else 0), wide, 3), 255, np.uint8)
     figure = Figure(figsize=(wide / DPI, len(picture) / DPI), dpi=DPI, layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -213,23 +202,15 @@ def grid(rows, title, most=10, values=None):
             picture[y : y + height, x : x + width] = image if image.ndim == 3 else image[..., None]
             words = first + t if isinstance(first, int) else first[t]
             axes.text(x + width / 2, y - 4, words, ha="center", va="bottom", fontsize=7.5)
-    if values:
-        draw_color_bars(axes, picture, bars, left, bottom + 34)
+    for k, (name, meaning) in enumerate(bars.items() if values else ()):
+        place = (left + 456 * k) / wide, 42 / len(picture), 256 / wide, 18 / len(picture)
+        options = {"orientation": "horizontal", "extend": "max" if name else "neither"}
+        bar = figure.colorbar(color_scale(meaning), figure.add_axes(place), **options)
+        bar.ax.tick_params(labelsize=7.5)
+        bar.ax.set_title(name, fontsize=7.5)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.text(wide / 2, 14, title, ha="center", va="top", fontsize=10)
     return to_png(figure)
-
-
-def draw_color_bars(axes, picture, bars, x, y):
-    """A color bar for each name: what its ends and its middle mean."""
-    for name, values in bars.items():
-        if name:
-            axes.text(x - 14, y + 9, name, ha="right", va="center", fontsize=7.5)
-        picture[y : y + 18, x : x + 256] = paint(np.linspace(0, 1, 256).reshape(1, 1, 1, 256), values)[0]
-        for k, value in enumerate((values[0], sum(values) / 2, values[1])):
-            words = f"{'≥ ' if name and k == 2 else ''}{value:.3g}"
-            axes.text(x + 128 * k, y - 3, words, ha="center", va="bottom", fontsize=7.5)
-        x += 256 + 200
 
 
 def animation(past, truth, forecast, title, values=None):
@@ -240,8 +221,8 @@ def animation(past, truth, forecast, title, values=None):
     futures = [future for future in (truth, forecast) if future is not None]
     videos = [paint(shrink(np.concatenate([past, future])), values) for future in futures]
     if values:
-        low, high = values
-        title += f": {low:.4g} blue, {high:.4g} {'red' if is_signed(values) else 'yellow'}"
+        low, high = color_scale(values).get_clim()
+        title += f": {low:.4g} blue, {high:.4g} {'red' if low == -high else 'yellow'}"
     scale = max(1, min(4, 256 // videos[0].shape[2]))  # large videos are not enlarged
     videos = [video.repeat(scale, 1).repeat(scale, 2) for video in videos]
     n_frames, height, width, *channels = videos[0].shape

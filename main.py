@@ -29,7 +29,7 @@ import convlstm
 import metrics
 from moving_mnist import DROPOUT, ORDER, OVERLAYS
 from my_model import EncoderForecaster
-from support import UserError, report
+from support import UserError, checkpoint, report
 from support.devices import RANK, WORLD_SIZE, all_reduce, on_rank_0, run_script, to_device
 from support.folders import run_folder
 from support.muon import Muon
@@ -96,6 +96,9 @@ RECIPES = {
 # Knobs of the network that a model does not use
 UNUSED = {"paper": ("max_motion",), "convlstm": ("head_channels", "max_motion", "equivariant")}
 UNUSED["seq2seq"] = ("hidden_channels", "kernel_size", "patch_size", *UNUSED["convlstm"])
+# Knobs of the network, which --weights brings along
+NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
+NETWORK += ("equivariant",)
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
 ADAMW_RATE = 1 / 20  # of Muon's
@@ -267,42 +270,42 @@ def load(path):
 
 
 def main(knobs):
-    for name in UNUSED.get(knobs.model, ()):
-        if getattr(knobs, name) != recipe(knobs).get(name, getattr(Knobs, name)):
-            raise UserError(f"{knobs.model} does not use {name}; leave it out")
-    setup = prepare(knobs, build, recipe(knobs))
+    setup = prepare(knobs, build)
     with run_folder(setup) as folder:
-        if setup.knobs.eval_only:
+        if knobs.eval_only:
             report.finish(setup, folder, setup.scored_step)
-            return
-        optimizers = make_optimizers(setup.model, setup.knobs, setup.dtype)
-        progress = resume(folder, setup, Progress.start(setup), optimizers)
-        results, outdated = on_rank_0(report.read_results, folder)
-        if results is None:  # not scored yet
-            train(setup, folder, progress, optimizers)
-        report.restore_log(setup, folder, progress)
-        if outdated:  # or scored by another metrics.py
-            report.finish(setup, folder, load_best(folder, setup.model))
-        else:
+        elif results := on_rank_0(report.read_results, folder):
             report.show(setup, folder, results)
-
-
-def recipe(knobs):
-    """What the model and the data change in the default knobs."""
-    is_own = knobs.data not in ("array", "fresh")
-    return RECIPES.get(knobs.model, {}) | (RECIPES["own data"] if is_own else {})
+        else:
+            optimizers = make_optimizers(setup.model, knobs, setup.dtype)
+            progress = resume(folder, setup, Progress.start(setup), optimizers)
+            train(setup, folder, progress, optimizers)
+            report.finish(setup, folder, load_best(folder, setup.model))
 
 
 def parse(arguments):
-    """The knobs of a command line. It is read twice: model and data change the defaults of the others."""
+    """The knobs of a command line. Data, model and weights change the defaults of the others."""
     without_help = [word for word in arguments if word not in ("-h", "--help")]
     given = tyro.cli(Knobs, args=without_help, use_underscores=True)
-    default = replace(Knobs(), model=given.model, data=given.data, **recipe(given))
-    return tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
+    saved = checkpoint.load(given.weights)["knobs"] if given.weights else {}
+    names = (*NETWORK, "frames_in", "frames_out", "video") if given.eval_only else NETWORK
+    brought = {name: saved[name] for name in names if name in saved}
+    model = brought.get("model", given.model)
+    recipe = RECIPES.get(model, {})
+    if given.data not in ("array", "fresh"):
+        recipe = recipe | RECIPES["own data"]
+    default = replace(Knobs(), data=given.data, **{"model": model} | recipe | brought)
+    knobs = tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
+    changed = [name for name in vars(knobs) if getattr(knobs, name) != getattr(default, name)]
+    for name in changed:
+        if name in UNUSED.get(knobs.model, ()):
+            raise UserError(f"{knobs.model} does not use {name}; leave it out")
+        if name in NETWORK and knobs.weights:
+            then, now = getattr(default, name), getattr(knobs, name)
+            raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
+    return knobs
 
 
 if __name__ == "__main__":
-    knobs = parse(sys.argv[1:])
-    if_no_memory = f"lower batch_size (now {knobs.batch_size}), hidden_channels, frames_out, train_sequences"
-    if_no_memory += " or the size of videos in --video"
-    run_script(lambda: main(knobs), if_no_memory)
+    if_no_memory = "lower batch_size, hidden_channels, frames_out, train_sequences or the size in --video"
+    run_script(lambda: main(parse(sys.argv[1:])), if_no_memory)

@@ -21,7 +21,6 @@ METRICS = {  # in the order of the tables: heading and unit
     "psnr": ("PSNR", "dB, of each frame on a 0-1 scale, mean over sequences"),
     "cross_entropy_per_sequence": ("cross-entropy", "nats, sum over a sequence, mean over sequences"),
 }
-HEADINGS = tuple(heading for heading, _ in METRICS.values())
 GAUSSIAN = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
 GAUSSIAN /= GAUSSIAN.sum()
 UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
@@ -37,10 +36,7 @@ def mse_per_frame(prediction, truth):
 
 
 def mae_per_frame(prediction, truth):
-    """Σ |x − y| over the C·H·W pixels of a frame → (B, T). Unit: grey level, 0–1.
-
-    What every Moving MNIST table calls MAE.
-    """
+    """Σ |x − y| over the pixels of a frame → (B, T), in grey levels, 0–1. The MAE of Moving MNIST tables."""
     return _per_sequence(lambda x, y: _sum((x - y).abs()), prediction, truth)
 
 
@@ -138,7 +134,6 @@ def optical_flow(past, n_future):
     OpenCV's dense flow (DIS, https://arxiv.org/abs/1603.03590) on the mean of the channels, then backward
     warping once per frame. The flow is warped with the frame: a fixed flow would stop at the object's edge.
     """
-    _check("past", past)
     C, H, W = past.shape[2:]
     last_two = past[:, -2:].float().cpu()  # OpenCV computes on the CPU
     grey = (last_two.mean(2) * 255).round().byte().numpy()

@@ -6,7 +6,6 @@ digit (Y. LeCun, C. Cortes, CC BY-SA 3.0), 100 a row. Without internet, they mak
 """
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from download import ARRAY, DIGITS, RAW, fetch, has_size
+from download import ARRAY, DIGITS, RAW, fetch, is_there
 from support import UserError
 from support.checkpoint import lock_folder, open_atomic
-from support.devices import print0, to_device
+from support.devices import print0
 from support.scale import Scale
 
 ORDER, DROPOUT, FRESH, OVERLAYS = 1, 2, 3, 4  # with one seed, each gives other random numbers
@@ -27,32 +26,23 @@ OFFICIAL, STAND_IN, STAND_IN_FILE = "Moving MNIST array", "stand-in array", "mov
 
 
 def open_npy(path):
-    """A memory map of a .npy file. Raises UserError where the file's length is not what its header says.
-
-    Nothing pickled is ever loaded.
-    """
-    path = Path(path)
-    if os.path.exists(path) and not path.is_file():
-        raise UserError(f"{path} is not a file")
+    """A memory map of a .npy file; nothing pickled is loaded. Raises UserError for what is no whole array."""
     try:
         array = np.lib.format.open_memmap(path, "r")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # untrusted file: numpy evaluates the header, which may raise anything
         raise UserError(f"{path} is not a whole .npy array ({error!r:.100})") from error
-    expected, found = array.offset + array.nbytes, path.stat().st_size
+    expected, found = array.offset + array.nbytes, os.path.getsize(path)
     if found != expected:
         raise UserError(f"{path} has {found:,} bytes; its header says {expected:,}: it is damaged")
     return array
 
 
 def open_array(path):
-    """A memory map (T, N, C, H, W) of uint8 (T, N, H, W) or (T, N, H, W, C), as the official array has it."""
+    """A memory map (T, N, 1, H, W) of uint8 (T, N, H, W), as the official array has it."""
     array = open_npy(path)
-    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.size == 0:
-        found = f"{path} holds {array.dtype} of shape {array.shape}"
-        raise UserError(f"{found}; expected uint8 (T, N, H, W) or (T, N, H, W, C)")
-    return array[:, :, None] if array.ndim == 4 else np.moveaxis(array, -1, 2)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.size == 0:
+        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}; expected uint8 (T, N, H, W)")
+    return array[:, :, None]
 
 
 class MovingMNIST:
@@ -61,36 +51,24 @@ class MovingMNIST:
     The official array's splits have 8,100, 900 and 1,000 sequences, as in Earthformer's protocol.
     """
 
-    def __init__(self, array, split="all", sequences=0, name="this data"):
+    def __init__(self, array, split="all", sequences=0):
         array = array if isinstance(array, np.ndarray) else open_array(array)
         n = array.shape[1]
         first, last = (n * percent // 100 for percent in SPLITS[split])
         last = min(last, first + sequences) if sequences else last
-        if first == last:
-            raise UserError(f"{name} has {n} sequences, too few for a {split} split; it needs at least 6")
         self.split = split
         # in memory: a file that shrinks under a memory map kills the process
         self.content = np.array(array[:, first:last], order="C")
+        self.parts = [self.content]  # of which a hash is made
         self.shape = self.content.shape[:1] + self.content.shape[2:]  # (T, C, H, W)
 
     def start_epoch(self, epoch):
         """Nothing to do: every epoch has the same sequences."""
 
-    def parts(self):
-        """What the split is made of, to compute its hash."""
-        return [self.content]
-
-    def fit_on_gpu(self, device):
-        """Move to an NVIDIA GPU if its free memory is five times the data."""
-        if device.type == "cuda" and 5 * self.content.nbytes < torch.cuda.mem_get_info(device)[0]:
-            self.content = torch.from_numpy(self.content).to(device)
-
     def __len__(self):
         return self.content.shape[1]
 
     def __getitem__(self, index):
-        if isinstance(self.content, torch.Tensor):
-            return self.content[:, to_device(torch.from_numpy(index), self.content.device)].transpose(0, 1)
         return torch.from_numpy(self.content[:, index].swapaxes(0, 1))
 
 
@@ -101,6 +79,7 @@ class FreshMovingMNIST:
 
     def __init__(self, digits, n, seed):
         self.content, self.n, self.seed, self.epoch = digits, n, seed, None
+        self.parts = [digits]
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
@@ -110,12 +89,6 @@ class FreshMovingMNIST:
         rng = np.random.default_rng((self.seed, epoch, FRESH))
         self.chosen = rng.integers(len(self.content), size=(self.n, 2))
         self.positions = trajectories(rng, self.n)
-
-    def parts(self):
-        return [self.content]
-
-    def fit_on_gpu(self, device):
-        """Nothing to do: sequences are made on the CPU."""
 
     def __len__(self):
         return self.n
@@ -172,33 +145,25 @@ class Data(NamedTuple):
     name: str
     scale: Scale = Scale()
 
-    @property
-    def is_moving_mnist(self):
-        return self.name.partition(",")[0] in (OFFICIAL, STAND_IN)
-
 
 def moving_mnist_data(kind, train_sequences, seed):
     """The three splits of kind "array" or "fresh". Raises UserError."""
     array, name = moving_mnist_array()
     if kind == "array":
-        training = MovingMNIST(array, "train", train_sequences, name)
-        return Data(training, *(MovingMNIST(array, split, 0, name) for split in ("validation", "test")), name)
+        training = MovingMNIST(array, "train", train_sequences)
+        return Data(training, MovingMNIST(array, "validation"), MovingMNIST(array, "test"), name)
     held_out, digits = training_digits()
     training = FreshMovingMNIST(digits, train_sequences or N_SEQUENCES, seed)
     validation = FreshMovingMNIST(held_out, 900, 2**40)  # a seed of its own
     # no sequence of the official array is in training; the stand-in has new digits in its test split only
-    test = MovingMNIST(array, "test" if name == STAND_IN else "all", name=name)
-    if test.shape != training.shape:
-        raise UserError(f"raw/ has an array of sequences {test.shape}, not {training.shape}; move it")
+    test = MovingMNIST(array, "test" if name == STAND_IN else "all")
     return Data(training, validation, test, f"{name}, trained on fresh sequences of {len(digits):,} digits")
 
 
 def moving_mnist_array():
     """(array, name): the official array, or the stand-in."""
-    path, stand_in = RAW / ARRAY.name, RAW / STAND_IN_FILE
-    if os.path.exists(path) and not has_size(path, ARRAY.size):
-        raise UserError(f"{path} is not the official array: move it, and give its path with --data")
-    if os.path.exists(stand_in) and not os.path.exists(path) and not os.path.exists(f"{path}.gz"):
+    stand_in = RAW / STAND_IN_FILE
+    if os.path.exists(stand_in) and not is_there(RAW / ARRAY.name, ARRAY):
         print0("using the stand-in for the official array (python download.py fetches that)")
         return open_array(stand_in), STAND_IN
     try:
@@ -236,8 +201,6 @@ def training_digits():
 
 def read_digits(path):
     """The digits (n, 28, 28), uint8, of a picture with 100 a row."""
-    content = path.read_bytes() if path.is_file() else b""  # cv2.imread fails at some paths on Windows
-    sheet = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE) if content else None
-    if sheet is None or sheet.shape[0] % 28 or sheet.shape[1] != 100 * 28:
-        raise UserError(f"{path} is missing or damaged; `git checkout {path}` brings it back")
+    content = np.fromfile(path, np.uint8)  # cv2.imread fails at some paths on Windows
+    sheet = cv2.imdecode(content, cv2.IMREAD_GRAYSCALE)
     return sheet.reshape(-1, 28, 100, 28).swapaxes(1, 2).reshape(-1, 28, 28)

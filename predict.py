@@ -12,7 +12,7 @@ import tyro
 
 import figures
 import main
-from own_data import describe, find_oddities, read, report_scale, restore_axes
+from own_data import describe, read, report_scale, restore_axes
 from support import UserError
 from support.checkpoint import make_folder, open_atomic, write_atomic
 from support.devices import run_script
@@ -34,8 +34,6 @@ def predict(
         start: the first input frame. 0 is the first of the data, -10 the tenth from the end.
         out: folder for forecast.npy (in the units and axes of the data), forecast.gif and forecast.png.
     """
-    if frames < 0:
-        raise UserError(f"frames is {frames}; expected at least 0")
     model = main.load(weights)
     n, frames = model.frames_in, frames or model.frames_out
     data = read(source, model.video, most=start + n + frames if start >= 0 else None)
@@ -51,9 +49,7 @@ def predict(
         print(f"left out  series with fewer than {n} frames: {len(given) - len(chosen)}")
     data = data._replace(series=[one[: min(map(len, chosen))] for one in chosen])
     low, high = describe(data)
-    for text in find_oddities(data, low, high):
-        print(f"warning   {text}")
-    report_scale(model.scale, data.series, "of the weights", low, high)
+    report_scale(model.scale, data.series, low, high)
     given = torch.stack([torch.from_numpy(one.astype(np.float32)) for one in data.series])
     given = model.scale.to_unit(given)
     past, truth = given[:, :n], given[:, n:]

@@ -82,22 +82,16 @@ def load(path, advice="give another file to --weights"):
 
 
 def load_weights(model, state, path):
-    """Give a model the weights of a checkpoint. Raises UserError where they do not fit."""
+    """Give a model the weights of a checkpoint. Raises UserError where they do not fit.
+
+    Prints a line if the network's code is not that with which the weights were trained.
+    """
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = "the network's code, a knob of your own or the channels of the data have changed"
         raise UserError(f"weights in {path} do not fit: {reason}; undo that, or use another file") from error
-
-
-def report_edits(state, path):
-    """Print a line if the network's code is not that with which the weights were trained."""
-    if "network" not in state:
-        print0(
-            f"edited    {path} is of an earlier version, whose equivariant kernels cannot be trained further"
-        )
-        return
-    then, now = state["network"], sources.network()
+    then, now = state.get("network", {}), sources.network()
     if edited := [name for name in then if now.get(name, then[name]) != then[name]]:
         print0(f"edited    {', '.join(edited)}: no longer the code with which {path} was trained")
 

@@ -31,7 +31,7 @@ def headings(results):
     """Of the columns of score_cells."""
     n = len(results["scores"][results["model"]].get("rmse", ()))  # of your own data only
     channels = ["RMSE"] if n == 1 else [f"RMSE {k + 1}" for k in range(n)]
-    return [*metrics.HEADINGS, *channels, *["skill"] * (n > 0)]
+    return [*(heading for heading, _ in metrics.METRICS.values()), *channels, *["skill"] * (n > 0)]
 
 
 def explain(results):

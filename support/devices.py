@@ -68,15 +68,11 @@ def keep_freed_memory():
 
 
 def connect(device):
-    """Connect to the other processes, if there are any. Raises UserError."""
+    """Connect to the other processes, if there are any."""
     if WORLD_SIZE == 1:
         return
-    try:
-        backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # another may download the array
-    except (dist.DistError, ValueError) as error:  # ValueError: a variable that torchrun sets is missing
-        reason = str(error).splitlines()[0]
-        raise UserError(f"the processes did not find each other: {reason}; use torchrun") from error
+    backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))  # another may download the array
 
 
 def to_device(tensor, device):

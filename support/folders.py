@@ -26,7 +26,7 @@ def describe_identity(knobs, data):
     """What makes a run the same run: knobs, data, sources, and the content of the file of weights."""
     sha = hashlib.sha256()
     for split in (data.training, data.validation, data.test):
-        for part in split.parts():
+        for part in split.parts:
             sha.update(part)
     values = {k: v for k, v in dataclasses.asdict(knobs).items() if k not in NOT_THE_EXPERIMENT}
     shape = "×".join(map(str, data.training.shape))
@@ -62,20 +62,17 @@ def choose_folder(knobs, asked, environment, stack):
         if same:
             folder, config = out / same[0], configs[same[0]]
         else:
-            folder = next(path for path in numbered(out, base) if is_free(path))
+            paths = (out / (f"{base}-{k}" if k > 1 else base) for k in itertools.count(1))
+            folder = next(path for path in paths if is_free(path))
             config = {"asked": asked, "started": time.time()}
         stack.enter_context(lock_folder(folder))
         write_config(folder, config | environment)
     trained = {name: c["asked"] for name, c in configs.items() if not c["asked"]["knobs"]["eval_only"]}
     if trained and not same and not knobs.eval_only:
         name, last = trained.popitem()
-        changes = describe_changes(asked, last, out / name, folder) or ["its name, or lines of Knobs"]
+        changes = describe_changes(asked, last, out / name, folder) or ["its name"]
         print0(f"new run   differs from {out / name} (which is kept) in: {', '.join(changes)}")
     return folder
-
-
-def numbered(out, base):
-    return (out / (f"{base}-{k}" if k > 1 else base) for k in itertools.count(1))
 
 
 def is_free(path):
@@ -134,8 +131,7 @@ def describe_changes(asked, before, old_folder, new_folder):
         changes.append("other content of the file of weights")
     for name, value in asked["sources"].items():
         if before["sources"].get(name) != value:
-            edit = describe_edit(name, read_source(old_folder, name), read_source(new_folder, name))
-            changes += [edit] if edit else []
+            changes.append(describe_edit(name, *(read_source(f, name) for f in (old_folder, new_folder))))
     return changes
 
 
@@ -146,16 +142,9 @@ def to_text(value):
 
 
 def describe_edit(name, old, new):
-    """The first new line of a file, in words; nothing where only knobs differ, which are listed anyway."""
-
-    def changed(text, other):
-        lines = [line for line in text.splitlines() if line.strip() and line not in other.splitlines()]
-        knobs = [line for line in lines if "class Knobs" in new and re.match(r" {4}\w+: .* = ", line)]
-        return [line.strip() for line in lines if line not in knobs], knobs
-
-    (added, new_knobs), (removed, _) = changed(new, old), changed(old, new)
-    if old and new_knobs and not (added or removed):
-        return ""
+    """The first new line of a file, in words. Knobs are listed anyway."""
+    lines = [line for line in new.splitlines() if line.strip() and line not in old.splitlines()]
+    added = [line.strip() for line in lines if not re.match(r" {4}\w+: .* = ", line)]
     if not (old and added):
         return f"{name} edited"
     more = f" (+ {len(added) - 1} more)" if len(added) > 1 else ""

@@ -10,23 +10,12 @@ import torch
 
 from moving_mnist import Data, moving_mnist_data
 from own_data import is_array, own_data
-from support import UserError, checkpoint, sources
-from support.devices import (
-    WORLD_SIZE,
-    broadcast,
-    choose_device,
-    connect,
-    keep_freed_memory,
-    on_rank_0,
-    print0,
-)
+from support import UserError, checkpoint, devices, sources
+from support.devices import WORLD_SIZE, broadcast, on_rank_0, print0
 from support.folders import describe_identity, to_text
 from support.scale import Scale, fill
 from support.score import CURVES, score
 
-# Knobs of the network: a checkpoint brings them along
-NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
-NETWORK += ("equivariant",)
 LEAST = {"train_sequences": 0, "frames_in": 2, "frames_out": 1, "overlay": 0, "patch_size": 1}
 LEAST |= {"max_motion": 0, "epochs": 1, "max_minutes": 0, "batch_size": WORLD_SIZE, "seed": 0}
 LEAST |= {"kernel_size": 1, "learning_rate": 1e-9, "weight_decay": 0, "ssim_from": 0}
@@ -54,33 +43,28 @@ class Setup:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def prepare(knobs, build, recipe):
-    """Everything that a run needs. recipe: what its model changes in the default knobs. Raises UserError."""
+def prepare(knobs, build):
+    """Everything that a run needs. Raises UserError."""
     sources.fingerprints()  # keeps files in folders of yours before an edit can change them
     check(knobs)
-    device, dtype, precision = choose_device(knobs.device, knobs.precision)
-    connect(device)
+    device, dtype, precision = devices.choose_device(knobs.device, knobs.precision)
+    devices.connect(device)
     dtype, precision = broadcast((dtype, precision))  # one for all, also where machines differ
     weights = on_rank_0(checkpoint.load, knobs.weights) if knobs.weights else None
-    if weights:
-        knobs = with_knobs_of(knobs, weights, recipe)
     data = load_data(knobs, weights)
     if (first := broadcast(data.name)) != data.name:
         raise UserError(f"this process has {data.name}, the first has {first}; give all the same data")
     model = build_checked(knobs, build, data, device)
     if weights:
         checkpoint.load_weights(model, weights, knobs.weights)
-        checkpoint.report_edits(weights, knobs.weights)
     environment = {"device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads()}
     environment |= {"precision": precision, "torch": str(torch.__version__)}
     environment["kernels"] = attach(model.train(not knobs.eval_only), device, dtype, knobs.fast)
     asked = on_rank_0(describe_identity, knobs, data)
-    if not knobs.eval_only:
-        data.training.fit_on_gpu(device)
     setup = Setup(knobs, data, model, device, dtype, asked, environment, weights["step"] if weights else 0)
     # Try the metrics before anything is written. More sequences than frames: swapped axes are noticed.
     score(setup, data.validation, CURVES, "copy_last", np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int))
-    describe(setup, recipe)
+    describe(setup)
     return setup
 
 
@@ -103,7 +87,7 @@ def check(knobs):
     low, high = knobs.value_range
     if not (low < high or low == high == 0):
         raise UserError(f"value_range is {low:g} {high:g}; expected the lower value first")
-    if is_array(knobs.data) and knobs.video != type(knobs).video:
+    if is_array(knobs.data) and knobs.video != type(knobs).video and not knobs.eval_only:
         raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
     if knobs.data in ("array", "fresh") and low < high:
         raise UserError(f"value_range is for data of your own, and data is {knobs.data}; leave it out")
@@ -111,25 +95,6 @@ def check(knobs):
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
         raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
-
-
-def with_knobs_of(knobs, weights, recipe):
-    """The knobs, with those of the network from a checkpoint. Raises UserError for a flag that differs.
-
-    Weights that are only scored also bring number and size of frames, unless a flag differs from its default.
-    """
-    path, changes = knobs.weights, {}
-    for name in (*NETWORK, "frames_in", "frames_out", "video") if knobs.eval_only else NETWORK:
-        if name not in weights["knobs"]:
-            raise UserError(f"{path} is of an earlier version of this script, without {name}")
-        then, now, default = weights["knobs"][name], getattr(knobs, name), getattr(type(knobs), name)
-        if name == "model" and then != now and not knobs.eval_only:
-            raise UserError(f"{path} is of {then}: add --model {then}, for its recipe")
-        if now in (then, default, recipe.get(name)):
-            changes[name] = then
-        elif name in NETWORK:
-            raise UserError(f"{path} has {name} {then}, not {now}; leave out --{name}")
-    return replace(knobs, **changes)
 
 
 def load_data(knobs, weights):
@@ -160,7 +125,7 @@ def build_checked(knobs, build, data, device):
 def attach(model, device, dtype, fast=True):
     """Attach the fast kernels to a model, if they are there → what is in use, in words."""
     if device.type == "cpu":
-        keep_freed_memory()
+        devices.keep_freed_memory()
     if not fast:
         return "plain PyTorch, as --no_fast asks for"
     if not Path(__file__).with_name("fast").exists():
@@ -170,17 +135,14 @@ def attach(model, device, dtype, fast=True):
     return fast.attach(model, device, dtype)
 
 
-def describe(setup, recipe):
-    """Print the model, its recipe, the device and the data."""
+def describe(setup):
+    """Print the model, the knobs that were changed, the device and the data."""
     knobs, training = setup.knobs, setup.data.training
     parameters = sum(p.numel() for p in setup.model.parameters())
     weights = f", weights of {knobs.weights}" if knobs.weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{weights}")
-    default = type(knobs)
-    won = {k: v for k, v in recipe.items() if getattr(knobs, k) == v != getattr(default, k)}
-    if won and not knobs.eval_only:
-        texts = (f"{k} {to_text(v)} instead of {to_text(getattr(default, k))}" for k, v in won.items())
-        print0(f"recipe    {', '.join(texts)} (RECIPES in main.py win over Knobs)")
+    changed = [f"{k} {to_text(v)}" for k, v in vars(knobs).items() if v != getattr(type(knobs), k)]
+    print0(f"knobs     as in main.py{', but ' if changed else ''}{', '.join(changed)}")
     text = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {text.format(**setup.environment)}\nkernels   {setup.environment['kernels']}")
     splits = f"{len(training):,} training, {len(setup.data.validation):,} validation"
@@ -190,12 +152,10 @@ def describe(setup, recipe):
 def load_model(path, knobs, build):
     """The network of a checkpoint, with its weights and the fast kernels, on the CPU or the GPU."""
     weights = checkpoint.load(path, "give another file")
-    saved = {k: v for k, v in weights["knobs"].items() if k in vars(knobs)} | {"weights": str(path)}
-    knobs = with_knobs_of(replace(knobs, **saved), weights, {})
-    device, _, _ = choose_device(knobs.device, "fp32")
+    knobs = replace(knobs, **{k: v for k, v in weights["knobs"].items() if k in vars(knobs)})
+    device, _, _ = devices.choose_device(knobs.device, "fp32")
     model = build(knobs, weights["channels"]).to(device).eval()
     checkpoint.load_weights(model, weights, path)
-    checkpoint.report_edits(weights, path)
     attach(model, device, torch.float32)
     model.frames_in, model.frames_out = knobs.frames_in, knobs.frames_out
     model.channels = weights["channels"]

@@ -133,13 +133,9 @@ def resume(folder, setup, progress, optimizers):
     if state is None:
         return progress
     checkpoint.load_weights(setup.model, state, path)
-    try:
-        progress = Progress(**state["progress"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"it does not fit this code ({error})"
-        raise UserError(f"cannot resume from {path}: {reason}; {advice}") from error
+    progress = Progress(**state["progress"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     then, now = state["environment"], setup.environment
     changed = [f"{k} {now[k]} (was {then.get(k)})" for k in now if then.get(k) != now[k]]
     if not progress.has_ended:

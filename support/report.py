@@ -80,13 +80,6 @@ def write_log(setup, folder, progress):
     write_atomic(folder / "loss.png", picture)
 
 
-def restore_log(setup, folder, progress):
-    """Files that were lost come back from the checkpoint."""
-    lost = not ((folder / "log.csv").exists() and (folder / "loss.png").exists())
-    if RANK == 0 and lost and progress.history:
-        write_log(setup, folder, progress)
-
-
 def baselines(setup, folder, dataset, names, index=None):
     """baseline → summary of these metrics. Computed once for the same data, and kept beside the runs."""
 
@@ -95,7 +88,7 @@ def baselines(setup, folder, dataset, names, index=None):
         part = dataset.shape, len(dataset), getattr(dataset, "seed", None), chosen
         code = sources.fingerprint("metrics.py"), sources.fingerprint("moving_mnist.py"), cv2.__version__
         sha = hashlib.sha256()
-        for content in dataset.parts():
+        for content in dataset.parts:
             sha.update(content)
         sha.update(
             repr(
@@ -117,14 +110,14 @@ def baselines(setup, folder, dataset, names, index=None):
 
 
 def read_results(folder):
-    """(metrics.json of a run that has ended, or None; whether the run has to be scored)."""
+    """metrics.json of a run that has ended. None: not yet, damaged, or scored by another metrics.py."""
     results = read_json(folder / "metrics.json")
     try:
         describe(results)
     except Exception:  # damaged: it may hold anything
-        return None, True
+        return None
     is_of_now = results.get("metrics") == sources.fingerprint("metrics.py")
-    return results, not is_of_now and (folder / "best.pt").exists()
+    return results if is_of_now or not (folder / "last.pt").exists() else None
 
 
 def show(setup, folder, results):
@@ -144,7 +137,8 @@ def finish(setup, folder, step):
         errors = score(setup, data.validation, ["mse_per_frame"])
         validation_mse = float(np.mean(summary(errors)["mse_per_frame"]["per_frame"]))
     print0(f"scoring   {len(test):,} test sequences")
-    names = CURVES if data.is_moving_mnist else (*CURVES, MEAN_SQUARES)
+    is_own = knobs.data not in ("array", "fresh")
+    names = (*CURVES, MEAN_SQUARES) if is_own else CURVES
     scores = score(setup, test, (*names, CROSS_ENTROPY))
     errors = scores["mse_per_frame"].nanmean(1)
     ranking = errors.argsort(stable=True)[: errors.isfinite().sum()]  # without sequences that are missing
@@ -178,7 +172,7 @@ def finish(setup, folder, step):
         write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
         compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
-    if not (data.is_moving_mnist or knobs.eval_only):
+    if is_own and not knobs.eval_only:
         words = f"{knobs.data} --weights {folder / 'best.pt'} --start -{knobs.frames_in}"
         print0(f"predict   python predict.py {words}")
 
@@ -202,9 +196,7 @@ def draw_ranked(setup, folder, ranking, title):
     """
     dataset, knobs, n = setup.data.test, setup.knobs, len(ranking)
     places = {"best": 0, "median": n // 2, "worst": n - 1}
-    named = {
-        f"predict_{name}": (int(ranking[k]), f"{name} of {n:,} forecasts") for name, k in places.items()
-    }
+    named = {f"predict_{name}": (int(ranking[k]), f"{name} of {n:,} forecasts") for name, k in places.items()}
     draw_named(setup, folder, dataset, named, title)
     index = ranking[np.linspace(0, n - 1, min(n, 10)).astype(int)].numpy()
     past, truth = split_frames(dataset[index], setup)

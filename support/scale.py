@@ -6,7 +6,11 @@ Frames are (…, C, H, W). NaN is a missing pixel.
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from support import UserError
+from support.devices import print0
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,39 @@ def fill(frames):
     for t in range(1, frames.shape[1]):
         filled.append(torch.where(missing[:, t], filled[-1], frames[:, t]))
     return torch.stack(filled, 1)
+
+
+def limits(series, name):
+    """The lowest and the highest value of each channel, (C,). Raises UserError where there is none."""
+    low = np.fmin.reduce([np.fmin.reduce(one, (0, 2, 3)) for one in series]).astype(float)
+    high = np.fmax.reduce([np.fmax.reduce(one, (0, 2, 3)) for one in series]).astype(float)
+    if np.isnan(low).any():
+        raise UserError(f"all values of {name}, or of one of its channels, are missing (NaN)")
+    if np.isinf([low, high]).any():
+        raise UserError(f"{name} has infinite values; write NaN where a pixel is missing")
+    return low, high
+
+
+def choose_scale(training, value_range):
+    """That of the knob; 0 to 255 for uint8; else the range of the training split."""
+    C, low, high = training[0].shape[1], *value_range
+    if low < high:
+        return Scale((float(low),) * C, (float(high),) * C, is_grey=False)
+    if training[0].dtype == np.uint8:
+        return Scale()
+    low, high = limits(training, "the training split")
+    high = np.where(low == high, low + 1, high)  # of a channel that never changes
+    return Scale(tuple(low.tolist()), tuple(high.tolist()), is_grey=False)
+
+
+def report_scale(scale, others, low, high):
+    """Print which values become 0 and 1, and whether the data fit. others: series not for training."""
+    ranges = "; ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(scale.low, scale.high, strict=True))
+    bottom, top = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
+    outside = sum(((frame < bottom) | (frame > top)).sum() for one in others for frame in one)
+    outside /= sum(one.size for one in others)
+    share = f"{outside:.2%} of the values that are not for training lie outside and are clipped"
+    print0(f"scale     {ranges}; {share}")
+    if outside > 0.2 or (high - low).max() < 0.02 * (top - bottom).max():
+        texts = f"{low.min():.6g} to {high.max():.6g}"
+        print0(f"warning   the scale hardly fits these values: they go from {texts}")

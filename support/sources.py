@@ -1,6 +1,7 @@
 """The code that runs, as it was when the script began. What is edited on the disk later is not what runs."""
 
 import ast
+import functools
 import hashlib
 import os
 import re
@@ -45,30 +46,32 @@ def script():
 def used():
     """Names of the files that can change a result: the script, Muon, and what they import from here."""
     names = {MUON, script()}
-    environments = [path for path in map(Path, (sys.prefix, sys.base_prefix)) if ROOT in path.parents]
     for name, module in list(sys.modules.items()):
-        path = Path(getattr(module, "__file__", None) or "")
-        path = path.resolve() if path.is_absolute() else path
-        is_library = any(folder in path.parents for folder in environments)
-        if path.suffix == ".py" and ROOT in path.parents and not is_library and name != "__main__":
+        path = resolve(getattr(module, "__file__", None) or "")
+        is_mine = ROOT in path.parents and "site-packages" not in path.parts
+        if is_mine and path.suffix == ".py" and name != "__main__":
             names.add(path.relative_to(ROOT).as_posix())
     return sorted(name for name in names - NO_RESULTS if name == MUON or not name.startswith(NOT_MINE))
+
+
+@functools.cache
+def resolve(file):
+    """The whole path; of torch's modules, some have a relative one, which stays."""
+    return Path(file).resolve() if os.path.isabs(file) else Path(file)
 
 
 def fingerprints():
     """name → fingerprint of each of these files; of metrics.py, only of what training uses."""
     names = used()
-    found = {name: fingerprint(name) for name in names}
-    if "metrics.py" in found:
-        found["metrics.py"] = fingerprint("metrics.py", of_training(set(names) - {"metrics.py"}))
-    return found
+    wanted = of_training("\n".join(read(name) for name in names if name != "metrics.py"), read("metrics.py"))
+    return {name: fingerprint(name, wanted if name == "metrics.py" else ()) for name in names}
 
 
-def of_training(names):
-    """Names in metrics.py: what these files mention, what chooses the best weights, and what both need."""
-    body = ast.parse(read("metrics.py")).body
-    words = {word for name in names for word in re.findall(r"\w+", read(name))}
-    reached, before = {"mse_per_frame"} | (words & set().union(*map(defined, body))), set()
+@functools.cache
+def of_training(texts, of_metrics):
+    """Names in metrics.py: what these texts mention, what chooses the best weights, and what both need."""
+    body = ast.parse(of_metrics).body
+    reached, before = {"mse_per_frame", *re.findall(r"\w+", texts)} & set().union(*map(defined, body)), set()
     while reached != before:
         before = set(reached)
         for node in (node for node in body if defined(node) & before):
@@ -84,8 +87,16 @@ def network():
 
 
 def fingerprint(name, wanted=()):
-    """A hash of a source file, or of its definitions with these names, without comments and docstrings."""
-    body = ast.parse(read(name)).body
+    """A hash of a source file, or of its definitions with these names, without comments and docstrings.
+
+    Knobs do not count: their values do.
+    """
+    return fingerprint_of(read(name), wanted)
+
+
+@functools.cache
+def fingerprint_of(text, wanted):
+    body = [node for node in ast.parse(text).body if "Knobs" not in defined(node)]
     found = shape([node for node in body if not wanted or defined(node) & set(wanted)])
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 

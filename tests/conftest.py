@@ -76,6 +76,8 @@ SMALL |= {"hidden_channels": 8, "head_channels": 8, "precision": "fp32", "device
 def flags(data, out, **changes):
     """The command line of a small run. A list is several values, True and False a bare flag."""
     words, unused = [], main.UNUSED.get(changes.get("model"), ())
+    if "weights" in changes:  # they bring their network along
+        unused = "hidden_channels", "head_channels"
     small = {name: value for name, value in SMALL.items() if name not in unused}
     for name, value in {"data": data, "out": out, **small, **changes}.items():
         if isinstance(value, bool):

@@ -79,7 +79,7 @@ def steps(folder):  # of training: milliseconds, kernels, waits of the CPU (one,
         main.horizon_at = lambda *_, n=horizon: (20 - n, n)
         flags = "--precision", precision, "--batch_size", batch, "--train_sequences", batch, "--epochs", 1
         flags = *SMALL, *small, *flags, "--out", folder / f"{precision}-{batch}-{horizon}"
-        setup = prepare(main.parse([*map(str, flags)]), main.build, {})
+        setup = prepare(main.parse([*map(str, flags)]), main.build)
         optimizers = main.make_optimizers(setup.model, setup.knobs, setup.dtype)
         train = lambda s=setup, o=optimizers: main.train(s, folder, Progress.start(s), o)
         cell = {"step": milliseconds(train)}

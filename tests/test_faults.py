@@ -345,7 +345,7 @@ def test_memory_that_runs_out_in_the_third_step(whole, array, tmp_path, capsys):
     code = "import torch; left, step = iter([1, 1, 0]), torch.optim.AdamW.step; "
     code += "torch.optim.AdamW.step = lambda *a: step(*a) if next(left) else torch.empty(2**60)"
     _, err = finish(start(*flags(array, tmp_path, **MORE), launcher=(AFTER, code)), 1)
-    assert "main.py: out of memory; lower batch_size (now 5)" in err
+    assert "main.py: out of memory; lower batch_size, hidden_channels, frames_out" in err
     goes_on(array, tmp_path, whole, capsys, step=2)
 
 

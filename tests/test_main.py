@@ -16,8 +16,8 @@ import main
 import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import MovingMNIST
+from support import checkpoint
 from support.muon import orthogonal
-from support.prepare import with_knobs_of
 from support.progress import Progress
 from support.scale import Scale
 
@@ -51,13 +51,15 @@ def test_knobs_reach_the_network():
     assert [bool(kernel._backward_hooks) for kernel in kernels] == [True, False]
 
 
-def test_a_recipe_replaces_defaults(capsys):
+def test_a_recipe_replaces_defaults(capsys, tmp_path):
     """Of a model, and of data of your own. It gives way to flags and to weights."""
     paper = parse(["--model", "paper"])
     assert sum(p.numel() for p in main.build(paper, 1).parameters()) == 7_585_296
     assert parse(["--learning_rate", "0.5", "--model", "paper"]).learning_rate == 0.5
-    weights = {"knobs": {**asdict(paper), "hidden_channels": (32, 32)}}
-    assert with_knobs_of(paper, weights, main.RECIPES["paper"]).hidden_channels == (32, 32)
+    weights = {"knobs": {**asdict(paper), "hidden_channels": [32, 32]}, "model": {}}
+    checkpoint.save(tmp_path / "a.pt", weights)
+    brought = parse(["--weights", str(tmp_path / "a.pt")])  # with the recipe of their model
+    assert (brought.model, brought.hidden_channels, brought.epochs) == ("paper", (32, 32), 3)
     own = parse(["--data", "my.npy", "--model", "convlstm", "--epochs", "4"])
     assert (own.overlay, own.batch_size, own.learning_rate, own.epochs) == (0, 4, 0.04, 4)
     with pytest.raises(SystemExit):

@@ -85,14 +85,10 @@ def save(path, *shape):
     return array
 
 
-SPLITS = [(100, (81, 9, 10), ()), (12, (9, 1, 2), (1,)), (37, (29, 4, 4), (3,))]
-
-
-@pytest.mark.parametrize(("n", "sizes", "colors"), [*SPLITS, (10_000, (8100, 900, 1000), ())])
-def test_splits_are_disjoint_and_complete(tmp_path, n, sizes, colors):
+@pytest.mark.parametrize(("n", "sizes"), [(37, (29, 4, 4)), (10_000, (8100, 900, 1000))])
+def test_splits_are_disjoint_and_complete(tmp_path, n, sizes):
     path = tmp_path / "a.npy"
-    array = save(path, 3, n, 4, 5, *colors)
-    sequences = (array if colors else array[..., None]).transpose(1, 0, 4, 2, 3)  # (N, T, C, H, W)
+    sequences = save(path, 3, n, 4, 5).swapaxes(0, 1)[:, :, None]  # (N, T, C, H, W)
     splits = [MovingMNIST(path, name) for name in ("train", "validation", "test")]
     everything = MovingMNIST(path, "all")
     np.load(path, mmap_mode="r+").fill(0)  # a dataset that is a memory map would show it
@@ -101,19 +97,14 @@ def test_splits_are_disjoint_and_complete(tmp_path, n, sizes, colors):
     assert found.dtype == torch.uint8
     np.testing.assert_array_equal(found, sequences)
     np.testing.assert_array_equal(everything[np.arange(n)], sequences)
-    on_gpu, index = MovingMNIST(everything.content), np.array([4, 0, 1])
-    on_gpu.content = torch.from_numpy(on_gpu.content)
-    assert torch.equal(on_gpu[index], everything[index])
 
 
-def test_a_split_takes_the_first_sequences_and_is_never_empty(tmp_path):
+def test_a_split_takes_the_first_sequences(tmp_path):
     array = save(tmp_path / "a.npy", 2, 100, 4, 4)
     for limit, expected in ((3, 3), (0, 9), (1000, 9)):
         dataset = MovingMNIST(tmp_path / "a.npy", "validation", sequences=limit)
         assert len(dataset) == expected
         np.testing.assert_array_equal(dataset[np.array([2])][0, :, 0], array[:, 83])
-    with pytest.raises(UserError, match=r"^a has 5 sequences, too few for a validation split; .* 6"):
-        MovingMNIST(array[:, :5, None], "validation", name="a")
 
 
 def refused(path, words):
@@ -156,7 +147,7 @@ def test_what_is_no_array_is_refused(tmp_path, content, words):
     """Nor is a folder."""
     (tmp_path / "a.npy").write_bytes(content)
     refused(tmp_path / "a.npy", words)
-    refused(tmp_path, "is not a file")
+    refused(tmp_path, NO_ARRAY)
 
 
 def test_pickled_objects_are_not_run(tmp_path):

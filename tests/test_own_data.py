@@ -3,8 +3,6 @@
 import csv
 import os
 import random
-import sys
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -103,9 +101,8 @@ def test_sequences_share_no_frame_across_splits(tmp_path, capsys):
         for part, values in zip(frames[1:], found[1:], strict=True):
             assert len(values) == part.numel()  # no frame twice
     assert len(load(saved(numbered[0], tmp_path), train_sequences=4).training) == 4
-    assert "split     along time: frames 1 to 70 training, 71 to 85 validation, 86 to 100 test" in (
-        capsys.readouterr().out
-    )
+    words = "along time; series 1: frames 1 to 70 training, 71 to 85 validation, 86 to 100 test"
+    assert words in capsys.readouterr().out
     assert [len(part) for part in cut([20] * 10, 20)] == [8, 1, 1]
     short, long = (0, 0, 25), (1, 0, 60)  # too short to be cut: all of it is for training
     assert cut([25, 100], 20) == ([short, long], [(1, 60, 80)], [(1, 80, 100)])
@@ -124,7 +121,7 @@ def test_units_channels_and_the_knob(tmp_path, capsys):
     data = load(saved(two[..., 0], tmp_path), value_range=(-110, -90))
     outside = ((FIELD < -110) | (FIELD > -90))[28:].mean()
     assert data.scale == Scale((-110.0,), (-90.0,), is_grey=False)
-    words = f"-110 to -90 (--value_range; of validation and test, {outside:.2%} lie outside and are clipped)"
+    words = f"-110 to -90; {outside:.2%} of the values that are not for training lie outside and are clipped"
     assert words in capsys.readouterr().out
     assert data.scale.to_unit(data.training[np.arange(9)]).max() == 1
 
@@ -145,7 +142,7 @@ def test_a_run_on_a_field_with_gaps(tmp_path, capsys):
     path = saved(field, tmp_path)
     run = here(path, tmp_path / "out", pictures=True, **FEW)
     printed = capsys.readouterr().out
-    assert "40 frames of 18×21, 2 channels, float32 from" in printed and "missing (NaN): " in printed
+    assert "40 frames of 18×21, channels: 2, float32 from" in printed and "missing (NaN): " in printed
     for name in ("predict_1", "predict_worst", "predict_last_frame", "predict"):
         suffix = ".gif" if name == "predict" else ".png"
         assert all((run / f"{name}{end}{suffix}").exists() for end in ("", "_channel_2"))
@@ -215,13 +212,12 @@ def test_weights_of_another_scale_say_so(tmp_path, capsys):
         path = saved(other, tmp_path, "other.npy")
         here(path, tmp_path / "out", **FEW, weights=run / "best.pt", eval_only=True)
         printed = capsys.readouterr().out
-        assert "(of the weights; of validation and test, " in printed
         assert ("warning   the scale hardly fits these values: they go from" in printed) == warned
 
 
 with_one = lambda value: np.where(np.arange(FIELD.size).reshape(FIELD.shape) == 7, value, FIELD)
 REFUSED = [
-    (FIELD * np.nan, r"all values of own\.npy are missing \(NaN\)"),
+    (FIELD * np.nan, r"all values of own\.npy, or .*, are missing \(NaN\)"),
     (FIELD * 0 + 3, r"all values of own\.npy are 3; there is nothing to forecast"),
     (with_one(np.inf), r"own\.npy has infinite values; write NaN where"),
     (FIELD * 1j, "holds complex128; expected integers or floats"),
@@ -233,7 +229,7 @@ REFUSED = [
     (FIELD[:4], "too few frames: .*; found none so long"),
     (FIELD[:, :8, :10], "has frames of 18×10|has frames of 8×10; expected at least 16×16"),
     (FIELD[0], r"has shape \(18, 21\); expected \(T, H, W\)"),
-    (np.stack((FIELD, FIELD * np.nan), -1), r"missing \(NaN\) in channel 2"),
+    (np.stack((FIELD, FIELD * np.nan), -1), r"own\.npy, or of one of its channels, are missing \(NaN\)"),
 ]
 
 
@@ -335,12 +331,9 @@ def test_images_of_a_folder_are_a_series(tmp_path):
     cv2.imwrite(str(tmp_path / ".hidden" / "1.png"), image)
     assert len(read(tmp_path, VIDEO).series) == 2
     deep = cv2.imencode(".png", np.full((20, 30), 700, np.uint16))[1].tobytes()
-    for content, sentence in (
-        (deep, r"2\.png holds uint16; expected 8 bits"),
-        (b"", r"2\.png is not an image"),
-    ):
+    for content in deep, b"":
         (tmp_path / "a" / "2.png").write_bytes(content)
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=r"2\.png is not an image of 8 bits for each color"):
             read(tmp_path / "a", VIDEO)
     saved(FIELD, tmp_path / "a")
     with pytest.raises(
@@ -357,30 +350,23 @@ def test_a_color_video_trains(tmp_path):
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 
-def test_what_is_no_video_is_named(tmp_path, monkeypatch, capfd):
+def test_what_is_no_video_is_named(tmp_path, capfd):
     def refused(sentence, path=tmp_path):
         with pytest.raises(UserError, match=sentence):
             read(path, (SIZE, SIZE, 1, 1))
 
-    refused(r"is no file that can be read, and no folder of such: \.avi, \.bmp, ")
+    refused(r"is no \.npy, video or image that can be read, and no folder of such files")
     refused("missing is not there", tmp_path / "missing")
     write(tmp_path / "Screen Recording 3.41\u202fPM.avi", 20)
     (tmp_path / "b.mp4").write_text("<html>")
     refused(r"b\.mp4 gives no frames: it is damaged")
     assert not capfd.readouterr().err  # OpenCV and FFmpeg add nothing
-    huge = lambda: (True, cv2.repeat(np.zeros((SIZE, SIZE, 3), np.uint8), 2**20, 2**25))
-    video = SimpleNamespace(read=huge)
-    monkeypatch.setattr(cv2, "VideoCapture", lambda *arguments: video)
-    refused(r"PM\.avi cannot be read as a video \(Failed to allocate \d+ bytes\)")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names and pipes")
-def test_a_pipe_and_a_name_that_is_no_text(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.avi")
-    with pytest.raises(UserError, match="no folder of such"):  # nor waits for one
-        read(tmp_path, (SIZE, SIZE, 1, 1))
-    (tmp_path / os.fsdecode(b"\xff.avi")).touch()
-    with pytest.raises(UserError, match=r"udcff\.avi' is a name that OpenCV cannot open; rename"):
+    with pytest.raises(UserError, match="no folder of such"):
         read(tmp_path, (SIZE, SIZE, 1, 1))
 
 
