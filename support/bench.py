@@ -14,6 +14,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +30,23 @@ PAPER = {"model": "paper", **main.RECIPES["paper"]}
 CONTENDERS = {"reference": {**PAPER, "model": "convlstm"}, "paper": PAPER, "my_model": {"model": "my_model"}}
 
 
-def make_step(name, dtype, device, batch, training=True):
-    """A function that does one training step of a contender, and returns the loss; or does one forecast."""
+def make_step(name, dtype, device, batch, horizon=10, training=True, fast=True):
+    """A function that does one training step of a contender, or one forecast."""
     torch.manual_seed(0)
-    knobs = replace(main.Knobs(), **CONTENDERS[name])
-    model = main.build(knobs, 1).to(device)
-    attach(model, device, dtype)
+    model = main.build(replace(main.Knobs(), **CONTENDERS[name]), 1).to(device)
+    attach(model, device, dtype, fast)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    past, future = torch.rand(2, batch, 10, 1, 64, 64, device=device)
+    frames = torch.rand(batch, 20, 1, 64, 64, device=device)
+    dense = {"draw_from": 4} if horizon < 10 else {}
 
     def step():
         with torch.inference_mode(not training), autocast:
-            logits = model(past, 10)
+            logits = model(frames[:, : 20 - horizon], horizon, **dense).float()
         if training:
-            loss = F.binary_cross_entropy_with_logits(logits.float(), future)
-            loss.backward()
+            F.binary_cross_entropy_with_logits(logits, frames[:, -logits.shape[1] :]).backward()
             optimizer.step()
             optimizer.zero_grad()
-            return loss.detach()
 
     return step
 
@@ -79,26 +78,17 @@ def default_steps(horizon, dtype):
     """name → a function: a training step of the default network, and parts or variants of it."""
     from support.fast import symmetric  # here, so that the rest runs without support/fast
 
-    torch.manual_seed(0)
-    knobs = replace(main.Knobs(), **CONTENDERS["my_model"])
-    plain, model = (main.build(knobs, 1) for _ in range(2))
-    attach(model, torch.device("cpu"), dtype)
-    frames, find = torch.rand(8, 20, 1, 64, 64), symmetric.find
+    options = "my_model", dtype, torch.device("cpu"), 8, horizon
+    step, plain = make_step(*options), make_step(*options, fast=False)
 
-    def step(model, finds=find):
-        symmetric.find = finds
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            logits = model(frames[:, : 20 - horizon], horizon, 4 if horizon < 10 else None).float()
-        F.binary_cross_entropy_with_logits(logits, frames[:, -logits.shape[1] :]).backward()
-        torch.optim.SGD(model.parameters(), 1e-9).step()  # new weights, new blocks
-        model.zero_grad()
-        symmetric.find = find
+    def without_symmetry():
+        with mock.patch.object(symmetric, "find", lambda *_: None):
+            step()
 
     with Convolutions() as noted:
-        step(plain)
+        plain()
     bare = lambda: [function(*arguments) for function, arguments in noted.calls]
-    without = lambda: step(model, lambda *_: None)
-    return {"step": lambda: step(model), "step without symmetry": without, "bare convolutions": bare}
+    return {"step": step, "step without symmetry": without_symmetry, "bare convolutions": bare}
 
 
 def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)):
@@ -121,7 +111,7 @@ def bench(rounds: int = 5, batch: int = 16, forecasts: tuple[int, ...] = (1, 64)
     for work, n in ("training step", batch), *(("forecast", n) for n in forecasts):
         pairs = [(label, d, name) for label, d in dtypes.items() for name in CONTENDERS]
         train = work == "training step"
-        steps = {f"{name}, {label}": make_step(name, d, device, n, train) for label, d, name in pairs}
+        steps = {f"{name}, {label}": make_step(name, d, device, n, 10, train) for label, d, name in pairs}
         table(work, n, steps, "reference, fp32")
     has_fast = not cuda and Path(__file__).with_name("fast").exists()
     for label, d, horizon in [(*item, h) for item in dtypes.items() for h in (1, 10)] if has_fast else ():

@@ -12,17 +12,17 @@ import my_model
 from support import sources
 from support.fast import layer, motion, symmetric
 
-# (file, definitions) → their fingerprint without comments and docstrings
+# file → definitions, and their fingerprint without comments and docstrings
 WRITTEN_FOR = {
-    ("my_model.py", ("ConvLSTMCell", "ConvLSTM")): "048d259a4197879c",
-    ("motion.py", ("advect", "matching_costs")): "02f5fe12b8351e9c",
+    "my_model.py": (("ConvLSTMCell", "ConvLSTM"), "048d259a4197879c"),
+    "motion.py": (("advect", "matching_costs"), "02f5fe12b8351e9c"),
 }
 
 
 def is_original(name):
     """Whether the definitions in this file are those that the fast kernels were written for."""
-    ((key, expected),) = [item for item in WRITTEN_FOR.items() if item[0][0] == name]
-    return sources.fingerprint(*key) == expected
+    definitions, expected = WRITTEN_FOR[name]
+    return sources.fingerprint(name, definitions) == expected
 
 
 @torch.inference_mode(False)
@@ -54,17 +54,9 @@ def attach(model, device, dtype):
 
 
 def has_changed(layer):
-    """Whether a ConvLSTM has hooks, or attributes, parts or a class of its own."""
-    cell = layer.cell
-    with torch.device("meta"):  # draws no random numbers
-        new = my_model.ConvLSTM(cell.input_to_state is not None, 1, 1, 1, cell.peephole is not None)
-    return outline(layer) != outline(new)
-
-
-def outline(layer):
-    parts = []
-    for name, part in layer.named_modules():
+    """Whether a ConvLSTM or its cell has hooks, a class or a forward of its own."""
+    for part, original in (layer, my_model.ConvLSTM), (layer.cell, my_model.ConvLSTMCell):
         hooks = [key for key, value in vars(part).items() if key.endswith("_hooks") and value]
-        tensors = [*part._parameters, *part._buffers]
-        parts.append((name, type(part), sorted(vars(part)), tensors, hooks))
-    return parts
+        if hooks or type(part) is not original or "forward" in vars(part):
+            return True
+    return False

@@ -14,6 +14,7 @@ One `autograd.Function` covers all frames of a call. What makes it fast:
 T frames, B batch, H height, W width, C hidden channels; z the pre-activations of i, f, o, g.
 """
 
+import contextlib
 import functools
 import math
 
@@ -26,28 +27,27 @@ from support.fast import build, symmetric, winograd
 def fast_layer(cell, x, state, n_frames):
     """The loop of `my_model.ConvLSTM`: x (B, T, C, H, W) or None, state → hidden states, last state."""
     device = state[0].device.type
-    if x is not None and x.shape[2] != cell.input_to_state.shape[1]:
-        raise ValueError(f"the input has {x.shape[2]} channels; expected {cell.input_to_state.shape[1]}")
     B, _, H, W = state[0].shape
-    sizes = [tuple(s.shape) for s in state]
-    sizes += [] if x is None else [(len(x), cell.hidden_channels, *x.shape[3:])]
-    if set(sizes) != {(B, cell.hidden_channels, H, W)} or (x is not None and x.shape[1] < n_frames):
-        raise ValueError(f"input and state do not fit together: {sizes}")
+    fits = all(s.shape == (B, cell.hidden_channels, H, W) for s in state)
+    if not fits or (x is not None and x.shape != (B, n_frames, cell.input_to_state.shape[1], H, W)):
+        sizes = [tuple(t.shape) for t in (x, *state) if t is not None]
+        raise ValueError(f"input and state do not fit the kernels or each other: {sizes}")
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else state[0].dtype  # of all but c and its peepholes
     c_dtype = torch.promote_types(dtype, torch.float32)
     weights, bias = (None if x is None else cell.input_to_state, cell.state_to_state), cell.bias
-    kernels = [w if w is None else symmetric.find(w, dtype) for w in weights]
-    of_gates = [kernel is None or kernel.groups == 4 for kernel in kernels]
-    if kernels[1] and kernels[1].order is None and (x is None or kernels[0]) and all(of_gates):
+    kernels = [w if w is None else symmetric.find(w, dtype, 4) for w in weights]
+    x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
+    if kernels[1] and kernels[1].order is None and (x is None or kernels[0]):
         make, bias = functools.partial(symmetric.Symmetric, cell.dilation, *kernels), bias.float()
         weights = [kernel and kernel.blocks for kernel in kernels]
+        if x is not None and kernels[0].order is not None:
+            x = x.index_select(-1, kernels[0].order)
     else:
         make, bias = functools.partial(Plain, cell.dilation), bias.to(dtype)
         weights = [w if w is None else w.to(dtype) for w in weights]
     peephole = state[0].new_zeros(3, cell.hidden_channels) if cell.peephole is None else cell.peephole
     h, c = (s.permute(0, 2, 3, 1) for s in state)
-    x = None if x is None else x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()  # (T, B, H, W, C)
     gates = gates_forward, gates_backward
     if device == "cpu" or torch.is_grad_enabled():  # evaluation on a GPU is too short to compile for
         gates = gate_functions(device, dtype)
@@ -100,23 +100,28 @@ def one_step(forward, backward, dtype, scale, device="cpu"):
 
 
 @functools.cache
+@torch.no_grad()
 def gate_functions(device_type, dtype):
     """(gates_forward, gates_backward): compiled, where that works and agrees with those above."""
     plain = gates_forward, gates_backward
-    if device_type == "cuda":
-        return build.by_torch(plain, lambda pair, k: one_step(*pair, dtype, (1, 20)[k], "cuda"), dtype)
-    supported = device_type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    library = build.build("gates.c", *(["-DBF16"] if dtype == torch.bfloat16 else [])) if supported else None
-    if library is None:
-        return plain
+    with contextlib.suppress(Exception):  # there is no compiler, or no Triton; an edit may raise anything
+        compiled = build.by_torch(plain) if device_type == "cuda" else by_c(device_type, dtype)
+        results = lambda pair, scale: one_step(*pair, dtype, scale, device_type)
+        if all(build.agree(results(compiled, k), results(plain, k), dtype) for k in (1, 20)):
+            return compiled
+    return plain
+
+
+def by_c(device_type, dtype):
+    """The two functions of gates.c. KeyError: it is not for this device or dtype."""
+    flags = {("cpu", torch.float32): [], ("cpu", torch.bfloat16): ["-DBF16"]}[device_type, dtype]
+    library = build.build("gates.c", *flags)
 
     def call(function, z, *tensors):
         N, C = z[..., 0].numel(), z.shape[-1] // 4
         function(*build.arguments(N, C, torch.get_num_threads(), z, *tensors))
 
-    built = tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
-    steps = ([one_step(*functions, dtype, scale) for functions in (built, plain)] for scale in (1, 20))
-    return built if all(build.agree(*pair, dtype) for pair in steps) else plain
+    return tuple(functools.partial(call, f) for f in (library.gates_forward, library.gates_backward))
 
 
 class FastConvLSTM(torch.autograd.Function):
@@ -226,16 +231,11 @@ def convolution(weight, pixels, bias=None, dilation=1):
 
     def convolve(x, y=None):
         options = {"padding": dilation * (k // 2), "dilation": dilation}
-        z = F.conv2d(as_images(x), weight, bias if y is None else None, **options)
+        z = F.conv2d(x.permute(0, 3, 1, 2), weight, bias if y is None else None, **options)
         z = z.permute(0, 2, 3, 1).contiguous()
         return z if y is None else y.add_(z)
 
     return convolve
-
-
-def as_images(x):
-    """(N, H, W, C) → (N, C, H, W), without a copy."""
-    return x.permute(0, 3, 1, 2)
 
 
 def flipped(weight):
@@ -249,4 +249,5 @@ def weight_gradient(dy, x, weight, dilation=1):
     if winograd.is_supported(weight, x[..., 0].numel()):
         return winograd.weight_gradient(dy, x, k, dilation)
     options = {"padding": dilation * (k // 2), "dilation": dilation}
-    return torch.nn.grad.conv2d_weight(as_images(x), weight.shape, as_images(dy), **options)
+    x, dy = (t.permute(0, 3, 1, 2) for t in (x, dy))
+    return torch.nn.grad.conv2d_weight(x, weight.shape, dy, **options)

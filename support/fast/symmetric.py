@@ -43,46 +43,32 @@ def block_map():
     return torch.stack(rows).float()
 
 
-class ToBlocks(torch.autograd.Function):
+def to_blocks(kernel, order, groups):
     """kernel (G·4·P, 4·Q, 3, 3) → blocks (4, 9·Q, G·P); order: of the input channels, member by member."""
-
-    @staticmethod
-    def forward(ctx, kernel, order, groups):
-        ctx.shape, ctx.order, ctx.groups = kernel.shape, order, groups
-        n_out, n_in = kernel.shape[:2]
-        parts = kernel[:, order].reshape(groups, 4, n_out // groups // 4, 4, n_in // 4, 9)
-        parts = parts.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flatten(1)  # (144, G·P·Q)
-        blocks = (block_map() @ parts).view(4, 9, n_out // 4, n_in // 4)
-        return blocks.transpose(2, 3).reshape(4, 9 * n_in // 4, n_out // 4)
-
-    @staticmethod
-    @torch.autocast("cpu", enabled=False)
-    def backward(ctx, d_blocks):
-        n_out, n_in = ctx.shape[:2]
-        parts = d_blocks.view(4, 9, n_in // 4, n_out // 4).transpose(2, 3).reshape(36, -1)
-        parts = (block_map().T @ parts).view(4, 4, 9, ctx.groups, n_out // ctx.groups // 4, n_in // 4)
-        d_kernel = d_blocks.new_empty(n_out, n_in, 9)
-        d_kernel[:, ctx.order] = parts.permute(3, 0, 4, 1, 5, 2).reshape(n_out, n_in, 9)
-        return d_kernel.view(ctx.shape), None, None
+    n_out, n_in = kernel.shape[:2]
+    parts = kernel.index_select(1, order).reshape(groups, 4, n_out // groups // 4, 4, n_in // 4, 9)
+    parts = parts.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flatten(1)  # (144, G·P·Q)
+    blocks = (block_map() @ parts).view(4, 9, n_out // 4, n_in // 4)
+    return blocks.transpose(2, 3).reshape(4, 9 * n_in // 4, n_out // 4)
 
 
 class Kernel:
     """An equivariant kernel as blocks. Raises ValueError for one that symmetric.c cannot convolve."""
 
-    def __init__(self, kernel, dtype):
-        (out_x, in_x), (out_y, in_y) = kernel.flips
+    def __init__(self, kernel, dtype, groups):
         n_out, n_in = kernel.shape[:2]
-        outputs, order = orbits(out_x, out_y), orbits(in_x, in_y)
-        self.groups = 4 if torch.equal(outputs, member_by_member(n_out, 4)) else 1
-        if not torch.equal(outputs, member_by_member(n_out, self.groups)):
-            raise ValueError("its outputs are in another order")
-        if n_in % (4 * LANES) or n_out % (4 * LANES * self.groups):
+        if n_in % (4 * LANES) or n_out % (4 * LANES * groups):
             raise ValueError("it has too few channels")
+        (out_x, in_x), (out_y, in_y) = kernel.flips
+        outputs, order = orbits(out_x, out_y), orbits(in_x, in_y)
+        if not torch.equal(outputs, torch.arange(n_out).view(groups, 4, -1).transpose(0, 1).flatten()):
+            raise ValueError("its outputs are in another order")
+        self.groups = groups
         starts = order[::LANES]
         in_runs = torch.equal(order, (starts[:, None] + torch.arange(LANES)).flatten())
         self.order = None if in_runs else order  # the input has to be put into this order
         self.at = (starts if in_runs else torch.arange(0, n_in, LANES)).int()
-        self.blocks = ToBlocks.apply(kernel, order, self.groups)
+        self.blocks = to_blocks(kernel, order, self.groups)
         energy = kernel.detach().square().sum()
         if energy - self.blocks.detach().square().sum() > WASTE * energy:
             raise ValueError("it is not equivariant")
@@ -100,9 +86,6 @@ class Kernel:
     def features(self, x, dilation):
         """x (N, H, W, C) → (4, N·H·W, 9·Q)."""
         N, H, W, C = x.shape
-        expected = len(self.at) * LANES
-        if x.shape[3] != expected:
-            raise ValueError(f"the input has {C} channels; expected {expected}")
         features = x.new_empty(4, N * H * W, 9 * C // 4)
         call("features", N, H, W, C // 4, dilation, x, self.at, scratch(H, W, C, dilation), features)
         return features
@@ -134,11 +117,6 @@ def by_parity(z):
     return z.view(z[..., 0].numel(), 4, -1).transpose(0, 1)
 
 
-def member_by_member(n, groups):
-    """The order of n channels (groups, 4 members, n / 4 / groups) that has all first members first."""
-    return torch.arange(n - n % (4 * groups)).view(groups, 4, -1).transpose(0, 1).flatten()
-
-
 def orbits(x, y):
     """From the channels that replace each in a flip in x, and in y: the order member by member."""
     members = torch.stack((torch.arange(len(x)), x, y, x[y]))
@@ -166,7 +144,7 @@ def end_call(*_):
     call_now.kernels = None
 
 
-def find(kernel, dtype):
+def find(kernel, dtype, groups):
     """The Kernel of a parameter, made once per call of the network; None where it is convolved as it is."""
     fits = dtype in (torch.float32, torch.bfloat16) and kernel.dtype == torch.float32
     if not (fits and hasattr(kernel, "flips") and kernel.shape[-1] == 3 and kernel.device.type == "cpu"):
@@ -175,11 +153,11 @@ def find(kernel, dtype):
         return None
     key, kernels = (id(kernel), dtype), {} if call_now.kernels is None else call_now.kernels
     if key not in kernels:
-        kernels[key] = make(kernel, dtype)
+        kernels[key] = make(kernel, dtype, groups)
     return kernels[key]
 
 
-def make(kernel, dtype):
+def make(kernel, dtype, groups):
     """A new Kernel, or None. Without gradients it is kept until the content of the parameter changes."""
     modes = dtype, torch.is_inference_mode_enabled()
     has_gradient = torch.is_grad_enabled() and kernel.requires_grad
@@ -188,7 +166,7 @@ def make(kernel, dtype):
         return found
     try:
         with torch.autocast("cpu", enabled=False):
-            found = Kernel(kernel, dtype)
+            found = Kernel(kernel, dtype, groups)
     except ValueError:
         found = None
     if not has_gradient:
@@ -213,7 +191,7 @@ def self_test(dtype):
         weight = (weight + weight.flip(axis)[outputs][:, inputs]) / 2
     x, dz, weight = x.to(dtype).requires_grad_(), dz.to(dtype), weight.to(dtype).float().requires_grad_()
     weight.flips = flips
-    kernel, z = Kernel(weight, dtype), torch.empty_like(dz)
+    kernel, z = Kernel(weight, dtype, 4), torch.empty_like(dz)
     kernel.multiply(x.detach(), 2, z)
     kernel.multiply(x.detach(), 2, z, add=True)
     exchange(z, 4, bias)
@@ -222,7 +200,7 @@ def self_test(dtype):
     exchange(dz, 4)
     kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dz, x.detach(), 2)
     found = z.float(), kernel.input_gradient(dz, 2).float(), d_blocks
-    d_expected = ToBlocks.apply(d_weight, torch.arange(64), 4)
+    d_expected = to_blocks(d_weight, torch.arange(64), 4)
     return build.agree(found, [expected + bias, dx.float(), d_expected], dtype)
 
 
@@ -233,11 +211,8 @@ class Symmetric:
         self.of_input, self.of_state, self.dilation = input_kernel, state_kernel, dilation
 
     def start(self, x, bias, shape):
-        self.x, self.bias = self.ordered(x), bias
+        self.x, self.bias = x, bias
         return torch.zeros(shape, dtype=self.of_state.matrices.dtype) if x is None else x.new_empty(shape)
-
-    def ordered(self, x):
-        return x if x is None or self.of_input.order is None else x[..., self.of_input.order]
 
     def step(self, t, h, z):
         if self.x is not None:
@@ -247,8 +222,8 @@ class Symmetric:
         exchange(z, 4, self.bias)
 
     def start_backward(self, x, z, hiddens, first, needs_dx):
-        self.x, self.sequences = self.ordered(x), (z, hiddens, first)
-        self.dx = torch.empty_like(self.x) if needs_dx else None
+        self.x, self.sequences = x, (z, hiddens, first)
+        self.dx = torch.empty_like(x) if needs_dx else None
         self.d_state = torch.zeros_like(self.of_state.blocks)
         self.d_input = None if x is None else torch.zeros_like(self.of_input.blocks)
 
@@ -264,11 +239,7 @@ class Symmetric:
         return self.of_state.input_gradient(z[t], self.dilation) if needs_dh else None
 
     def gradients(self):
-        dx = self.dx
-        if dx is not None and self.of_input.order is not None:
-            dx = torch.empty_like(dx)
-            dx[..., self.of_input.order] = self.dx
-        return dx, self.d_input, self.d_state
+        return self.dx, self.d_input, self.d_state
 
 
 def exchange(z, groups, bias=None):
@@ -320,9 +291,8 @@ def head_layer(module, images):
     """The forward of a Conv2d with an equivariant 3×3 kernel."""
     device = images.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
-    kernel = find(module.weight, dtype)
-    fits = images.ndim == 4 and images.numel() and images.shape[1] == module.in_channels
-    if kernel is None or kernel.order is not None or not fits:
+    kernel = find(module.weight, dtype, 1)
+    if kernel is None or kernel.order is not None or images.shape[1] != module.in_channels:
         return torch.nn.Conv2d.forward(module, images)
     with torch.autocast(device, enabled=False):
         x = images.permute(0, 2, 3, 1).to(dtype).contiguous()
