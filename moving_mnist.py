@@ -162,8 +162,8 @@ def moving_mnist_data(kind, train_sequences, seed):
 
 def moving_mnist_array():
     """(array, name): the official array, or the stand-in."""
-    stand_in = RAW / STAND_IN_FILE
-    if os.path.exists(stand_in) and not is_there(RAW / ARRAY.name, ARRAY):
+    stand_in, has_official = RAW / STAND_IN_FILE, is_there(RAW / ARRAY.name, ARRAY)
+    if os.path.exists(stand_in) and not has_official:
         print0("using the stand-in for the official array (python download.py fetches that)")
         return open_array(stand_in), STAND_IN
     try:

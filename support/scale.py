@@ -94,8 +94,7 @@ def report_scale(scale, others, low, high):
     bottom, top = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
     outside = sum(((frame < bottom) | (frame > top)).sum() for one in others for frame in one)
     outside /= sum(one.size for one in others)
-    share = f"{outside:.2%} of the values that are not for training lie outside and are clipped"
-    print0(f"scale     {ranges}; {share}")
+    print0(f"scale     {ranges}; outside, and clipped: {outside:.2%}")
     if outside > 0.2 or (high - low).max() < 0.02 * (top - bottom).max():
         texts = f"{low.min():.6g} to {high.max():.6g}"
         print0(f"warning   the scale hardly fits these values: they go from {texts}")

@@ -121,7 +121,7 @@ def test_units_channels_and_the_knob(tmp_path, capsys):
     data = load(saved(two[..., 0], tmp_path), value_range=(-110, -90))
     outside = ((FIELD < -110) | (FIELD > -90))[28:].mean()
     assert data.scale == Scale((-110.0,), (-90.0,), is_grey=False)
-    words = f"-110 to -90; {outside:.2%} of the values that are not for training lie outside and are clipped"
+    words = f"-110 to -90; outside, and clipped: {outside:.2%}"
     assert words in capsys.readouterr().out
     assert data.scale.to_unit(data.training[np.arange(9)]).max() == 1
 

@@ -146,7 +146,7 @@ def test_a_video_and_a_folder_of_images(frames, trained, tmp_path, monkeypatch):
         close(forecast(Path(name), trained, tmp_path), drawn(trained, frames), levels=2)
     for content in (images / "000.png").read_bytes()[:50], b"":
         (images / "001.png").write_bytes(content)
-        with pytest.raises(UserError, match=r"001\.png is not an image that OpenCV can read"):
+        with pytest.raises(UserError, match=r"001\.png is not an image of 8 bits"):
             predict(images, trained)
     (tmp_path / "clip.mp4").write_text("no video")
     with pytest.raises(UserError, match=r"clip\.mp4 gives no frames"):
