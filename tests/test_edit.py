@@ -148,7 +148,7 @@ def test_a_metric_that_is_added_is_scored_with_the_weights_that_are_there(code):
     trained, scores = state(first), results(first)["scores"]
     edit(code, **METRIC)
     printed, _ = finish(run(code))
-    assert "scoring   6 test sequences" in printed and "epoch" not in printed and "new run" not in printed
+    assert "scoring   6 test sequences" in printed and "\nepoch" not in printed and "new run" not in printed
     for name in ("best.pt", "last.pt", "log.csv"):
         assert state(first)[name] == trained[name]
     again = results(first)["scores"]
