@@ -1,0 +1,83 @@
+"""Three pictures of the README, drawn into photos/: python -m records.pictures
+
+compare.png: three records, from their logs. predict.gif: a test sequence, as forecast by long.pt.
+moves.png: how its head moves the last input frame; an arrow is the mean of a patch's moves, by their weights.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import figures
+import main
+from moving_mnist import moving_mnist_data
+
+RECORDS = Path(__file__).parent
+PHOTOS = RECORDS.parent / "photos"
+RUNS = {"convlstm": "convlstm, a plain ConvLSTM", "paper": "paper's network", "default": "default"}
+SEQUENCE = 3  # of the test split
+FIRST = 10  # the forecast frame that is drawn, counted from 0: frame 11
+
+histories, curves = {}, {}
+for name, label in RUNS.items():
+    rows = list(csv.DictReader((RECORDS / name / "log.csv").read_text("utf-8").splitlines()))
+    timing = RECORDS / name / "timing.csv"  # of older logs
+    if timing.exists():
+        minutes = {
+            row["step"]: row["minutes"] for row in csv.DictReader(timing.read_text("utf-8").splitlines())
+        }
+        rows = [{**row, "minutes": minutes[row["step"]]} for row in rows]
+    rows = [row for row in rows if row["val_loss"]]
+    histories[label] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
+    results = json.loads((RECORDS / name / "metrics.json").read_text("utf-8"))
+    curves[label] = results["scores"][results["model"]]["mse_per_frame"]["per_frame"]
+for who in figures.LABELS:
+    curves[who] = results["scores"][who]["mse_per_frame"]["per_frame"]
+title = "stand-in array: validation cross-entropy; MSE of 1,000 test sequences"
+(PHOTOS / "compare.png").write_bytes(figures.compare(histories, curves, title))
+
+model = main.load(RECORDS / "long.pt")
+data = moving_mnist_data("array", 0, 0)
+frames = data.scale.to_unit(data.test[np.arange(SEQUENCE, SEQUENCE + 1)])
+calls, plain = [], model.advect
+
+
+def watch(frames, weights, patch_size):
+    moved = plain(frames, weights, patch_size)
+    calls.append((weights[-1], moved[-1, 0]))
+    return moved
+
+
+model.advect = watch
+forecasts = model.forecast(frames[:, :FIRST], 10)[0]
+mse = (forecasts - frames[0, FIRST:]).square().sum((1, 2, 3)).mean()
+title = f"long fresh run, test sequence {SEQUENCE + 1}, MSE {mse:.0f}"
+animation = figures.animation(frames[0, :FIRST], frames[0, FIRST:], forecasts, title)
+(PHOTOS / "predict.gif").write_bytes(animation)
+
+weights, moved = calls[0]
+side = round(weights.shape[-1] ** 0.5)
+places = torch.arange(side) - side // 2.0
+weights = weights.unflatten(-1, (side, side))
+# a patch is taken from `places` away, so it moves the other way
+dx = -(weights.sum(-2) * places).sum(-1)
+dy = -(weights.sum(-1) * places).sum(-1)
+
+last, truth = frames[0, FIRST - 1, 0], frames[0, FIRST, 0]
+P = model.patch_size
+is_bright = torch.nn.functional.max_pool2d(moved[None], P)[0] > 0.2
+y, x = torch.nonzero(is_bright, as_tuple=True)
+
+titles = "last input frame (10)", "moved by the head", "forecast (11)", "truth (11)"
+figure, axes = plt.subplots(1, 4, figsize=(12, 3.5), layout="constrained")
+for ax, title, image in zip(axes, titles, (last, moved, forecasts[0, 0], truth), strict=True):
+    ax.imshow(image, cmap="gray", vmin=0, vmax=1)
+    ax.set(title=title, xticks=[], yticks=[])
+ends = x * P + (P - 1) / 2, y * P + (P - 1) / 2
+arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "color": "#e08e0b", "width": 0.008}
+axes[0].quiver(ends[0] - dx[y, x], ends[1] - dy[y, x], dx[y, x], dy[y, x], **arrows)
+figure.savefig(PHOTOS / "moves.png", dpi=110)
