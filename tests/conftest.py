@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 if "--gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable
@@ -20,15 +20,13 @@ import torch
 import figures
 import main
 import moving_mnist
-from support import report
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
 FRAMES_IN, FRAMES_OUT = 6, 4
-STEPS = 46 // 5  # an epoch: the batch of 5 divides none of the splits
-AFTER = str(ROOT / "tests" / "after.py")  # runs code, then main.py
-# at Python's shutdown a thread of gloo's may abort the process: with this launcher it always would
-ABORTS_AT_SHUTDOWN = (AFTER, "import atexit, os; atexit.register(os.abort)")
+STEPS = 17 // 5  # an epoch of a small run; two sequences are left over
+DRAWN = "loss", "per_frame", "prediction", "animation", "grid", "compare"  # the pictures of figures.py
+NO_PICTURES = f"import figures; vars(figures).update(dict.fromkeys({DRAWN}, lambda *_, **__: b''))\n"
 
 
 def pytest_addoption(parser):
@@ -69,8 +67,9 @@ def array(tmp_path_factory):
     return path
 
 
-SMALL = {"frames_in": FRAMES_IN, "frames_out": FRAMES_OUT, "batch_size": 5, "epochs": 2, "overlay": 1}
-SMALL |= {"hidden_channels": 8, "head_channels": 8, "precision": "fp32", "device": "cpu"}
+SMALL = {"frames_in": FRAMES_IN, "frames_out": FRAMES_OUT, "train_sequences": 17, "batch_size": 5}
+SMALL |= {"epochs": 2, "overlay": 1, "hidden_channels": 8, "head_channels": 8}
+SMALL |= {"precision": "fp32", "device": "cpu"}
 
 
 def flags(data, out, **changes):
@@ -88,6 +87,15 @@ def flags(data, out, **changes):
     return words
 
 
+@contextmanager
+def without_pictures():
+    """Each picture is an empty file."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DRAWN:
+            patch.setattr(figures, name, lambda *_, **__: b"")
+        yield
+
+
 def here(data, out, pictures=False, **changes):
     """Run main.main in this process, which saves the imports; the run's folder."""
     folders, run_folder = [], main.run_folder
@@ -98,11 +106,8 @@ def here(data, out, pictures=False, **changes):
             folders.append(folder)
             yield folder
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, nullcontext() if pictures else without_pictures():
         patch.setattr(main, "run_folder", noting_the_folder)
-        names = "draw_samples", "draw_ranked", "draw_named", "compare_runs"
-        for place in [] if pictures else [(figures, "loss"), *((report, name) for name in names)]:
-            patch.setattr(*place, lambda *_: b"")
         main.main(main.parse(flags(data, out, **changes)))
     return folders[-1]
 
@@ -121,10 +126,12 @@ def stopped_after_a_checkpoint():
         yield
 
 
-def start(*arguments, launcher=(), stdout=subprocess.PIPE, script=ROOT / "main.py", cwd=None, **environment):
-    """Run main.py in a process of its own; stdout and stderr are text."""
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    streams = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+def start(*arguments, launcher=(), code="", pictures=True, script=ROOT / "main.py", cwd=None, **environment):
+    """Run main.py in a process of its own, perhaps after some code; stdout and stderr are text."""
+    code = code if pictures else NO_PICTURES + code
+    after = [str(ROOT / "tests" / "after.py"), code] if code else []
+    command = [sys.executable, *launcher, *after, str(script), *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen(command, env=ENVIRONMENT | environment, cwd=cwd, **streams)
 
 
@@ -182,6 +189,12 @@ def reference(array, tmp_path_factory):
     out = tmp_path_factory.mktemp("reference")
     printed, _ = finish(start(*flags(array, out), RANK="1"))
     return out / "my_model", printed
+
+
+@pytest.fixture(scope="session")
+def short_run(array, tmp_path_factory):
+    """The folder of a short run, without pictures. Read only."""
+    return here(array, tmp_path_factory.mktemp("short_run"), epochs=1, train_sequences=10)
 
 
 @contextmanager

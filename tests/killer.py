@@ -3,7 +3,8 @@
     python tests/killer.py KILLS|PLACES array|fresh [flags of main.py]
 
 KILLS: how many, at random moments. PLACES, with commas between, a child for each: the name of a file, of
-which half is written; "evaluation". A first run, in OUT/alone, is not killed. Prints how many died at work.
+which half is written; "evaluation". Of pictures, KILLS draws only the animation; PLACES draws all, in a low
+resolution. A first run, in OUT/alone, is not killed. Prints how many died at work.
 """
 
 import os
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
+import figures
 import main
 import metrics
 from moving_mnist import Data, FreshMovingMNIST, MovingMNIST
@@ -81,6 +83,9 @@ if __name__ == "__main__":
     if data == "fresh":
         prepare.moving_mnist_data = small_fresh_data
     progress.SAVE_EVERY = -1  # a checkpoint after each step
+    figures.DPI = 30
+    for name in ("loss", "per_frame", "prediction", "grid", "compare") if kills.isdigit() else ():
+        setattr(figures, name, lambda *_, **__: b"")
     torch.set_num_threads(1)  # a child may not inherit threads
     dtype = torch.bfloat16 if knobs.precision == "bf16" else torch.float32
     prepare.attach(main.build(knobs, 1), torch.device("cpu"), dtype)  # builds C once, for all children

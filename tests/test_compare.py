@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import finish, flags, results, start, wait_until
+from conftest import finish, flags, here, results, start, wait_until
 from PIL import Image
 
 from support import checkpoint, compare
@@ -23,10 +23,10 @@ BASELINES = {"black frame", "last frame copied", "optical flow"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks a folder that others read")
-def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
+def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path, capsys):
     """Held up until both want to write compare.md."""
     models = "my_model", "convlstm"
-    few = {"epochs": 1, "train_sequences": 10}
+    few = {"epochs": 1, "train_sequences": 10, "fast": False}
     processes = [start(*flags(array, tmp_path, model=model, **few)) for model in models]
     for model, process in zip(models, processes, strict=True):
         wait_until((tmp_path / model / "best.pt").exists, process)
@@ -37,7 +37,8 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
     printed = [finish(process)[0] for process in processes]
     assert sorted("new run   differs from" in text for text in printed) == [False, True]
     (tmp_path / "compare.md").unlink()
-    assert "run has ended" in finish(start(*flags(array, tmp_path, model=models[0], **few)))[0]
+    here(array, tmp_path, pictures=True, model=models[0], **few)
+    assert "run has ended" in capsys.readouterr().out
     found = rows(tmp_path / "compare.md")
     assert set(found) == {*models, *BASELINES}
     for name in models:
@@ -50,21 +51,15 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path):
             image.load()
 
 
-def test_labels_name_what_differs_from_the_first_run_of_the_model(tmp_path):
-    cases = [
-        ("my_model", {"epochs": 3}, "my_model"),
-        ("my_model-2", {}, "my_model-2: epochs 2 (was 3)"),
-        ("mine", {"model": "paper", "seed": 1}, "mine: model paper"),
-        ("my_model-3", {"epochs": 3, "seed": 7}, "my_model-3: seed 7 (was 0)"),
-    ]
+def test_a_label_names_what_differs_from_the_first_run_of_the_model(tmp_path):
     runs = []
-    for name, changes, _ in cases:
+    for changes in {"epochs": 3}, {}, {"model": "paper", "seed": 1}, {"epochs": 3, "seed": 7}:
         knobs = {"model": "my_model", "epochs": 2, "seed": 0, "train_sequences": 40, **changes}
         asked = {"knobs": knobs, "data": "array", "sources": {}}
-        run = {"label": name, "folder": tmp_path, "model": knobs["model"], "is_trained": True}
+        run = {"label": "mine", "folder": tmp_path, "model": knobs["model"], "is_trained": True}
         runs.append({**run, "asked": asked})
     compare.label_runs(runs)
-    assert [run["label"] for run in runs] == [label for *_, label in cases]
+    assert runs[-1]["label"] == "mine: seed 7 (was 0), model my_model"
 
 
 def edited(change, name="metrics.json"):
@@ -89,10 +84,9 @@ DAMAGE = {
 }
 
 
-def test_damaged_neighbors_are_left_out(reference, tmp_path):
-    folder, _ = reference
+def test_damaged_neighbors_are_left_out(short_run, tmp_path):
     for name in ("one", "scored", "again", "a|b", *DAMAGE):
-        shutil.copytree(folder, tmp_path / name)
+        shutil.copytree(short_run, tmp_path / name)
     for name in ("scored", "again"):
         edited(lambda found: found["asked"]["knobs"].update(eval_only=True), "config.json")(tmp_path / name)
     for name in ("one", "a|b", "again"):  # of before this metric
@@ -103,7 +97,7 @@ def test_damaged_neighbors_are_left_out(reference, tmp_path):
         damage(tmp_path / name)
     for name in ("compare.md.123.half", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
         (tmp_path / name).write_bytes(b"half")
-    compare.compare_runs(tmp_path, results(folder), np.zeros((20, 1, 16, 16), np.uint8))
+    compare.compare_runs(tmp_path, results(short_run), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")
     one = "one: main.py: \ufffd, model my_model"
     assert set(found) == {one, "scored", "a\\|b: model my_model", *BASELINES}

@@ -122,8 +122,6 @@ def test_the_small_mirror_is_asked_first_and_only_once(server, tmp_path, monkeyp
 
 FAULTS = {
     "html": (offer(b"<html>log in</html>", Content_Type="text/html; charset=utf-8"), "19 bytes with md5"),
-    "redirect to no URL": (offer(code=302, Location="http://[::1"), "Invalid IPv6"),
-    "silent": (lambda handler: handler.server.go_on.wait(15), "timed out"),
     "stalled": (offer(GZ, 9_999, 9_999, hold=True), "timed out"),
     "truncated": (offer(GZ, 100_000, 100_000), "100000 bytes read"),
     "wrong bytes": (offer(WRONG), "300,000 bytes with md5"),
@@ -141,7 +139,7 @@ def test_fault_is_named_and_the_other_address_helps(server, folder, monkeypatch,
     reason = assert_refused(folder).split(server.urls[0])[1].split(", from http")[0]
     assert time.monotonic() - began < 8  # the server would wait for 15
     assert why in reason, reason
-    assert server.asked == ["/a.npy.gz", "/a.npy.gz", "/b.npy"] or fault == "redirect to no URL"
+    assert server.asked == ["/a.npy.gz", "/a.npy.gz", "/b.npy"]
     if fault in ("stalled", "truncated"):
         server.answers["/a.npy.gz"] = offer(code=503)
     server.answers["/b.npy"] = offer(NPY)

@@ -19,7 +19,7 @@ from support.scale import Scale, fill
 SIZE = 32
 SIZES = (SIZE, 2 * SIZE), (SIZE, SIZE), (0, 0)
 VIDEO = 64, 64, 1, 1
-FEW = {"frames_in": 3, "frames_out": 2, "epochs": 1}
+FEW = {"frames_in": 3, "frames_out": 2, "epochs": 1, "train_sequences": 5}
 FIELD = np.random.default_rng(0).normal(size=(40, 18, 21)).cumsum(0) * 3 - 100  # values about -100, (T, H, W)
 
 
@@ -170,7 +170,7 @@ def test_the_loss_leaves_missing_pixels_out(tmp_path):
     """That of the first step, against its definition."""
     field = FIELD.astype(np.float32)
     field[::3, 4:9] = np.nan
-    changes = {**FEW, "max_motion": 0, "train_sequences": 5, "grow_horizon": (0, 0)}
+    changes = {**FEW, "max_motion": 0, "grow_horizon": (0, 0)}
     path = saved(field, tmp_path)
     run = here(path, tmp_path / "out", **changes)
     (row,) = csv.DictReader((run / "log.csv").read_text("utf-8").splitlines())
@@ -187,16 +187,20 @@ def test_the_loss_leaves_missing_pixels_out(tmp_path):
     assert float(row["train_loss"]) == pytest.approx(losses.nansum().item() / truth.numel(), rel=1e-4)
 
 
-@pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
-@pytest.mark.parametrize("size", [(16, 16), (17, 30), (35, 19)])
+MODELS = "my_model", "paper", "convlstm", "seq2seq"
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [("my_model", (35, 19)), *((model, (17, 30)) for model in MODELS)]
+)
 def test_any_size_trains(model, size, tmp_path):
     field = np.random.default_rng(0).random((20, *size), np.float32)
-    run = here(saved(field, tmp_path), tmp_path / "out", model=model, **FEW, train_sequences=5)
+    run = here(saved(field, tmp_path), tmp_path / "out", model=model, **FEW)
     assert np.load(run / "forecast.npy").shape == (2, 1, *size)
 
 
 def test_a_resumed_run_has_its_scale(tmp_path):
-    path, changes = saved(FIELD, tmp_path), {**FEW, "value_range": (-120, -80)}
+    path, changes = saved(FIELD, tmp_path), {**FEW, "train_sequences": 10, "value_range": (-120, -80)}
     alone = here(path, tmp_path / "alone", **changes)
     with stopped_after_a_checkpoint():
         here(path, tmp_path / "out", **changes)
@@ -207,12 +211,16 @@ def test_a_resumed_run_has_its_scale(tmp_path):
 
 def test_weights_of_another_scale_say_so(tmp_path, capsys):
     run = here(saved(FIELD, tmp_path), tmp_path / "out", **FEW)
+    path = saved(FIELD + 273.15, tmp_path, "other.npy")
     capsys.readouterr()
-    for other, warned in (FIELD, False), (FIELD + 273.15, True), (FIELD / 1e4 - 100, True):
-        path = saved(other, tmp_path, "other.npy")
-        here(path, tmp_path / "out", **FEW, weights=run / "best.pt", eval_only=True)
-        printed = capsys.readouterr().out
-        assert ("warning   the scale hardly fits these values: they go from" in printed) == warned
+    here(path, tmp_path / "out", **FEW, weights=run / "best.pt", eval_only=True)
+    printed = [capsys.readouterr().out]
+    scale = Scale.of(checkpoint.load(run / "best.pt")["scale"])
+    for other in FIELD, FIELD / 1e4 - 100:
+        load(saved(other, tmp_path, "other.npy"), scale=scale)
+        printed.append(capsys.readouterr().out)
+    warning = "warning   the scale hardly fits these values: they go from"
+    assert [warning in text for text in printed] == [True, False, True]
 
 
 with_one = lambda value: np.where(np.arange(FIELD.size).reshape(FIELD.shape) == 7, value, FIELD)
@@ -222,10 +230,7 @@ REFUSED = [
     (with_one(np.inf), r"own\.npy has infinite values; write NaN where"),
     (FIELD * 1j, "holds complex128; expected integers or floats"),
     (np.full(FIELD.shape, "a"), "holds <U1; expected integers or floats"),
-    (
-        FIELD[:14],
-        r"too few frames: expected at least one series of 15 frames, or three of 5 .*; found \[14\]",
-    ),
+    (FIELD[:14], r"too few frames: expected at least one series of 15 .*, or three of 5 .*; found \[14\]"),
     (FIELD[:4], "too few frames: .*; found none so long"),
     (FIELD[:, :8, :10], "has frames of 18×10|has frames of 8×10; expected at least 16×16"),
     (FIELD[0], r"has shape \(18, 21\); expected \(T, H, W\)"),
@@ -300,10 +305,8 @@ def test_frames_are_those_of_the_files(tmp_path):
     a, b = source.series
     assert (a.shape, b.shape) == ((12, 3, SIZE, SIZE), (25, 3, SIZE, SIZE))
     assert a.dtype == np.uint8 and source.axes == "NTHWC"
-    assert [one[0, :, 10:22].max((1, 2)).argmax() for one in (a, b)] == [
-        1,
-        0,
-    ]  # a.avi first; red, green, blue
+    # a.avi first; red, green, blue
+    assert [one[0, :, 10:22].max((1, 2)).argmax() for one in (a, b)] == [1, 0]
     whole, cropped, native = (read(tmp_path / "b.avi", (*size, 1, 1)).series[0] for size in SIZES)
     np.testing.assert_array_equal(cropped, whole[..., 16:48])
     np.testing.assert_array_equal(native, whole)
@@ -336,17 +339,14 @@ def test_images_of_a_folder_are_a_series(tmp_path):
         with pytest.raises(UserError, match=r"2\.png is not an image of 8 bits for each color"):
             read(tmp_path / "a", VIDEO)
     saved(FIELD, tmp_path / "a")
-    with pytest.raises(
-        UserError, match="a holds arrays, videos or images together; give a folder of one kind"
-    ):
+    sentence = "a holds arrays, videos or images together; give a folder of one kind"
+    with pytest.raises(UserError, match=sentence):
         read(tmp_path / "a", VIDEO)
 
 
 def test_a_color_video_trains(tmp_path):
     write(tmp_path / "clip.mp4", 61, fourcc="mp4v")
-    run = here(
-        tmp_path / "clip.mp4", tmp_path, pictures=True, **FEW, video=(16, 32, 1, 3), train_sequences=20
-    )
+    run = here(tmp_path / "clip.mp4", tmp_path, pictures=True, **FEW, video=(16, 32, 1, 3))
     assert (run / "metrics.json").exists() and (run / "predict_1.png").exists()
 
 

@@ -25,6 +25,7 @@ from conftest import (
     start,
     state,
     stopped_after_a_checkpoint,
+    without_pictures,
 )
 from PIL import Image
 
@@ -104,7 +105,7 @@ def same(folder, reference, files=("log.csv", "metrics.json", "forecast.npy")):
 
 def test_a_run_leaves_every_file(reference, array):
     folder, printed = reference
-    assert printed.count(" of 5 sequences, ") == 10 and "scoring   6 test sequences" in printed
+    assert printed.count(" of 5 sequences, ") == 2 * STEPS and "scoring   6 test sequences" in printed
     assert {path.name for path in folder.iterdir()} == {*FILES, ".lock", "source"}
     assert all((folder / name).stat().st_size for name in FILES)
     for name in SOURCES:
@@ -113,7 +114,7 @@ def test_a_run_leaves_every_file(reference, array):
     assert config["asked"]["knobs"]["hidden_channels"] == [8]
     assert (config["torch"], config["device"], config["threads"]) == (torch.__version__, "cpu", 1)
     rows = evaluations(folder)
-    assert len(rows) == 10 and (rows[-1]["epoch"], rows[-1]["step"]) == (2, 2 * STEPS)
+    assert len(rows) == 2 * STEPS and (rows[-1]["epoch"], rows[-1]["step"]) == (2, 2 * STEPS)
     knobs, parts = main.parse(flags(array, folder)), [(row["step"] - 0.5) / (2 * STEPS) for row in rows]
     assert [row["forecast_frames"] for row in rows] == [main.horizon_at(knobs, part)[1] for part in parts]
     assert [row["SSIM_in_loss"] for row in rows] == [part >= knobs.ssim_from for part in parts]
@@ -184,7 +185,7 @@ def test_an_evaluation_has_a_row_of_its_own(array, tmp_path, monkeypatch):
     count, mine = progress.Progress.count_step, {"mine": torch.tensor(7.0)}
     noting = lambda progress, loss, rate, numbers, *given: count(progress, loss, rate, numbers | mine, *given)
     monkeypatch.setattr(progress.Progress, "count_step", noting)
-    rows = evaluations(here(array, tmp_path, epochs=1))
+    rows = evaluations(here(array, tmp_path, epochs=1, train_sequences=0))
     assert [(row["step"], row["mine"]) for row in rows] == [(2, 7), (3, 7), (6, 7), (9, 7)]
 
 
@@ -210,7 +211,10 @@ def test_the_best_the_median_and_the_worst_are_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
-    """The references; a network with dropout in evaluation, too, rates by NumPy, and a mask. Stopped once."""
+    """The references; a network with dropout in evaluation, too, rates by NumPy, and a mask. Stopped once.
+
+    The weights of the references draw the same forecast again.
+    """
     if model == "my_model":
         build, schedule = main.build, main.learning_rate_at
 
@@ -230,6 +234,12 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
         here(array, tmp_path, model=model, **FEW)
     assert checkpoint.load(tmp_path / model / "last.pt")["step"] == 1
     same(here(array, tmp_path, model=model, **FEW), alone)
+    if model != "my_model":
+        past, _ = split(array, TEST)
+        past = torch.from_numpy(past[:1, :, None]).float()
+        drawn = 255 * main.load(alone / "best.pt").forecast(past, FRAMES_OUT)[0].numpy()
+        np.testing.assert_allclose(np.load(alone / "forecast.npy"), drawn, atol=0.51)
+        assert main.load(alone / "last.pt").frames_out == FRAMES_OUT
 
 
 def kill(kills, data, out, **changes):
@@ -246,7 +256,7 @@ def kill(kills, data, out, **changes):
 @linux
 @pytest.mark.parametrize(
     ("data", "kills", "changes"),
-    [("array", 12, WIDE), ("array", 4, {**WIDE, "precision": "bf16"}), ("fresh", 4, FEW)],
+    [("array", 12, WIDE), ("fresh", 4, {**WIDE, "patch_size": 4, "precision": "bf16"})],
 )
 def test_killed_at_random_moments(data, kills, changes, array, tmp_path):
     """In a step, a checkpoint, an evaluation or a picture: the same command ends as if nothing had been."""
@@ -272,14 +282,6 @@ def test_a_finished_run_stays_as_it_is(reference, array, capsys):
     assert printed.split("\n\n")[1] in again  # the table
 
 
-def test_a_finished_run_without_its_checkpoint_is_not_trained_again(reference, array, tmp_path, capsys):
-    folder = shutil.copytree(reference[0], tmp_path / "my_model")
-    (folder / "last.pt").unlink()
-    before = state(folder)
-    here(array, tmp_path)
-    assert state(folder) == before and "this run has ended" in capsys.readouterr().out
-
-
 def test_resuming_elsewhere_says_that_it_is_not_exact(reference, array, tmp_path, capsys):
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
     (folder / "metrics.json").unlink()
@@ -292,7 +294,8 @@ def test_resuming_elsewhere_says_that_it_is_not_exact(reference, array, tmp_path
     assert f"resuming at step {2 * STEPS - 1}" in printed
 
 
-def test_lost_and_damaged_files_of_a_run_that_has_ended_come_back(reference, array, tmp_path):
+def test_lost_and_damaged_files_of_a_run_that_has_ended_come_back(reference, array, tmp_path, capsys):
+    """Without its checkpoint, it is not trained again."""
     folder = shutil.copytree(reference[0], tmp_path / "my_model")
     lost = [name for name in RESULTS if name not in ("loss.png", "log.csv")]
     for name in lost:
@@ -303,33 +306,38 @@ def test_lost_and_damaged_files_of_a_run_that_has_ended_come_back(reference, arr
         (folder / "metrics.json").write_bytes(damaged)
         here(array, tmp_path)
         same(folder, reference[0])
+    (folder / "last.pt").unlink()
+    before = state(folder)
+    capsys.readouterr()
+    here(array, tmp_path)
+    assert state(folder) == before and "this run has ended" in capsys.readouterr().out
 
 
-def test_minutes_instead_of_epochs(tmp_path):
-    np.save(tmp_path / "long.npy", moving_squares(1000))
-    folder = here(tmp_path / "long.npy", tmp_path, max_minutes=0.05)  # 3 seconds
+def test_minutes_instead_of_epochs(array, tmp_path):
+    folder = here(array, tmp_path, max_minutes=0.05)  # 3 seconds
     last = checkpoint.load(folder / "last.pt")
     assert last["step"] == last["progress"]["steps"] > 13
     assert evaluations(folder)[-1]["learning_rate"] < 0.1 * main.Knobs.learning_rate
-    assert results(here(tmp_path / "long.npy", tmp_path, max_minutes=1e-6))["scores"]  # ends, too
+    assert results(here(array, tmp_path, max_minutes=1e-6))["scores"]  # ends, too
 
 
 def test_weights_bring_their_network_along(array, tmp_path, capsys):
     network = {"hidden_channels": [6, 4], "head_channels": [], "max_motion": 0, "equivariant": False}
-    trained = here(array, tmp_path, epochs=1, **network)
+    trained = here(array, tmp_path, **FEW, **network)
     halves = torch.load(trained / "best.pt")
     halves["model"] = {name: weight.half() for name, weight in halves["model"].items()}
     checkpoint.save(given := tmp_path / "small.pt", halves)
     before = state(trained)
-    folder = here(array, tmp_path, weights=given, eval_only=True, pictures=True)
-    assert folder == tmp_path / "small-eval" and "weights of" in capsys.readouterr().out
+    folder = here(array, tmp_path, weights=given, eval_only=True)
+    printed = capsys.readouterr().out
+    assert folder == tmp_path / "small-eval" and "weights of" in printed and "edited" not in printed
     assert (folder / "predict_worst.png").exists() and not (folder / "last.pt").exists()
     assert mean(folder) == pytest.approx(mean(trained), rel=1e-3) and mean(folder) != mean(trained)
     assert "| small-eval " in (tmp_path / "compare.md").read_text("utf-8")
     with pytest.raises(UserError, match=r"hidden_channels \(6, 4\), not \(8,\); leave out --hidden_channels"):
         here(array, tmp_path, weights=given, hidden_channels=8)
     scores = state(folder)
-    tuned = here(array, tmp_path, weights=given, learning_rate=1e-9, epochs=1)
+    tuned = here(array, tmp_path, weights=given, learning_rate=1e-9, **FEW)
     assert tuned == tmp_path / "my_model-2" and state(folder) == scores and state(trained) == before
     found, expected = (evaluations(f)[-1]["val_mse_per_frame"] for f in (tuned, trained))
     assert found == pytest.approx(expected, rel=1e-3)
@@ -341,7 +349,8 @@ def test_evaluation_alone_replaces_no_scores(reference, array, tmp_path):
     before, best = state(folder), str(folder / "best.pt")
     words = ["--eval_only", "--weights", best, "--data", str(array), "--out", str(tmp_path)]
     for _ in range(2):  # the second time into the same folder
-        main.main(main.parse([*words, "--device", "cpu", "--precision", "fp32"]))
+        with without_pictures():
+            main.main(main.parse([*words, "--device", "cpu", "--precision", "fp32"]))
         again = tmp_path / "my_model-eval"
         assert results(again) == results(folder) | {"validation_mse": None}
         text = (again / "config.json").read_text("utf-8")
