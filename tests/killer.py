@@ -1,17 +1,16 @@
-"""Runs main.py in this process's children, kills them with SIGKILL, and lets the last one end.
+"""Runs main.py in this process's children, which die, and lets the last one end.
 
-    python tests/killer.py KILLS|PLACES array|fresh [flags of main.py]
+    python tests/killer.py random|PLACES array|fresh [flags of main.py]
 
-KILLS: how many, at random moments. PLACES, with commas between, a child for each: the name of a file, of
-which half is written; "evaluation". Of pictures, KILLS draws only the animation; PLACES draws all, in a low
-resolution. A first run, in OUT/alone, is not killed. Prints how many died at work.
+random: at random moments, until one ends. Of the pictures, only the animation is drawn. PLACES, with commas
+between, a child for each: the name of a file, of which half is written; "evaluation". A first run, in
+OUT/alone, is not killed. Prints how many died in a place, or at random after the first checkpoint.
 """
 
 import os
 import random
 import signal
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,43 +56,57 @@ def die_in(place):
     checkpoint.open_atomic = half
 
 
-def child(knobs, place=None):
+def child(knobs, place=None, moment=("main", 0)):
+    """A run that is left alone, or dies in a place or at a moment.
+
+    moment: a function of main.py, and how many seconds of the processor after its beginning. 0: never.
+    """
     if (number := os.fork()) == 0:
         die_in(place)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         torch.set_num_threads(2)
+        name, seconds = moment
+        function = getattr(main, name)
+        # the timer's signal ends a process as SIGKILL does
+        timed = lambda *given: (signal.setitimer(signal.ITIMER_PROF, seconds), function(*given))
+        setattr(main, name, timed)
         main.main(knobs)
         os._exit(0)
     return number
 
 
-def killed(number, seconds):
-    """Whether it was at work until SIGKILL came, after so many seconds of the processor."""
-    while time.clock_gettime(~number << 3 | 2) < seconds:  # Linux's clock of another process
-        if os.waitpid(number, os.WNOHANG)[0]:
-            return False
-        time.sleep(0.002)
-    os.kill(number, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(number, 0)[1])
+def warm_up(knobs):
+    """Build C, and import what torch imports late, once for all children."""
+    dtype = torch.bfloat16 if knobs.precision == "bf16" else torch.float32
+    torch.set_num_threads(1)  # a child may not inherit threads
+    model = main.build(knobs, 1)
+    prepare.attach(model, torch.device("cpu"), dtype)
+    main.make_optimizers(model, knobs, dtype)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        model(torch.rand(20, knobs.frames_in, 1, 32, 32), 2).float().mean().backward()
 
 
 if __name__ == "__main__":
-    kills, data, *arguments = sys.argv[1:]
+    places, data, *arguments = sys.argv[1:]
     knobs, rng, at_work = main.parse(arguments), random.Random(0), 0
+    last = Path(knobs.out, knobs.model, "last.pt")
     if data == "fresh":
         prepare.moving_mnist_data = small_fresh_data
     progress.SAVE_EVERY = -1  # a checkpoint after each step
     figures.DPI = 30
-    for name in ("loss", "per_frame", "prediction", "grid", "compare") if kills.isdigit() else ():
+    for name in ("loss", "per_frame", "prediction", "grid", "compare") if places == "random" else ():
         setattr(figures, name, lambda *_, **__: b"")
-    torch.set_num_threads(1)  # a child may not inherit threads
-    dtype = torch.bfloat16 if knobs.precision == "bf16" else torch.float32
-    prepare.attach(main.build(knobs, 1), torch.device("cpu"), dtype)  # builds C once, for all children
+    warm_up(knobs)
     _, status, used = os.wait4(child(replace(knobs, out=f"{knobs.out}/alone")), 0)
     assert status == 0, "the run fails even when it is left alone"
-    for _ in range(int(kills) if kills.isdigit() else 0):
-        at_work += killed(child(knobs), rng.random() * (used.ru_utime + used.ru_stime) / 3)
-    for place in [] if kills.isdigit() else kills.split(","):
-        at_work += os.WIFSIGNALED(os.waitpid(child(knobs, place), 0)[1])
-    assert os.waitpid(child(knobs), 0)[1] == 0, "the run cannot go on"
+    if places == "random":
+        often = 8 / (used.ru_utime + used.ru_stime)
+        moment = lambda: (rng.choice(("main", "train", "train")), rng.expovariate(often))
+        while os.WIFSIGNALED(status := os.waitpid(child(knobs, moment=moment()), 0)[1]):
+            at_work += last.exists()
+    else:
+        for place in places.split(","):
+            at_work += os.WIFSIGNALED(os.waitpid(child(knobs, place), 0)[1])
+        status = os.waitpid(child(knobs), 0)[1]
+    assert status == 0, "the run cannot go on"
     print(at_work)
