@@ -53,7 +53,7 @@ def test_two_runs_that_start_and_end_at_once_are_both_compared(array, tmp_path, 
 
 def test_a_label_names_what_differs_from_the_first_run_of_the_model(tmp_path):
     runs = []
-    for changes in {"epochs": 3}, {}, {"model": "paper", "seed": 1}, {"epochs": 3, "seed": 7}:
+    for changes in {"model": "paper", "seed": 1}, {"epochs": 3}, {}, {"epochs": 3, "seed": 7}:
         knobs = {"model": "my_model", "epochs": 2, "seed": 0, "train_sequences": 40, **changes}
         asked = {"knobs": knobs, "data": "array", "sources": {}}
         run = {"label": "mine", "folder": tmp_path, "model": knobs["model"], "is_trained": True}

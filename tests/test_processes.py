@@ -33,12 +33,12 @@ def free_port():
         return free.getsockname()[1]
 
 
-def two(first, second):
+def two(first, second, folders=(None, None)):
     """Two processes of one run, without torchrun, which would stop the one where the other fails."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     options = {"code": ABORTS_AT_SHUTDOWN, **world}
-    ranked = zip("01", (first, second), strict=True)
-    return [start(*words, **options, RANK=rank, LOCAL_RANK=rank) for rank, words in ranked]
+    ranked = zip("01", (first, second), folders, strict=True)
+    return [start(*words, **options, cwd=cwd, RANK=k, LOCAL_RANK=k) for k, words, cwd in ranked]
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +88,21 @@ def test_two_machines(array, tmp_path):
     rendezvous += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     machines = []
     for k, precision in ("1", "bf16"), ("2", "fp32"):
-        options = {"launcher": (*rendezvous, f"--local_addr=127.0.0.{k}"), "pictures": False}
-        words = flags(array, tmp_path / k, precision=precision, **FEW)
-        machines.append(start(*words, code=NAMES_PRECISION, **options))
+        (tmp_path / k).mkdir()
+        options = {"code": NAMES_PRECISION, "pictures": False, "cwd": tmp_path / k}
+        launcher = (*rendezvous, f"--local_addr=127.0.0.{k}")
+        words = flags(array, "out", precision=precision, **FEW)
+        machines.append(start(*words, launcher=launcher, **options))
     printed = [finish(machine)[0] for machine in machines]
     speaks = ["processes: 2" in text for text in printed]
     assert sorted(speaks) == [False, True]
     precision, dtype = ("bf16", "torch.bfloat16") if speaks[0] else ("fp32", "torch.float32")
     assert f"device    cpu, {precision} (set by the knob precision)" in "".join(printed)
     assert [set(re.findall(r"^torch\.\w+$", text, re.M)) for text in printed] == [{dtype}] * 2
-    assert [(tmp_path / k).exists() for k in "12"] == speaks  # the other writes nothing
-    assert [(tmp_path / k / "my_model" / "metrics.json").exists() for k in "12"] == speaks
-    places = [tmp_path / k for k in ("12" if speaks[0] else "21")]
-    again = two(*(flags(array, place, precision=precision, **FEW) for place in places))
+    assert [any((tmp_path / k).iterdir()) for k in "12"] == speaks  # the other writes nothing
+    assert [(tmp_path / k / "out" / "my_model" / "metrics.json").exists() for k in "12"] == speaks
+    command = flags(array, "out", precision=precision, **FEW)
+    again = two(command, command, [tmp_path / k for k in ("12" if speaks[0] else "21")])
     # the second has to be told
     assert "this run has ended" in "".join([finish(machine)[0] for machine in again])
 
