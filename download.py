@@ -51,7 +51,7 @@ def fetch(file):
 def is_there(path, file):
     """Whether the file has been downloaded. Raises UserError for another file of its name."""
     if path.exists() and path.stat().st_size != file.size:
-        raise UserError(f"{path} is not the official file: move it, and give its path with --data")
+        raise UserError(f"{path} is not the official file; move it away. Your own data: use --data")
     return path.exists()
 
 
@@ -83,12 +83,14 @@ def read_verified(path, file):
     with (gzip.open if zipped else open)(path, "rb") as unpacked:
         content = unpacked.read(file.size + 1)  # one byte too many is enough to know
     if (md5 := hashlib.md5(content, usedforsecurity=False).hexdigest()) != file.md5:
-        raise UserError(f"{len(content):,} bytes with md5 {md5}, expected {file.md5}")
+        raise UserError(f"{path.name} has {len(content):,} bytes with md5 {md5}, expected {file.md5}")
     return content
 
 
 def main():
-    print(f"{fetch(ARRAY)} is complete")
+    path = fetch(ARRAY)
+    read_verified(path, ARRAY)  # it may have been put there by hand
+    print(f"{path} is complete")
 
 
 if __name__ == "__main__":

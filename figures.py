@@ -185,7 +185,7 @@ def grid(rows, title, most=10, values=None):
     title = fill(title, max(20, wide // 13))
     top = 57 + 25 * len(title.split("\n"))
     bottom = top + len(rows) * (height + 34) - 26
-    picture = np.full((bottom + (100 if values else 0), wide, 3), 255, np.uint8)
+    picture = np.full((bottom + (120 if values else 0), wide, 3), 255, np.uint8)
     figure = Figure(figsize=(wide / DPI, len(picture) / DPI), dpi=DPI, layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -203,10 +203,11 @@ def grid(rows, title, most=10, values=None):
             words = first + t if isinstance(first, int) else first[t]
             axes.text(x + width / 2, y - 4, words, ha="center", va="bottom", fontsize=7.5)
     for k, (name, meaning) in enumerate(bars.items() if values else ()):
-        place = (left + 456 * k) / wide, 42 / len(picture), 256 / wide, 18 / len(picture)
+        place = (left + 456 * k) / wide, 62 / len(picture), 256 / wide, 18 / len(picture)
         options = {"orientation": "horizontal", "extend": "max" if name else "neither"}
         bar = figure.colorbar(color_scale(meaning), figure.add_axes(place), **options)
         bar.ax.tick_params(labelsize=7.5)
+        bar.ax.xaxis.get_offset_text().set_fontsize(7.5)  # a power of ten, or what is added to all
         bar.ax.set_title(name, fontsize=7.5)
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.text(wide / 2, 14, title, ha="center", va="top", fontsize=10)

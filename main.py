@@ -29,6 +29,7 @@ import convlstm
 import metrics
 from moving_mnist import DROPOUT, ORDER, OVERLAYS
 from my_model import EncoderForecaster
+from own_data import is_array
 from support import UserError, checkpoint, report
 from support.devices import RANK, WORLD_SIZE, all_reduce, on_rank_0, run_script, to_device
 from support.folders import run_folder
@@ -274,13 +275,16 @@ def main(knobs):
     with run_folder(setup) as folder:
         if knobs.eval_only:
             report.finish(setup, folder, setup.scored_step)
-        elif results := on_rank_0(report.read_results, folder):
-            report.show(setup, folder, results)
-        else:
+            return
+        results, is_outdated = on_rank_0(report.read_results, folder)
+        if results is None:  # not scored yet
             optimizers = make_optimizers(setup.model, knobs, setup.dtype)
             progress = resume(folder, setup, Progress.start(setup), optimizers)
             train(setup, folder, progress, optimizers)
+        if results is None or is_outdated:
             report.finish(setup, folder, load_best(folder, setup.model))
+        else:
+            report.show(setup, folder, results)
 
 
 def parse(arguments):
@@ -303,6 +307,10 @@ def parse(arguments):
         if name in NETWORK and knobs.weights:
             then, now = getattr(default, name), getattr(knobs, name)
             raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
+        if name == "value_range" and (knobs.eval_only or knobs.data in ("array", "fresh")):
+            raise UserError("value_range is for training on data of your own; leave it out")
+        if name == "video" and is_array(knobs.data):
+            raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
     return knobs
 
 

@@ -187,11 +187,14 @@ class EncoderForecaster(nn.Module):
             make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
             below = hidden
         below = [s for layer in self.encoder for s in hidden_grids(layer.cell.hidden_channels)]
-        kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+        kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
         for kernel, above in zip(kernels, outputs, strict=True):
-            make_equivariant(kernel, above, below)
+            n_below = sum(width * (places >= 0).sum() for places, width in below)
+            make_equivariant(
+                kernel, above, below if kernel.shape[1] == n_below else hidden_grids(kernel.shape[1])
+            )
             below = above
 
     def forward(self, past, n_future, draw_from=None):

@@ -92,8 +92,9 @@ def read(path, video, most=None):
     if not path.exists():
         raise UserError(f"{path} is not there")
     *size, stride, channels = video
-    if stride < 1 or channels not in (1, 3):
-        raise UserError(f"video is {video}; expected height, width, frame step from 1, and 1 or 3 channels")
+    if (any(size) and min(size) < LEAST) or stride < 1 or channels not in (1, 3):
+        expected = f"height and width from {LEAST}, frame step, 1 or 3 channels"
+        raise UserError(f"video is {' '.join(map(str, video))}; expected {expected}")
     files = list_files(path)
     arrays, videos, images = (
         [p for p in files if p.suffix.lower() in kind and p.is_file()] for kind in KINDS
@@ -164,7 +165,8 @@ def describe(source):
     missing = sum(np.isnan(one).sum() for one in series) / sum(one.size for one in series)
     many = f"{len(series):,} series of " if len(series) > 1 else ""
     size = f"{many}{frames} frames of {H}×{W}, channels: {C}"
-    numbers = f"{series[0].dtype} from {low.min():.6g} to {high.max():.6g}, missing (NaN): {missing:.1%}"
+    numbers = f"{series[0].dtype} from {low.min():.6g} to {high.max():.6g}"
+    numbers += f", missing (NaN): {missing:.1%}" if missing else ""
     print0(f"read      {source.name} ({axes}): {size}, {numbers}")
     for text in find_oddities(source, low, high):
         print0(f"warning   {text}")
@@ -184,8 +186,11 @@ def find_oddities(source, low, high):
         # a code for missing pixels is frequent, and far from all other values
         if len(others) > 2 and counts[k] > 9 and np.abs(others - values[k]).min() > 2 * np.ptp(others):
             yield f"the value {values[k]:g} is far from all others; if it means a missing pixel, write NaN"
-    if source.axes == "NTHW" and n <= 4:
-        yield f"series have {n} frames: if these are channels, put them at the end"
+    most = max(map(len, source.series))
+    if source.axes == "NTHW" and most <= 4:
+        yield f"series have {most} frames: if these are channels, put them at the end"
+    if n < 2:
+        return
     along_time = np.nanmean(np.abs(np.diff(sample, axis=1)))
     if along_time < 2e-4 * (high - low).max():
         yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3g}"

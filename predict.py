@@ -34,6 +34,8 @@ def predict(
         start: the first input frame. 0 is the first of the data, -10 the tenth from the end.
         out: folder for forecast.npy (in the units and axes of the data), forecast.gif and forecast.png.
     """
+    if frames < 0:
+        raise UserError(f"frames is {frames}; expected at least 0")
     model = main.load(weights)
     n, frames = model.frames_in, frames or model.frames_out
     data = read(source, model.video, most=start + n + frames if start >= 0 else None)

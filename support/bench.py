@@ -4,7 +4,7 @@
 
 Contenders take turns; the median of each is printed. Compare times of one run only. The reference has no
 peepholes, and it convolves zeros. A step reads 10 frames and forecasts 10, on an NVIDIA GPU if there is one.
-Then, on a CPU: a training step of the default network (forward and backward) against its bare convolutions,
+Then, on a CPU: a training step of the default network, AdamW included, against its bare convolutions,
 and without symmetric.py. At horizon h it reads 20 - h frames and forecasts h.
 """
 

@@ -91,6 +91,8 @@ def load_weights(model, state, path):
     except RuntimeError as error:
         reason = "the network's code, a knob of your own or the channels of the data have changed"
         raise UserError(f"weights in {path} do not fit: {reason}; undo that, or use another file") from error
+    if "network" not in state:
+        print0(f"edited    {path} is of an earlier version of this code")
     then, now = state.get("network", {}), sources.network()
     if edited := [name for name in then if now.get(name, then[name]) != then[name]]:
         print0(f"edited    {', '.join(edited)}: no longer the code with which {path} was trained")

@@ -123,8 +123,8 @@ def write_config(folder, config):
 def describe_changes(asked, before, old_folder, new_folder):
     """What differs from the run in old_folder: ["epochs 3 (was 2)", "main.py: loss = 2 * loss", …]."""
     old, new = before["knobs"], asked["knobs"]
-    changed = [name for name in new if old.get(name) != new[name]]
-    changes = [f"{name} {to_text(new[name])} (was {to_text(old.get(name))})" for name in changed]
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    changes = [f"{name} {to_text(new.get(name))} (was {to_text(old.get(name))})" for name in changed]
     if asked["data"] != before["data"] and not set(SELECTING) & set(changed):
         changes.append("other data")
     if asked.get("weights") != before.get("weights") and "weights" not in changed:

@@ -87,10 +87,6 @@ def check(knobs):
     low, high = knobs.value_range
     if not (low < high or low == high == 0):
         raise UserError(f"value_range is {low:g} {high:g}; expected the lower value first")
-    if is_array(knobs.data) and knobs.video != type(knobs).video and not knobs.eval_only:
-        raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
-    if knobs.data in ("array", "fresh") and low < high:
-        raise UserError(f"value_range is for data of your own, and data is {knobs.data}; leave it out")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
@@ -141,7 +137,8 @@ def describe(setup):
     parameters = sum(p.numel() for p in setup.model.parameters())
     weights = f", weights of {knobs.weights}" if knobs.weights else ""
     print0(f"model     {knobs.model}, {parameters:,} parameters{weights}")
-    changed = [f"{k} {to_text(v)}" for k, v in vars(knobs).items() if v != getattr(type(knobs), k)]
+    default = type(knobs)()
+    changed = [f"{k} {to_text(v)}" for k, v in vars(knobs).items() if v != getattr(default, k)]
     print0(f"knobs     as in main.py{', but ' if changed else ''}{', '.join(changed)}")
     text = "{device}, {precision}, threads: {threads}, processes: {processes}, torch {torch}"
     print0(f"device    {text.format(**setup.environment)}\nkernels   {setup.environment['kernels']}")

@@ -110,14 +110,14 @@ def baselines(setup, folder, dataset, names, index=None):
 
 
 def read_results(folder):
-    """metrics.json of a run that has ended. None: not yet, damaged, or scored by another metrics.py."""
+    """(metrics.json of a run that has ended, or None; whether it is to be scored by another metrics.py)."""
     results = read_json(folder / "metrics.json")
     try:
         describe(results)
     except Exception:  # damaged: it may hold anything
-        return None
+        return None, False
     is_of_now = results.get("metrics") == sources.fingerprint("metrics.py")
-    return results if is_of_now or not (folder / "last.pt").exists() else None
+    return results, not is_of_now and (folder / "best.pt").exists()
 
 
 def show(setup, folder, results):

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MUON = "support/muon.py"
 NO_RESULTS = {"predict.py", "download.py", "figures.py"}  # they cannot change weights or scores
+LIBRARIES = [path for path in map(Path, (sys.prefix, sys.base_prefix)) if ROOT in path.parents]
 NOT_MINE = "support/", "records/", "tests/", "."
 kept = {}  # name → text, once a script has begun
 
@@ -48,7 +49,7 @@ def used():
     names = {MUON, script()}
     for name, module in list(sys.modules.items()):
         path = resolve(getattr(module, "__file__", None) or "")
-        is_mine = ROOT in path.parents and "site-packages" not in path.parts
+        is_mine = ROOT in path.parents and not any(folder in path.parents for folder in LIBRARIES)
         if is_mine and path.suffix == ".py" and name != "__main__":
             names.add(path.relative_to(ROOT).as_posix())
     return sorted(name for name in names - NO_RESULTS if name == MUON or not name.startswith(NOT_MINE))
@@ -89,14 +90,17 @@ def network():
 def fingerprint(name, wanted=()):
     """A hash of a source file, or of its definitions with these names, without comments and docstrings.
 
-    Knobs do not count: their values do.
+    Defaults of Knobs do not count: the values of a run do.
     """
     return fingerprint_of(read(name), wanted)
 
 
 @functools.cache
 def fingerprint_of(text, wanted):
-    body = [node for node in ast.parse(text).body if "Knobs" not in defined(node)]
+    body = ast.parse(text).body
+    for node in body:
+        if isinstance(node, ast.ClassDef) and node.name == "Knobs":
+            node.body = [part for part in node.body if not isinstance(part, ast.AnnAssign)]
     found = shape([node for node in body if not wanted or defined(node) & set(wanted)])
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 

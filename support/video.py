@@ -17,6 +17,8 @@ def read_pictures(path, frames, size, channels, most):
     frames = [crop_and_resize(frame, *size, channels) for frame in itertools.islice(frames, most)]
     if not frames:
         raise UserError(f"{path} gives no frames: it is damaged, or nothing that OpenCV can read")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"{path} has frames of several sizes; set --video")
     return [np.stack(frames)], "THW" if channels == 1 else "THWC"
 
 

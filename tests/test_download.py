@@ -237,7 +237,7 @@ def test_only_an_array_of_its_size_is_official(folder, monkeypatch):
         file = download.ARRAY._replace(size=path.stat().st_size + more)
         monkeypatch.setattr(moving_mnist, "ARRAY", file)
         if more:
-            with pytest.raises(UserError, match="is not the official file: move it, and give its path with"):
+            with pytest.raises(UserError, match="is not the official file; move it away"):
                 moving_mnist.moving_mnist_data("array", 0, 0)
         else:
             data = moving_mnist.moving_mnist_data("array", 0, 0)

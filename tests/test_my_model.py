@@ -249,6 +249,19 @@ def test_equivariant_kernels_make_forecasts_equivariant(options, equivariant):
     assert max(before + after) < 1e-12 if equivariant else min(before[1:] + after[1:]) > 1e-6
 
 
+@torch.no_grad()
+def test_an_edited_head_is_equivariant_too():
+    """With a depthwise convolution, whose kernels have one input channel."""
+    model = small(hidden_channels=(8, 19), **RECIPE)
+    model.head.insert(2, torch.nn.Conv2d(16, 16, 3, padding=1, groups=16))
+    model.double().make_kernels_equivariant()
+    for p in (p for p in model.parameters() if p.ndim < 4):
+        torch.nn.init.constant_(p, 0.3)
+    past = torch.rand(2, 4, 1, 16, 24, dtype=torch.float64)
+    forecast = model(past, 3)
+    assert max(relative_error(model(image(past), 3), image(forecast)) for image in POSITIONS) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_optimizers_keep_kernels_equivariant(dtype):
     """Also after .to(device). Up to rounding: Muon sums in another order for each direction."""
