@@ -31,8 +31,6 @@ def situation_row(model):
     walls = contacts[:, 10:13].sum(1)
     situations = {  # which sequences, and the forecast frame to score
         "Frame 11, all": (np.arange(6000) < 400, 1),
-        "Frame 11, apart": ((gap[:, 5:11] >= 20).all(1) & (contacts[:, 8:11] == 0).all(1), 1),
-        "Frame 11, closer": (gap[:, 9] < 20, 1),
         "Frame 13, free": ((gap[:, 6:13] >= 16).all(1) & (walls == 0), 3),
         "Frame 13, one wall": ((gap[:, 6:13] >= 16).all(1) & (walls == 1), 3),
     }
