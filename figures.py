@@ -105,13 +105,13 @@ def compare(histories, curves, title):
     figure = Figure(figsize=(12, 4))
     by_time, by_sequences, by_frame = figure.subplots(1, 3)
     for (name, rows), style in zip(histories.items(), itertools.cycle(MODEL_STYLES), strict=False):
-        losses = [row["val_loss"] for row in rows]
-        by_time.plot([row["minutes"] for row in rows], losses, **style, label=name)
-        by_sequences.plot([row["sequences"] / 1000 for row in rows], losses, **style, label=name)
-    by_time.set(title="validation cross-entropy over time", xlabel="minutes of training")
-    by_sequences.set(title="over training sequences", xlabel="training sequences (thousands)")
+        errors = [row["val_mse_per_frame"] for row in rows]
+        by_time.plot([row["minutes"] for row in rows], errors, **style, label=name)
+        by_sequences.plot([row["sequences"] / 1000 for row in rows], errors, **style, label=name)
+    by_time.set(title="validation MSE over time", xlabel="minutes of training")
+    by_sequences.set(title="validation MSE over training sequences", xlabel="sequences (thousands)")
     for axes in (by_time, by_sequences):
-        axes.set(ylabel=CROSS_ENTROPY_LABEL, yscale="log", xlim=(0, None))
+        axes.set(ylabel=MSE_LABEL, yscale="log", xlim=(0, None))
         ticks = LogLocator(subs=(1, 2, 5))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     draw_curves(by_frame, curves, "MSE of each forecast frame")

@@ -212,7 +212,7 @@ def train(setup, folder, progress, optimizers):
         with setup.autocast():
             logits = net(fill(past), n_future, **dense).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
-        missing = truth.isnan()  # no error there: black in both
+        missing = truth.isnan()  # logit −100 and truth 0: no loss
         logits, truth = logits.masked_fill(missing, -100), truth.masked_fill(missing, 0)
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
@@ -253,7 +253,7 @@ def schedule(optimizers, knobs, fraction):
     """Set the learning rates. Returns that of the first group of parameters, for the log."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
-        highest = group.setdefault("initial_lr", float(group["lr"]))  # a resumed run has it
+        highest = group.setdefault("initial_lr", float(group["lr"]))  # checkpoints keep it
         # an edited schedule may return a tensor
         group["lr"] = highest / knobs.learning_rate * float(learning_rate_at(knobs, fraction))
     return groups[0]["lr"]

@@ -65,12 +65,12 @@ def predict(
     make_folder(out)
     with open_atomic(out / "forecast.npy") as file:
         np.save(file, restore_axes(model.scale.to_data(forecast), data.axes))
-    for end, fields, values in model.scale.pictures():
-        before, after, drawn = (x[0][:, fields] for x in (past, truth, forecast))
+    for suffix, channels, values in model.scale.pictures():
+        before, after, drawn = (x[0][:, channels] for x in (past, truth, forecast))
         picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
-        write_atomic(out / f"forecast{end}.png", picture)
+        write_atomic(out / f"forecast{suffix}.png", picture)
         known = after if len(after) == frames else None
-        write_atomic(out / f"forecast{end}.gif", figures.animation(before, known, drawn, data.name, values))
+        write_atomic(out / f"forecast{suffix}.gif", figures.animation(before, known, drawn, data.name, values))
     print(f"output    {out}")
 
 

@@ -120,7 +120,9 @@ def read_run(folder, config, latest, shape):
     if run["is_trained"]:
         lines = (folder / "log.csv").read_text("utf-8").splitlines()
         rows = [row for row in csv.DictReader(lines) if row["val_loss"]]
-        run["history"] = [{k: float(row[k]) for k in ("sequences", "minutes", "val_loss")} for row in rows]
+        run["history"] = [
+            {k: float(row[k]) for k in ("sequences", "minutes", "val_mse_per_frame")} for row in rows
+        ]
         seen, minutes = run["history"][-1]["sequences"], run["history"][-1]["minutes"]
         run["cells"][1:4] = f"{seen:,.0f}", f"{minutes:.1f}", f"{run['validation_mse']:#.4g}"
     same = all(run[key] == latest[key] for key in SAME_TASK) and len(run["curve"]) == latest["frames_out"]

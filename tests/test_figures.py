@@ -99,8 +99,8 @@ def test_no_picture_cuts_a_curve_off(drawn):
 
 def test_runs_are_compared_over_time_sequences_and_frames(drawn):
     by_time, by_sequences, by_frame = drawn("compare").axes
-    losses = [0.4, 0.4 / 11, 0.02]
-    assert lines(by_time)[0] == [[1, 11, 20], losses] and lines(by_sequences)[0] == [[0.1, 1.1, 2], losses]
+    errors = [90, 90 / 11, 4.5]
+    assert lines(by_time)[0] == [[1, 11, 20], errors] and lines(by_sequences)[0] == [[0.1, 1.1, 2], errors]
     assert lines(by_frame) == [[[1, 2], [1, 2]]] * len(CURVES)
     for three in zip(by_time.lines, by_sequences.lines, by_frame.lines[: len(RUNS)], strict=True):
         assert len({(line.get_label(), line.get_color(), line.get_marker()) for line in three}) == 1
