@@ -58,8 +58,8 @@ def predict(
     forecast = torch.cat([model.forecast(part, frames) for part in past.split(8)])
     words = f"{data.name}: {n} frames in, {frames} forecast"
     if truth.shape[1]:
-        mse = (forecast[:, : truth.shape[1]] - truth).square().nansum((2, 3, 4)).mean()
-        words += f", MSE {mse:.1f} over the {truth.shape[1]} frames that followed"
+        error = model.scale.describe_error(forecast[:, : truth.shape[1]].flatten(0, 1), truth.flatten(0, 1))
+        words += f", {error} over the {truth.shape[1]} frames that followed"
         words += f" (mean of {len(given)} series; pictures show the first)" * (len(given) > 1)
     print(words)
     make_folder(out)
@@ -70,7 +70,9 @@ def predict(
         picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
         write_atomic(out / f"forecast{suffix}.png", picture)
         known = after if len(after) == frames else None
-        write_atomic(out / f"forecast{suffix}.gif", figures.animation(before, known, drawn, data.name, values))
+        write_atomic(
+            out / f"forecast{suffix}.gif", figures.animation(before, known, drawn, data.name, values)
+        )
     print(f"output    {out}")
 
 

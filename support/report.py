@@ -194,7 +194,7 @@ def draw_ranked(setup, folder, ranking, title):
     And predict_last_frame.png: the last frame, the hardest, of ten forecasts from the best to the worst.
     ranking: the numbers of the test sequences, the best forecast first.
     """
-    dataset, knobs, n = setup.data.test, setup.knobs, len(ranking)
+    dataset, scale, knobs, n = setup.data.test, setup.data.scale, setup.knobs, len(ranking)
     places = {"best": 0, "median": n // 2, "worst": n - 1}
     named = {f"predict_{name}": (int(ranking[k]), f"{name} of {n:,} forecasts") for name, k in places.items()}
     draw_named(setup, folder, dataset, named, title)
@@ -202,10 +202,10 @@ def draw_ranked(setup, folder, ranking, title):
     past, truth = split_frames(dataset[index], setup)
     # one at a time, so that large ones fit in memory
     predictions = [predict(setup, one[None])[0] for one in past]
-    errors = [describe_error(*pair) for pair in zip(predictions, truth, strict=True)]
+    errors = [scale.describe_error(*pair) for pair in zip(predictions, truth, strict=True)]
     last = torch.stack([frames[-1] for frames in predictions])
-    title += f": last frames, from the best forecast to the worst (MSE: all {knobs.frames_out} frames)"
-    for end, channels, values in setup.data.scale.pictures():
+    title += f": last frames, from the best forecast to the worst (errors: all {knobs.frames_out} frames)"
+    for end, channels, values in scale.pictures():
         rows = {"truth": ([f"sequence {i + 1:,}" for i in index], truth[:, -1, channels])}
         rows["forecast"] = errors, last[:, channels]
         picture = figures.grid(rows, title, values=values)
@@ -218,7 +218,7 @@ def draw_named(setup, folder, dataset, named, title):
     past, truth = split_frames(dataset[index], setup)
     prediction = predict(setup, past)
     for (name, (_, what)), *frames in zip(named.items(), past, truth, prediction, strict=True):
-        words = f"{title}: {what}, {describe_error(*frames[:0:-1])}"
+        words = f"{title}: {what}, {setup.data.scale.describe_error(*frames[:0:-1])}"
         for end, channels, values in setup.data.scale.pictures():
             shown = (part[:, channels] for part in frames)
             write_atomic(folder / f"{name}{end}.png", figures.prediction(*shown, words, values))
@@ -228,12 +228,6 @@ def draw_named(setup, folder, dataset, named, title):
 def first_sequence(setup):
     """The first of the test split, (T, C, H, W) in [0, 1]."""
     return torch.cat(split_frames(setup.data.test[np.arange(1)], setup), 1)[0]
-
-
-def describe_error(prediction, truth):
-    """The MSE of one sequence, (T, C, H, W), in words."""
-    mse = (prediction - truth).square().nansum() / len(truth)
-    return f"MSE {mse:.0f}" if mse >= 10 else f"MSE {mse:.2g}"
 
 
 def describe(results):

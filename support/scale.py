@@ -38,6 +38,16 @@ class Scale:
         is_whole = self.is_grey and not values.isnan().any()
         return (values.round().byte() if is_whole else values).cpu().numpy()
 
+    def describe_error(self, prediction, truth):
+        """Of frames (T, C, H, W), in words: the MSE of a frame; of fields the RMSE in their units."""
+        squares = (prediction - truth).square()
+        if self.is_grey:
+            mse = squares.nansum() / len(truth)
+            return f"MSE {mse:.0f}" if mse >= 10 else f"MSE {mse:.2g}"
+        widths = np.subtract(self.high, self.low)
+        errors = squares.nanmean((0, 2, 3)).sqrt().cpu().numpy() * widths
+        return f"RMSE {', '.join(f'{error:.3g}' for error in errors)}"
+
     def pictures(self):
         """(end of the file's name, channels, values of 0 and 1) of each picture: one for each field."""
         if self.is_grey:

@@ -56,7 +56,7 @@ def close(found, expected, levels=1):
 def test_the_forecast_is_that_of_training_and_is_scored(trained, frames, tmp_path, capsys):
     close(forecast(frames, trained, tmp_path), np.load(trained.with_name("forecast.npy"))[:, 0].astype(int))
     mse = np.square((drawn(trained, frames) - frames[FRAMES_IN:]) / 255).sum((1, 2)).mean()
-    words = f"{FRAMES_IN} frames in, {FRAMES_OUT} forecast, MSE {mse:.1f} over the 4 frames that followed"
+    words = f"{FRAMES_IN} frames in, {FRAMES_OUT} forecast, MSE {mse:.0f} over the 4 frames that followed"
     assert words in capsys.readouterr().out
 
 
