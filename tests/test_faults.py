@@ -56,7 +56,7 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
             {"video": [64, 64, 1, 3]},
             r"video is for data that are videos, and data is .*squares\.npy; leave out",
         ),
-        ({"value_range": [0, 9], "data": "fresh"}, "value_range is for data of your own, and data is fresh"),
+        ({"value_range": [0, 9], "data": "fresh"}, "value_range is for training on data of your own"),
         ({"name": "../elsewhere"}, r"name is \.\./elsewhere; it must be"),
         ({"device": "cuda" if sys.platform == "darwin" else "mps"}, "was not found; set device to auto or"),
         ({"data": "nowhere.npy"}, r"nowhere\.npy is not there"),
