@@ -99,11 +99,19 @@ def test_own_data():
         assert shown == [cells[data.partition(",")[0], head] for head in heads], data
 
 
-def test_sequences_a_second():
+def test_speed():
     rows = {row["Contender"]: row for row in TABLES["Contender", "Training step, batch 16"]}
-    for timed in read("bench_zen5.json")["rows"]:
-        work = f"{timed['work'].capitalize()}, batch {timed['batch']}"
-        assert rows[timed["name"]][work] == f"{timed['batch'] / timed['seconds']:.1f}"
+    steps = {row["Step"]: row for row in TABLES["Step", "bf16, 1 frame"]}
+    labels = {"step": "default", "step without symmetry": "without symmetric convolutions"}
+    for timed in read("bench_zen4.json")["rows"]:
+        if timed["work"].startswith("default, horizon"):
+            name, _, dtype = timed["name"].rpartition(", ")
+            horizon = timed["work"].split()[-1]
+            column = f"{dtype}, {horizon} frame{'s' * (horizon != '1')}"
+            assert steps[labels.get(name, name)][column] == f"{1000 * timed['seconds']:.0f}"
+        else:
+            work = f"{timed['work'].capitalize()}, batch {timed['batch']}"
+            assert rows[timed["name"]][work] == f"{timed['batch'] / timed['seconds']:.1f}"
 
 
 def test_long_pt_is_the_fresh_run(capsys):
