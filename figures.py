@@ -112,7 +112,7 @@ def compare(histories, curves, title):
     by_sequences.set(title="validation MSE over training sequences", xlabel="sequences (thousands)")
     for axes in (by_time, by_sequences):
         axes.set(ylabel=MSE_LABEL, yscale="log", xlim=(0, None))
-        ticks = LogLocator(subs=(1, 2, 5))
+        ticks = LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     draw_curves(by_frame, curves, "MSE of each forecast frame")
     by_frame.set(ylabel=MSE_LABEL, ylim=(0, None))
@@ -223,7 +223,8 @@ def animation(past, truth, forecast, title, values=None):
     videos = [paint(shrink(np.concatenate([past, future])), values) for future in futures]
     if values:
         low, high = color_scale(values).get_clim()
-        title += f": {low:.4g} blue, {high:.4g} {'red' if low == -high else 'yellow'}"
+        colors = ("blue", "red") if low == -high else ("purple", "yellow")
+        title += f": {low:.4g} {colors[0]}, {high:.4g} {colors[1]}"
     scale = max(1, min(4, 256 // videos[0].shape[2]))  # large videos are not enlarged
     videos = [video.repeat(scale, 1).repeat(scale, 2) for video in videos]
     n_frames, height, width, *channels = videos[0].shape

@@ -81,6 +81,8 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     for name, parts in zip(("validation", "test"), others, strict=True):  # their sequences share no frame
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
         splits.append(Windows(series, digest.digest(), starts, n_frames, name))
+    if (fewest := min(len(split) for split in splits[1:])) < 5:
+        print0(f"note      only {fewest} to validate or test: scores are rough; longer series give more")
     pick = lambda parts: [series[k][first:end] for k, first, end in parts]
     scale = scale or choose_scale(pick(training), value_range)
     report_scale(scale, pick(others[0]) + pick(others[1]), low, high)

@@ -241,7 +241,8 @@ def describe(results):
     mine = mse[results["model"]]
     better = [f"{figures.LABELS[who]} ({mse[who]:#.4g})" for who in mse if mse[who] < mine]
     if better:
-        lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}. Train longer.")
+        lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
+        lines.append("Train longer, or on more data.")
     else:
         shares = {who: skill(results, results["model"], who) for who in BASELINES[1:]}  # black is too easy
         texts = [f"{share:.0%} below that of {figures.LABELS[who]}" for who, share in shares.items()]
