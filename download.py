@@ -88,9 +88,10 @@ def read_verified(path, file):
 
 
 def main():
-    path = fetch(ARRAY)
-    read_verified(path, ARRAY)  # it may have been put there by hand
-    print(f"{path} is complete")
+    path = RAW / ARRAY.name
+    if is_there(path, ARRAY):  # it may have been put there by hand
+        read_verified(path, ARRAY)
+    print(f"{fetch(ARRAY)} is complete")
 
 
 if __name__ == "__main__":

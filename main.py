@@ -29,7 +29,7 @@ import convlstm
 import metrics
 from moving_mnist import DROPOUT, ORDER, OVERLAYS
 from my_model import EncoderForecaster
-from own_data import is_array
+from own_data import is_array, is_own
 from support import UserError, checkpoint, report
 from support.devices import RANK, WORLD_SIZE, all_reduce, on_rank_0, run_script, to_device
 from support.folders import run_folder
@@ -296,7 +296,7 @@ def parse(arguments):
     brought = {name: saved[name] for name in names if name in saved}
     model = brought.get("model", given.model)
     recipe = RECIPES.get(model, {})
-    if given.data not in ("array", "fresh"):
+    if is_own(given.data):
         recipe = recipe | RECIPES["own data"]
     default = replace(Knobs(), data=given.data, **{"model": model} | recipe | brought)
     knobs = tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
@@ -307,7 +307,7 @@ def parse(arguments):
         if name in NETWORK and knobs.weights:
             then, now = getattr(default, name), getattr(knobs, name)
             raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
-        if name == "value_range" and (knobs.eval_only or knobs.data in ("array", "fresh")):
+        if name == "value_range" and (knobs.eval_only or not is_own(knobs.data)):
             raise UserError("value_range is for training on data of your own; leave it out")
         if name == "video" and is_array(knobs.data):
             raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")

@@ -50,9 +50,14 @@ class Windows:
         return torch.from_numpy(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
 
 
+def is_own(data):
+    """Whether the knob is the path of your own data; else it is "array" or "fresh"."""
+    return data not in ("array", "fresh")
+
+
 def is_array(data):
     """Whether the knob names an array; else it names a folder, or videos or images."""
-    return data in ("array", "fresh") or data.endswith(".npy")
+    return not is_own(data) or data.endswith(".npy")
 
 
 def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
@@ -164,7 +169,8 @@ def describe(source):
     axes = ", ".join(AXES[axis] for axis in source.axes)
     frames = " to ".join(str(n) for n in sorted({min(lengths), max(lengths)}))
     _, C, H, W = series[0].shape
-    missing = sum(np.isnan(one).sum() for one in series) / sum(one.size for one in series)
+    is_float = series[0].dtype.kind == "f"  # others have no NaN
+    missing = sum(np.isnan(one).sum() for one in series) / sum(one.size for one in series) if is_float else 0
     many = f"{len(series):,} series of " if len(series) > 1 else ""
     size = f"{many}{frames} frames of {H}×{W}, channels: {C}"
     numbers = f"{series[0].dtype} from {low.min():.6g} to {high.max():.6g}"

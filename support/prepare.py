@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moving_mnist import Data, moving_mnist_data
-from own_data import is_array, own_data
+from own_data import is_array, is_own, own_data
 from support import UserError, checkpoint, devices, sources
 from support.devices import WORLD_SIZE, broadcast, on_rank_0, print0
 from support.folders import describe_identity, to_text
@@ -95,7 +95,7 @@ def check(knobs):
 
 def load_data(knobs, weights):
     """The three splits that the knobs ask for. Weights that are only scored bring the scale of their data."""
-    if knobs.data in ("array", "fresh"):
+    if not is_own(knobs.data):
         return moving_mnist_data(knobs.data, knobs.train_sequences, knobs.seed)
     n_frames = knobs.frames_in + knobs.frames_out
     scale = Scale.of(weights.get("scale")) if knobs.eval_only else None

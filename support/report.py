@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import figures
+from own_data import is_own
 from support import checkpoint, sources
 from support.checkpoint import make_folder, open_atomic, write_atomic
 from support.compare import compare_runs, describe_split, explain, headings, score_cells, skill, table
@@ -137,8 +138,7 @@ def finish(setup, folder, step):
         errors = score(setup, data.validation, ["mse_per_frame"])
         validation_mse = float(np.mean(summary(errors)["mse_per_frame"]["per_frame"]))
     print0(f"scoring   {len(test):,} test sequences")
-    is_own = knobs.data not in ("array", "fresh")
-    names = (*CURVES, MEAN_SQUARES) if is_own else CURVES
+    names = (*CURVES, MEAN_SQUARES) if is_own(knobs.data) else CURVES
     scores = score(setup, test, (*names, CROSS_ENTROPY))
     errors = scores["mse_per_frame"].nanmean(1)
     ranking = errors.argsort(stable=True)[: errors.isfinite().sum()]  # without sequences that are missing
@@ -172,7 +172,7 @@ def finish(setup, folder, step):
         write_atomic(folder / "metrics.json", json.dumps(results, indent=1).encode())
         compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
-    if is_own and not knobs.eval_only:
+    if is_own(knobs.data) and not knobs.eval_only:
         words = f"{knobs.data} --weights {folder / 'best.pt'} --start -{knobs.frames_in}"
         print0(f"predict   python predict.py {words}")
 
