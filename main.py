@@ -11,7 +11,7 @@ Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, chan
 if __name__ == "__main__":
     from support import sources
 
-    sources.begin()  # before the imports, which take seconds
+    sources.begin()  # keeps the code that runs, before imports that take seconds
 
 import math
 import sys
@@ -35,7 +35,7 @@ from support.devices import RANK, WORLD_SIZE, all_reduce, on_rank_0, run_script,
 from support.folders import run_folder
 from support.muon import Muon
 from support.prepare import load_model, prepare
-from support.progress import TIMED, Progress, load_best, resume, save
+from support.progress import Progress, load_best, resume, save
 from support.scale import fill
 
 
@@ -79,7 +79,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     fast: bool = True  # use fast kernels; --no_fast runs all in plain PyTorch
 
 
-# What data of your own and `--model NAME` change in the knobs above. A flag wins over both.
+# Other defaults for your own data and for `--model NAME`. A flag wins over both.
 RECIPES = {
     "own data": {"overlay": 0, "batch_size": 4},
     "paper": {
@@ -165,7 +165,7 @@ def overlays_at(knobs, n_future):
 
 
 def load_batch(setup, step, n_past, n_future, n_overlays):
-    """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel.
+    """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel, until `fill`.
 
     Each step draws its own random numbers.
     """
@@ -197,7 +197,6 @@ def train(setup, folder, progress, optimizers):
     knobs, model = setup.knobs, setup.model
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     bar = tqdm(total=progress.steps or None, initial=progress.step, disable=RANK > 0 or None, leave=False)
-    durations = []
     while not progress.has_ended:
         began = time.perf_counter()
         rate = schedule(optimizers, knobs, progress.fraction)
@@ -235,12 +234,7 @@ def train(setup, folder, progress, optimizers):
 
         # of this step, for log.csv and loss.png; add your own
         numbers = {"forecast_frames": n_future, "overlays": n_overlays, "SSIM_in_loss": with_ssim}
-        durations.append(time.perf_counter() - began)
-        progress.count_step(value, rate, numbers, durations[-1])
-        if len(durations) == TIMED.stop:
-            cost = lambda fraction: sum(horizon_at(knobs, fraction))
-            progress.set_pace(np.mean(durations[TIMED.start :]), cost, knobs.max_minutes)
-        bar.total = progress.steps or None
+        progress.count_step(value, rate, numbers, time.perf_counter() - began)
         bar.update()
         if progress.evaluation_due():
             report.evaluate(setup, folder, progress)
@@ -254,19 +248,19 @@ def schedule(optimizers, knobs, fraction):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         highest = group.setdefault("initial_lr", float(group["lr"]))  # checkpoints keep it
-        # an edited schedule may return a tensor
-        group["lr"] = highest / knobs.learning_rate * float(learning_rate_at(knobs, fraction))
+        # an edited schedule may return a tensor, or a number of NumPy's, which torch.load would refuse
+        group["lr"] = float(highest / knobs.learning_rate * learning_rate_at(knobs, fraction))
     return groups[0]["lr"]
 
 
 def seed_dropout(seed, step):
-    """Seed dropout differently for each seed, step and process."""
+    """Seed dropout, or any other noise that you add, by seed, step and process."""
     (state,) = np.random.SeedSequence((seed, step, RANK, DROPOUT)).generate_state(1, np.uint64)
     torch.manual_seed(int(state))
 
 
 def load(path):
-    """The model of a checkpoint. model.forecast(past, n) gives n frames; both (B, T, C, H, W) in [0, 1]."""
+    """The model of a checkpoint. Its method model.forecast(past, n): see support/prepare.py."""
     return load_model(path, Knobs(), build)
 
 
@@ -282,7 +276,8 @@ def main(knobs):
             progress = resume(folder, setup, Progress.start(setup), optimizers)
             train(setup, folder, progress, optimizers)
         if results is None or is_outdated:
-            report.finish(setup, folder, load_best(folder, setup.model))
+            best_step = load_best(folder, setup.model)
+            report.finish(setup, folder, best_step)
         else:
             report.show(setup, folder, results)
 

@@ -3,15 +3,12 @@
 import math
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
 from support import UserError, checkpoint, sources
 from support.devices import RANK, broadcast, on_rank_0, print0
 
 FIRST_LOOK = 50  # steps before an early evaluation, which shows that the network learns
 EVALUATIONS = 10  # evenly spaced over training
 LOSSES = 200  # points of the training loss's curve
-TIMED = range(3, 13)  # steps after a start or resume that measure the speed; earlier ones are slower
 SAVE_EVERY = 120  # seconds of training between checkpoints
 
 
@@ -21,9 +18,11 @@ class Progress:
 
     steps_per_epoch: int
     batch_size: int
-    steps: int  # of the whole training; 0: not known yet, as max_minutes decides
+    steps: int  # of the whole training; 0: max_seconds decides
+    max_seconds: float
     step: int = 0
     seconds: float = 0.0
+    duration: float = 0.0  # seconds of the last step
     saved_at: float = 0.0  # seconds
     best_mse: float = math.inf  # of the watched validation sequences
     best_step: int = 0  # the step after which best.pt was saved
@@ -36,23 +35,27 @@ class Progress:
     def start(cls, setup):
         """Of a run that begins."""
         knobs, n = setup.knobs, setup.steps_per_epoch
-        return cls(n, knobs.batch_size, steps=0 if knobs.max_minutes else knobs.epochs * n)
+        steps = 0 if knobs.max_minutes else knobs.epochs * n
+        return cls(n, knobs.batch_size, steps, 60 * knobs.max_minutes)
 
     @property
     def has_ended(self):
-        return self.step >= self.steps > 0
+        return self.step >= self.steps if self.steps else self.seconds >= self.max_seconds
 
     @property
     def fraction(self):
-        """The fraction of training done at the middle of the next step, in [0, 1)."""
-        return (self.step + 0.5) / self.steps if self.steps else 0.005  # until the pace is known
+        """The fraction of training done at the middle of the next step, in [0, 1). Of time: at its start."""
+        return (self.step + 0.5) / self.steps if self.steps else self.seconds / self.max_seconds
 
     def passes(self, n):
-        """Whether the last step reached one of n evenly spaced points of training. True: length unknown."""
-        return not self.steps or (self.step - 1) * n // self.steps < self.step * n // self.steps
+        """Whether the last step reached one of n evenly spaced points of training."""
+        if self.steps:
+            return (self.step - 1) * n // self.steps < self.step * n // self.steps
+        before = self.seconds - self.duration
+        return before * n // self.max_seconds < self.seconds * n // self.max_seconds
 
     def evaluation_due(self):
-        return self.steps > 0 and (self.step == FIRST_LOOK or self.passes(EVALUATIONS))
+        return self.step == FIRST_LOOK or self.passes(EVALUATIONS)
 
     def save_due(self):
         return self.evaluation_due() or self.seconds - self.saved_at > SAVE_EVERY
@@ -63,7 +66,8 @@ class Progress:
         A row's loss is the mean of the steps since the row before. numbers: others of this step, by name.
         """
         self.step += 1
-        self.seconds += seconds
+        self.duration = seconds if self.steps else broadcast(seconds)  # all processes end together
+        self.seconds += self.duration
         self.loss_sum += loss
         self.loss_count += 1
         if not (self.passes(LOSSES) or self.evaluation_due()):
@@ -77,23 +81,6 @@ class Progress:
             row[name] = float(value)
         self.history.append(row)
         self.loss_sum, self.loss_count = 0.0, 0
-
-    def set_pace(self, seconds, cost, max_minutes):
-        """Print how long the rest takes, and turn max_minutes into steps.
-
-        seconds: of one of the last steps. cost: the fraction of training done → the relative time of a step.
-        """
-        unit = seconds / cost(self.fraction)
-
-        def seconds_a_step(start):
-            return unit * np.mean([cost(fraction) for fraction in np.linspace(start, 1, 1000)])
-
-        if not self.steps:
-            steps = max(self.step, int(max_minutes * 60 / seconds_a_step(0)))
-            self.steps = broadcast(steps)
-        left = self.steps - self.step
-        minutes, speed = left * seconds_a_step(self.fraction) / 60, self.batch_size / seconds
-        print0(f"pace      {speed:.0f} sequences/s: {left:,} more steps take about {minutes:.0f} min")
 
     def diverged(self, what, rate, step):
         """The error that stops a run whose numbers are not finite, before they reach a checkpoint."""
