@@ -12,7 +12,7 @@ import torch
 import figures
 from own_data import is_own
 from support import checkpoint, sources
-from support.checkpoint import make_folder, open_atomic, write_atomic
+from support.checkpoint import lock_folder, open_atomic, write_atomic
 from support.compare import compare_runs, describe_split, explain, headings, score_cells, skill, table
 from support.devices import RANK, on_rank_0, print0
 from support.folders import read_json
@@ -56,8 +56,6 @@ def evaluate(setup, folder, progress):
         progress.best_mse, progress.best_step = row["val_mse_per_frame"], progress.step
     if RANK == 0:
         write_log(setup, folder, progress)
-        curves = {knobs.model: scores["mse_per_frame"].nanmean(0).tolist(), **progress.baselines}
-        write_atomic(folder / "per_frame.png", figures.per_frame(validated(setup), curves))
         title = f"{validated(setup)}, after {row['sequences']:,} training sequences"
         draw_samples(setup, folder, title)
 
@@ -91,11 +89,8 @@ def baselines(setup, folder, dataset, names, index=None):
         sha = hashlib.sha256()
         for content in dataset.parts:
             sha.update(content)
-        sha.update(
-            repr(
-                (part, setup.data.scale, setup.knobs.frames_in, setup.knobs.frames_out, names, code)
-            ).encode()
-        )
+        options = setup.data.scale, setup.knobs.frames_in, setup.knobs.frames_out, names
+        sha.update(repr((part, options, code)).encode())
         path = folder.parent / ".baselines" / f"{sha.hexdigest()[:16]}.json"
         return path, read_json(path)
 
@@ -105,8 +100,8 @@ def baselines(setup, folder, dataset, names, index=None):
         chosen = BASELINES if scale.is_grey else BASELINES[1:]
         found = {who: summary(score(setup, dataset, names, who, index), scale) for who in chosen}
         if RANK == 0:
-            make_folder(path.parent)
-            write_atomic(path, json.dumps(found).encode())
+            with lock_folder(path.parent, wait=True):
+                write_atomic(path, json.dumps(found).encode())
     return found
 
 
@@ -178,9 +173,9 @@ def finish(setup, folder, step):
 
 
 def draw_samples(setup, folder, title):
-    """predict_1.png … predict_4.png and predict.gif, of the same four validation sequences every time."""
+    """predict_1.png … predict_4.png and predict.gif, of the same validation sequences every time."""
     dataset = setup.data.validation
-    index = np.linspace(0, len(dataset) - 1, 4).astype(int)
+    index = np.unique(np.linspace(0, len(dataset) - 1, 4).astype(int))
     named = {f"predict_{k}": (i, f"sequence {i + 1} of {len(dataset):,}") for k, i in enumerate(index, 1)}
     frames = draw_named(setup, folder, dataset, named, title)
     for end, channels, values in setup.data.scale.pictures():
