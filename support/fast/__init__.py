@@ -1,7 +1,7 @@
 """Fast kernels: `attach` hands them to a model. Without this folder everything still runs, only slower.
 
-They stand for the code that WRITTEN_FOR names. If that was edited, it runs as it stands. At each start, a
-compiled function that disagrees with the plain one, beyond rounding, is not used.
+They stand for the code that WRITTEN_FOR names. If that was edited, it runs as it stands. Compiled gates are
+compared with plain ones at each start, all else in tests/test_fast.py.
 """
 
 import functools
@@ -26,14 +26,13 @@ def is_original(name):
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()  # to compare gradients, wherever it is called
 def attach(model, device, dtype):
     """Give an EncoderForecaster the fast functions that work here → what is in use, in words."""
     if not isinstance(model, my_model.EncoderForecaster) or device.type not in ("cpu", "cuda"):
         return "plain PyTorch"  # so on MPS, where channels-last convolutions are slow
-    used, on_cpu, moves = [], device.type == "cpu", (model.patch_size, model.max_motion)
+    used, on_cpu, moves = [], device.type == "cpu", (model.patch_size, 2 * model.max_motion + 1)
     compiling = on_cpu or model.training  # evaluation on a GPU is too short to compile for
-    if on_cpu and model.max_motion and is_original("motion.py") and motion.is_supported(*moves):
+    if on_cpu and model.max_motion and is_original("motion.py") and motion.compiled(*moves) is not None:
         model.advect, model.matching_costs = motion.advect, motion.matching_costs
         used.append("compiled motion")
     layers = [module for module in model.modules() if isinstance(module, my_model.ConvLSTM)]

@@ -49,30 +49,12 @@ def call(name, patch_size, frames, of_moves, *others):
     """Call a function of advect.c. of_moves: the weights or the costs, (N, H/P, W/P, K²)."""
     H, W = frames.shape[-2:]
     K, threads = round(of_moves.shape[-1] ** 0.5), torch.get_num_threads()
-    # more scratch memory than any of the functions needs
-    scratch = frames.new_empty(threads, (H + K) * (W + 2 * K + patch_size + 16) * max(2, patch_size))
+    scratch = frames.new_empty(threads, 2, H + K, W + 2 * K + patch_size + 16)  # a bit more than needed
     function = getattr(compiled(patch_size, K), name)
     function(*build.arguments(*frames.shape, threads, frames, of_moves, *others, scratch))
 
 
 @functools.cache
 def compiled(patch_size, K):
+    """advect.c for these sizes; None where it cannot be built."""
     return build.build("advect.c", f"-DP={patch_size}", f"-DK={K}")
-
-
-@functools.cache
-def is_supported(patch_size, max_motion):
-    """Whether advect.c compiles here and agrees with motion.py, forward and backward."""
-    K, generator = 2 * max_motion + 1, torch.Generator().manual_seed(0)
-    frames, before = torch.rand(2, 1, 2, 2 * patch_size, 2 * patch_size, generator=generator)
-    weights = torch.rand(1, 2, 2, K * K, generator=generator)
-    frames.requires_grad_(), weights.requires_grad_()
-    found = []
-    try:
-        for functions in ((advect, matching_costs), (plain.advect, plain.matching_costs)):
-            moved = functions[0](frames, weights, patch_size)
-            gradients = torch.autograd.grad(moved.square().sum(), (frames, weights))
-            found.append((moved, functions[1](frames.detach(), before, patch_size, max_motion), *gradients))
-    except Exception:  # advect.c was not built, or an edited function raises
-        return False
-    return all(torch.allclose(*pair, rtol=1e-4, atol=1e-5) for pair in zip(*found, strict=True))

@@ -15,7 +15,6 @@ import functools
 import threading
 
 import torch
-import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from support.fast import build
@@ -149,7 +148,7 @@ def find(kernel, dtype, groups):
     fits = dtype in (torch.float32, torch.bfloat16) and kernel.dtype == torch.float32
     if not (fits and hasattr(kernel, "flips") and kernel.shape[-1] == 3 and kernel.device.type == "cpu"):
         return None
-    if not self_test(dtype):
+    if library(dtype) is None:
         return None
     key, kernels = (id(kernel), dtype), {} if call_now.kernels is None else call_now.kernels
     if key not in kernels:
@@ -172,36 +171,6 @@ def make(kernel, dtype, groups):
     if not has_gradient:
         kept[kernel] = kernel.detach().clone(), modes, found
     return found
-
-
-@functools.cache
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cpu", enabled=False)
-def self_test(dtype):
-    """Whether symmetric.c is built, and computes what torch does, forward and backward."""
-    if library(dtype) is None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)
-    x, dz, bias, weight = draw(3, 5, 6, 64), draw(3, 5, 6, 128), draw(128), draw(128, 64, 3, 3) / 24
-    orders = [torch.arange(128).view(4, 4, 8), torch.arange(64).view(1, 4, 16)]
-    flips = [[order[:, swap].flatten() for order in orders] for swap in ([1, 0, 3, 2], [2, 3, 0, 1])]
-    for axis, (outputs, inputs) in zip((-1, -2), flips, strict=True):
-        weight = (weight + weight.flip(axis)[outputs][:, inputs]) / 2
-    x, dz, weight = x.to(dtype).requires_grad_(), dz.to(dtype), weight.to(dtype).float().requires_grad_()
-    weight.flips = flips
-    kernel, z = Kernel(weight, dtype, 4), torch.empty_like(dz)
-    kernel.multiply(x.detach(), 2, z)
-    kernel.multiply(x.detach(), 2, z, add=True)
-    exchange(z, 4, bias)
-    expected = 2 * F.conv2d(x.float().permute(0, 3, 1, 2), weight, padding=2, dilation=2).permute(0, 2, 3, 1)
-    dx, d_weight = torch.autograd.grad((expected * dz.float()).sum() / 2, (x, weight))
-    exchange(dz, 4)
-    kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dz, x.detach(), 2)
-    found = z.float(), kernel.input_gradient(dz, 2).float(), d_blocks
-    d_expected = to_blocks(d_weight, torch.arange(64), 4)
-    return build.agree(found, [expected + bias, dx.float(), d_expected], dtype)
 
 
 class Symmetric:
