@@ -45,8 +45,28 @@ def open_array(path):
     return array[:, :, None]
 
 
-class MovingMNIST:
-    """One split of an array (T, N, C, H, W), or of the array at a path: `dataset[index array]` → a batch.
+class Sequences:
+    """Sequences cut from series (T, C, H, W): `dataset[index array]` → a batch (B, T, C, H, W)."""
+
+    def __init__(self, series, starts, n_frames, split, content):
+        """starts: the series and the first frame of each sequence. content: the series, or a hash of them."""
+        self.series, self.starts, self.split = series, np.array(starts), split
+        self.parts = content, self.starts  # of which a hash is made
+        self.shape = (n_frames, *series[0].shape[1:])
+
+    def start_epoch(self, epoch):
+        """Nothing to do: every epoch has the same sequences."""
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        batch = np.stack([self.series[k][t : t + self.shape[0]] for k, t in self.starts[index]])
+        return torch.from_numpy(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
+
+
+class MovingMNIST(Sequences):
+    """One split of an array (T, N, C, H, W), or of the array at a path.
 
     The official array's splits have 8,100, 900 and 1,000 sequences, as in Earthformer's protocol.
     """
@@ -56,20 +76,10 @@ class MovingMNIST:
         n = array.shape[1]
         first, last = (n * percent // 100 for percent in SPLITS[split])
         last = min(last, first + sequences) if sequences else last
-        self.split = split
         # in memory: a file that shrinks under a memory map kills the process
-        self.content = np.array(array[:, first:last], order="C")
-        self.parts = [self.content]  # of which a hash is made
-        self.shape = self.content.shape[:1] + self.content.shape[2:]  # (T, C, H, W)
-
-    def start_epoch(self, epoch):
-        """Nothing to do: every epoch has the same sequences."""
-
-    def __len__(self):
-        return self.content.shape[1]
-
-    def __getitem__(self, index):
-        return torch.from_numpy(self.content[:, index].swapaxes(0, 1))
+        content = np.array(array[:, first:last], order="C")
+        starts = [(k, 0) for k in range(last - first)]
+        super().__init__(content.swapaxes(0, 1), starts, len(content), split, content)
 
 
 class FreshMovingMNIST:
@@ -139,9 +149,9 @@ def generate(digits, n, seed, n_frames=20, size=64, n_digits=2, step=0.1):
 
 
 class Data(NamedTuple):
-    training: MovingMNIST | FreshMovingMNIST
-    validation: MovingMNIST | FreshMovingMNIST
-    test: MovingMNIST
+    training: Sequences | FreshMovingMNIST
+    validation: Sequences | FreshMovingMNIST
+    test: Sequences
     name: str
     scale: Scale = Scale()
 

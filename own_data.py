@@ -10,16 +10,15 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from moving_mnist import Data, open_npy
+from moving_mnist import Data, Sequences, open_npy
 from support import UserError
 from support.devices import print0
 from support.scale import choose_scale, limits, report_scale
 from support.video import IMAGES, VIDEOS, decode, read_images, read_pictures
 
 KINDS = {".npy"}, VIDEOS, IMAGES
-AXES = {"N": "sequence", "T": "time", "H": "height", "W": "width", "C": "channel"}
+AXES = {"N": "series", "T": "time", "H": "height", "W": "width", "C": "channel"}
 LEAST = 16  # pixels of a side; a shorter last axis has the channels
 HELD_OUT = 0.15  # of each series, for validation and again for the test, where there are few series
 
@@ -28,26 +27,6 @@ class Source(NamedTuple):
     series: list  # of arrays (T, C, H, W), all of one number type
     axes: str  # those of an array with all of it, such as "NTHW"
     name: str
-
-
-class Windows:
-    """Sequences cut from series: `dataset[index array]` → a batch (B, T, C, H, W), uint8 or float32."""
-
-    def __init__(self, series, digest, starts, n_frames, split):
-        """digest: a hash of the series. starts: the series and the first frame of each sequence."""
-        self.series, self.starts, self.split = series, np.array(starts), split
-        self.parts = digest, self.starts  # of which a hash is made
-        self.shape = (n_frames, *series[0].shape[1:])
-
-    def start_epoch(self, epoch):
-        """Nothing to do: every epoch has the same sequences."""
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, index):
-        batch = np.stack([self.series[k][t : t + self.shape[0]] for k, t in self.starts[index]])
-        return torch.from_numpy(batch if batch.dtype == np.uint8 else batch.astype(np.float32))
 
 
 def is_own(data):
@@ -82,10 +61,10 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     digest = hashlib.sha256(str(series[0].dtype).encode())
     for one in series:
         digest.update(one)
-    splits = [Windows(series, digest.digest(), starts, n_frames, "train")]
+    splits = [Sequences(series, starts, n_frames, "train", digest.digest())]
     for name, parts in zip(("validation", "test"), others, strict=True):  # their sequences share no frame
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
-        splits.append(Windows(series, digest.digest(), starts, n_frames, name))
+        splits.append(Sequences(series, starts, n_frames, name, digest.digest()))
     if (fewest := min(len(split) for split in splits[1:])) < 5:
         print0(f"note      only {fewest} to validate or test: scores are rough; longer series give more")
     pick = lambda parts: [series[k][first:end] for k, first, end in parts]
