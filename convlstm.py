@@ -28,13 +28,9 @@ class ConvLSTMCell(nn.Module):
 
     def __init__(self, input_dim, hidden_dim, kernel_size, bias=True):
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in kernel):
-            words = "expected an odd number or a pair (kh, kw) of odd numbers, so that frames keep their size"
-            raise ValueError(f"kernel size is {kernel_size}; {words}")
         self.hidden_dim = hidden_dim
         n_in, n_out = input_dim + hidden_dim, 4 * hidden_dim
-        self.conv = nn.Conv2d(n_in, n_out, kernel, padding="same", bias=bias)
+        self.conv = nn.Conv2d(n_in, n_out, kernel_size, padding="same", bias=bias)
 
     def forward(self, x, state=None):
         """x (B, C, H, W) and (h, c), None for zeros → the next (h, c)."""
@@ -70,9 +66,6 @@ class ConvLSTM(nn.Module):
         hidden_dims = [hidden_dim] * num_layers if isinstance(hidden_dim, int) else list(hidden_dim)
         # a tuple is one kernel's height and width; only a list has one kernel for each layer
         kernel_sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size] * num_layers
-        for name, values in (("hidden_dim", hidden_dims), ("kernel_size", kernel_sizes)):
-            if len(values) != num_layers:
-                raise ValueError(f"{name} lists {len(values)} values for num_layers={num_layers}")
         self.time_dim = 1 if batch_first else 0
         self.return_all_layers = return_all_layers
         sizes = zip([input_dim, *hidden_dims[:-1]], hidden_dims, kernel_sizes, strict=True)
@@ -86,10 +79,6 @@ class ConvLSTM(nn.Module):
         """
         if hidden_state is None:
             hidden_state = [None] * len(self.cell_list)
-        if len(hidden_state) != len(self.cell_list):
-            words = f"{len(hidden_state)} states for {len(self.cell_list)} layers"
-            advice = "return_all_layers=True returns the state of every layer"
-            raise ValueError(f"hidden_state has {words}; {advice}")
         x, layer_outputs, last_states = input_tensor, [], []
         for cell, state in zip(self.cell_list, hidden_state, strict=True):
             outputs = []

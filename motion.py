@@ -1,7 +1,8 @@
 """`block_match` measures how patches moved, for the encoder. `advect` moves patches, as the head decides.
 
 Neither is in the ConvLSTM paper.
-N images, C channels, H height, W width, P patch size. K = 2·max_motion + 1: each patch has K² possible moves.
+N images, C channels, H height, W width, P patch size. A patch comes from one of K² places, with
+K = 2·max_motion + 1.
 """
 
 import torch

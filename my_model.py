@@ -186,16 +186,13 @@ class EncoderForecaster(nn.Module):
                 make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
             make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
             below = hidden
-        below = [s for layer in self.encoder for s in hidden_grids(layer.cell.hidden_channels)]
         kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
+        inputs = [hidden_grids(kernel.shape[1]) for kernel in kernels]
+        inputs[0] = [g for layer in self.encoder for g in hidden_grids(layer.cell.hidden_channels)]
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
-        for kernel, above in zip(kernels, outputs, strict=True):
-            n_below = sum(width * (places >= 0).sum() for places, width in below)
-            make_equivariant(
-                kernel, above, below if kernel.shape[1] == n_below else hidden_grids(kernel.shape[1])
-            )
-            below = above
+        for channels in zip(kernels, outputs, inputs, strict=True):
+            make_equivariant(*channels)
 
     def forward(self, past, n_future, draw_from=None):
         """With draw_from, each input frame after that index is predicted, too, from the frames before it.
@@ -282,7 +279,7 @@ def permutation(flip, grids):
     """For each channel, the index of the channel that replaces it in a flip."""
     channels, first = [], 0
     for places, width in grids:
-        order = flip(places)[places >= 0][places[places >= 0].argsort()]  # for each place, the one that comes
+        order = flip(places)[places >= 0][places[places >= 0].argsort()]  # who moves to place 0, 1, 2, …
         channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
         first += len(channels[-1])
     return torch.cat(channels)
