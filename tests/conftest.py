@@ -20,6 +20,7 @@ import torch
 import figures
 import main
 import moving_mnist
+from support import folders
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
@@ -98,18 +99,12 @@ def without_pictures():
 
 def here(data, out, pictures=False, **changes):
     """Run main.main in this process, which saves the imports; the run's folder."""
-    folders, run_folder = [], main.run_folder
-
-    @contextmanager
-    def noting_the_folder(setup):
-        with run_folder(setup) as folder:
-            folders.append(folder)
-            yield folder
-
+    chosen, choose = [], folders.choose_folder
+    noting = lambda *given: chosen.append(choose(*given)) or chosen[-1]
     with pytest.MonkeyPatch.context() as patch, nullcontext() if pictures else without_pictures():
-        patch.setattr(main, "run_folder", noting_the_folder)
+        patch.setattr(folders, "choose_folder", noting)
         main.main(main.parse(flags(data, out, **changes)))
-    return folders[-1]
+    return chosen[-1]
 
 
 @contextmanager

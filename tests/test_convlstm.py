@@ -30,6 +30,7 @@ def test_equals_the_third_party_package(bias, all_layers):
     theirs = third_party.ConvLSTM(2, [4, 3], [3, 5], 2, True, bias, all_layers)
     ours = ConvLSTM(2, [4, 3], [3, (5, 5)], 2, True, bias, all_layers)
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())  # an optimizer's state goes by position
     x = torch.randn(2, 4, 2, 6, 5, requires_grad=True)
     results = []
     for model in (theirs, ours):
@@ -45,22 +46,15 @@ def test_equals_the_third_party_package(bias, all_layers):
 
 
 def test_official_checkpoints_load():
-    encoder_decoder = {
-        "encoder_1_convlstm.conv": (16, 6, 3, 3),
-        "encoder_2_convlstm.conv": (16, 8, 3, 3),
-        "decoder_1_convlstm.conv": (16, 8, 3, 3),
-        "decoder_2_convlstm.conv": (16, 8, 3, 3),
-        "decoder_CNN": (1, 4, 1, 3, 3),
-    }
-    stack = {"cell_list.0.conv": (32, 11, 3, 3), "cell_list.1.conv": (24, 14, 5, 3)}
-    models = ConvLSTM(3, [8, 6], [(3, 3), (5, 3)], 2), EncoderDecoderConvLSTM(nf=4, in_chan=2)
-    for model, layers in zip(models, (stack, encoder_decoder), strict=True):
-        shapes = {}
-        for layer, shape in layers.items():
-            shapes |= {f"{layer}.weight": shape, f"{layer}.bias": shape[:1]}
-        model.load_state_dict({key: torch.randn(shape) for key, shape in shapes.items()}, strict=True)
-        # the order too: an optimizer's state is stored by position
-        assert [key for key, _ in model.named_parameters()] == list(shapes)
+    """Those of the seq2seq. Those of ConvLSTM: see above."""
+    shapes = {}
+    for name, n_in in ("encoder_1", 6), ("encoder_2", 8), ("decoder_1", 8), ("decoder_2", 8):
+        shapes |= {f"{name}_convlstm.conv.weight": (16, n_in, 3, 3), f"{name}_convlstm.conv.bias": (16,)}
+    shapes |= {"decoder_CNN.weight": (1, 4, 1, 3, 3), "decoder_CNN.bias": (1,)}
+    model = EncoderDecoderConvLSTM(nf=4, in_chan=2)
+    model.load_state_dict({key: torch.randn(shape) for key, shape in shapes.items()}, strict=True)
+    # the order too: an optimizer's state is stored by position
+    assert [key for key, _ in model.named_parameters()] == list(shapes)
 
 
 def test_seq2seq_is_the_published_recurrence():

@@ -153,7 +153,8 @@ def test_a_recipe_that_wins_over_an_edited_knob_says_so(code):
     """Before the run has a folder. It gets none, as a file has that name."""
     edit(code, main=[("epochs: int = 2", "epochs: int = 7")])
     changes = {"model": "paper", "epochs": 3, "hidden_channels": 8, "head_channels": []}
-    printed, _ = finish(run(code, out="squares.npy", **changes), status=1)
+    printed, refusal = finish(run(code, out="squares.npy", **changes), status=1)
+    assert refusal == "main.py: cannot write to squares.npy: File exists\n"
     (line,) = (line for line in printed.splitlines() if line.startswith("knobs"))
     assert "epochs 3" in line and "learning_rate 0.04" in line
     assert "hidden_channels 8," in line  # a flag won

@@ -4,7 +4,6 @@ import io
 import itertools
 import warnings
 
-import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.axis import Tick
@@ -92,11 +91,6 @@ def test_losses_are_those_of_the_history(drawn):
     assert left.get_xlim() == (0, 2.06)  # epochs
 
 
-def test_no_picture_cuts_a_curve_off(drawn):
-    tops = [axes.get_ylim()[1] for axes in drawn("many frames").axes]
-    assert len(set(tops)) == 1 and 9 < tops[0] < 10
-
-
 def test_runs_are_compared_over_time_sequences_and_frames(drawn):
     by_time, by_sequences, by_frame = drawn("compare").axes
     errors = [90, 90 / 11, 4.5]
@@ -104,14 +98,6 @@ def test_runs_are_compared_over_time_sequences_and_frames(drawn):
     assert lines(by_frame) == [[[1, 2], [1, 2]]] * len(CURVES)
     for three in zip(by_time.lines, by_sequences.lines, by_frame.lines[: len(RUNS)], strict=True):
         assert len({(line.get_label(), line.get_color(), line.get_marker()) for line in three}) == 1
-
-
-def test_a_notebook_and_a_picture_keep_their_own_style():
-    before = DRAW["loss 2"](), DRAW["grid"]()
-    with matplotlib.style.context(["dark_background", {"font.size": 20}]):
-        style = dict(matplotlib.rcParams)
-        assert (DRAW["loss 2"](), DRAW["grid"]()) == before  # byte for byte
-        assert dict(matplotlib.rcParams) == style
 
 
 def pixels(picture):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, here, moving_squares, results, stopped_after_a_checkpoint
+from conftest import ROOT, flags, here, moving_squares, results
 from torch.nn import functional as F
 
 import main
@@ -17,7 +17,6 @@ import metrics
 from main import Knobs, Muon, parse
 from moving_mnist import MovingMNIST
 from support import checkpoint
-from support.muon import orthogonal
 from support.progress import Progress
 from support.scale import Scale
 
@@ -51,7 +50,7 @@ def test_knobs_reach_the_network():
     assert [bool(kernel._backward_hooks) for kernel in kernels] == [True, False]
 
 
-def test_a_recipe_replaces_defaults(capsys, tmp_path):
+def test_a_recipe_replaces_defaults(tmp_path):
     """Of a model, and of data of your own. It gives way to flags and to weights."""
     paper = parse(["--model", "paper"])
     assert sum(p.numel() for p in main.build(paper, 1).parameters()) == 7_585_296
@@ -62,9 +61,6 @@ def test_a_recipe_replaces_defaults(capsys, tmp_path):
     assert (brought.model, brought.hidden_channels, brought.epochs) == ("paper", (32, 32), 3)
     own = parse(["--data", "my.npy", "--model", "convlstm", "--epochs", "4"])
     assert (own.overlay, own.batch_size, own.learning_rate, own.epochs) == (0, 4, 0.04, 4)
-    with pytest.raises(SystemExit):
-        parse(["--model", "paper", "--help"])
-    assert "(default: 128 64 64)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_schedules():
@@ -81,13 +77,12 @@ def test_schedules():
 
 def test_evaluations_are_neither_too_few_nor_too_many():
     def due(step, steps):
-        progress = Progress(steps_per_epoch=10, batch_size=1, steps=steps, step=step)
+        progress = Progress(10, 1, steps, max_seconds=0, step=step)
         assert step == 50 or not progress.evaluation_due() or progress.passes(200)  # a point of the loss
         return progress.evaluation_due()
 
     assert [step for step in range(1, 91) if due(step, 90)] == [9, 18, 27, 36, 45, 50, 54, 63, 72, 81, 90]
     assert all(due(step, 3) for step in (1, 2, 3))
-    assert not any(due(step, 0) for step in range(1, 100))  # as the clock will tell
 
 
 class Noting(MovingMNIST):
@@ -174,10 +169,7 @@ def test_ssim_joins_the_loss(array, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (40, 2, 3, 3), (6, 6, 1, 1)])  # wide, tall, square
 def test_muon_is_torchs(shape):
-    """Bit by bit in bf16; in fp32, which torch has not, up to bf16's rounding, and by singular values.
-
-    `zero_grad` works as for any optimizer.
-    """
+    """Bit by bit in bf16; in fp32, which torch has not, up to bf16's rounding. `zero_grad` works, too."""
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(4, *shape)
     matrix = torch.nn.Parameter(start.flatten(1).clone())
@@ -193,12 +185,6 @@ def test_muon_is_torchs(shape):
             muon.step()
         assert dtype == torch.float32 or torch.equal(kernel, expected)
         assert (kernel - expected).norm() < 0.03 * (expected - start).norm()
-    u, s, v = torch.linalg.svd(gradients[0].flatten(1).double(), full_matrices=False)
-    s = s / s.norm()
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    found = orthogonal(gradients[0].flatten(1))
-    torch.testing.assert_close(found.double(), u @ s.diag() @ v, rtol=0, atol=1e-4)
     muon.zero_grad()
     assert kernel.grad is None
 
@@ -233,21 +219,6 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
     assert [kernels["lr"], 20 * rest["lr"]] == pytest.approx([0.06 * 0.25 / 0.95] * 2)
     same = {name for name, value in start.items() if torch.equal(last["model"][name], value)}
     assert same == {name for name in start if name.startswith("encoder.0.")} and len(same) == 4
-
-
-def test_one_optimizer_is_enough(array, tmp_path, monkeypatch):
-    """Its learning rate is the highest, also after a stop."""
-    told = []
-    alone = lambda model, _, t: told.append(t) or [torch.optim.AdamW(model.parameters(), amsgrad=True)]
-    monkeypatch.setattr(main, "make_optimizers", alone)
-    with stopped_after_a_checkpoint():
-        here(array, tmp_path, precision="bf16", **FEW)
-    folder = here(array, tmp_path, precision="bf16", **FEW)
-    last = torch.load(folder / "last.pt")
-    (group,) = last["optimizers"][0]["param_groups"]
-    logged = last["progress"]["history"][-1]["learning_rate"]
-    assert group["lr"] == logged == pytest.approx(0.001 * 0.25 / 0.95)
-    assert (folder / "metrics.json").exists() and told == [torch.bfloat16] * 2
 
 
 def test_the_seed_decides(array, tmp_path):

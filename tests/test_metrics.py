@@ -164,12 +164,3 @@ def test_optical_flow_follows_each_blob():
     colors = torch.tensor([0.0, 1.0]).view(2, 1, 1)  # nothing moves in the first channel
     colored = metrics.optical_flow(past * colors, 5)
     assert not colored[:, :, 0].any() and (metrics.mse_per_frame(colored[:, :, 1:], truth) < 0.15 * 50).all()
-
-
-def test_optical_flow_stays_in_range_and_keeps_the_type():
-    past = torch.rand(2, 2, 2, 65, 65, generator=torch.Generator().manual_seed(2))
-    past[:, :, 1] = 1  # white however much the first channel moves, in from the border too
-    for dtype in (torch.float64, torch.bfloat16):
-        forecast = metrics.optical_flow(past.to(dtype), 50)
-        assert forecast.dtype == dtype and forecast.min() >= 0 and forecast.max() <= 1
-        assert forecast[:, :, 1].min() > 0.99 and not forecast[:, 0, 0].allclose(past[:, -1, 0].to(dtype))

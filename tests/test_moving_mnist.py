@@ -79,32 +79,19 @@ def test_fresh_sequences_are_the_law_and_do_not_depend_on_the_batching():
     assert torch.equal(fresh[np.arange(40)], whole)
 
 
-def save(path, *shape):
-    array = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
-    np.save(path, array)
-    return array
-
-
 @pytest.mark.parametrize(("n", "sizes"), [(37, (29, 4, 4)), (10_000, (8100, 900, 1000))])
 def test_splits_are_disjoint_and_complete(tmp_path, n, sizes):
-    path = tmp_path / "a.npy"
-    sequences = save(path, 3, n, 4, 5).swapaxes(0, 1)[:, :, None]  # (N, T, C, H, W)
+    array = np.random.default_rng(0).integers(256, size=(3, n, 4, 5), dtype=np.uint8)
+    np.save(path := tmp_path / "a.npy", array)
     splits = [MovingMNIST(path, name) for name in ("train", "validation", "test")]
-    everything = MovingMNIST(path, "all")
+    everything, few = MovingMNIST(path, "all"), MovingMNIST(path, "validation", sequences=3)
     np.load(path, mmap_mode="r+").fill(0)  # a dataset that is a memory map would show it
-    assert tuple(map(len, splits)) == sizes
+    assert (*map(len, splits), len(few)) == (*sizes, 3)
     found = torch.cat([split[np.arange(len(split))] for split in splits])
-    assert found.dtype == torch.uint8
+    assert found.dtype == torch.uint8 and torch.equal(few[np.arange(3)], splits[1][np.arange(3)])
+    sequences = array.swapaxes(0, 1)[:, :, None]  # (N, T, C, H, W)
     np.testing.assert_array_equal(found, sequences)
     np.testing.assert_array_equal(everything[np.arange(n)], sequences)
-
-
-def test_a_split_takes_the_first_sequences(tmp_path):
-    array = save(tmp_path / "a.npy", 2, 100, 4, 4)
-    for limit, expected in ((3, 3), (0, 9), (1000, 9)):
-        dataset = MovingMNIST(tmp_path / "a.npy", "validation", sequences=limit)
-        assert len(dataset) == expected
-        np.testing.assert_array_equal(dataset[np.array([2])][0, :, 0], array[:, 83])
 
 
 def refused(path, words):
@@ -135,8 +122,6 @@ REFUSED = [
     (npy(np.zeros((2, 0, 4, 4), np.uint8)), "holds uint8 of shape (2, 0, 4, 4); expected uint8"),
     (VALID + b"x", "has 177 bytes; its header says 176"),
     (b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n" * 20, NO_ARRAY),
-    (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{'descr': '|u1'", NO_ARRAY),  # a header of 4 GiB, it says
-    (header_only("-" * 9000 + "1"), NO_ARRAY),  # too deep for the parser, which has no words for it
     (header_only(HUGE), NO_ARRAY),
 ]
 

@@ -301,10 +301,7 @@ GRAY = (1, 2, 1, 8, 8)
     ("options", "shape", "value", "message"),
     [
         ({"kernel_size": 3, "state_kernel_size": 2}, GRAY, 0, "kernel size 2 is even; use an odd one"),
-        ({"max_motion": 4}, GRAY, 0, "max_motion is 4; without feedback, as in the paper, it has to be 0"),
         ({}, (1, 2, 3, 8, 8), 0, r"shape \(1, 2, 3, 8, 8\); expected \(B, T, 1, H, W\)"),
-        ({}, (1, 2, 8, 8), 0, r"shape \(1, 2, 8, 8\); expected \(B, T, 1, H, W\)"),
-        ({}, GRAY, -0.25, "values from -0.25 to 0.5; expected 0 to 1"),
         ({}, GRAY, 255, "values from 0.5 to 255; expected 0 to 1"),
         ({}, GRAY, math.nan, "values from nan to nan; expected 0 to 1"),
     ],

@@ -33,12 +33,10 @@ def free_port():
         return free.getsockname()[1]
 
 
-def two(first, second, folders=(None, None)):
+def two(words):
     """Two processes of one run, without torchrun, which would stop the one where the other fails."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    options = {"code": ABORTS_AT_SHUTDOWN, **world}
-    ranked = zip("01", (first, second), folders, strict=True)
-    return [start(*words, **options, cwd=cwd, RANK=k, LOCAL_RANK=k) for k, words, cwd in ranked]
+    return [start(*words, code=ABORTS_AT_SHUTDOWN, **world, RANK=k, LOCAL_RANK=k) for k in "01"]
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +99,12 @@ def test_two_machines(array, tmp_path):
     assert [set(re.findall(r"^torch\.\w+$", text, re.M)) for text in printed] == [{dtype}] * 2
     assert [any((tmp_path / k).iterdir()) for k in "12"] == speaks  # the other writes nothing
     assert [(tmp_path / k / "out" / "my_model" / "metrics.json").exists() for k in "12"] == speaks
-    command = flags(array, "out", precision=precision, **FEW)
-    again = two(command, command, [tmp_path / k for k in ("12" if speaks[0] else "21")])
-    # the second has to be told
-    assert "this run has ended" in "".join([finish(machine)[0] for machine in again])
 
 
 @pytest.mark.parametrize(("victim", "number", "status"), [(0, signal.SIGTERM, 143), (1, signal.SIGKILL, -9)])
 def test_one_of_two_processes_ends(victim, number, status, array, tmp_path):
     command = flags(array, tmp_path, train_sequences=20, fast=False)
-    both, last = two(command, command), tmp_path / "my_model" / "last.pt"
+    both, last = two(command), tmp_path / "my_model" / "last.pt"
     try:
         wait_until(last.exists, both[0])
         both[victim].send_signal(number)
