@@ -1,6 +1,6 @@
-"""Where a forecast errs, and how recognizable its digits are:  python -m records.errors records/long.pt
+"""Where a forecast errs:  python -m records.errors records/long.pt
 
-For each file of weights, a row of either table of the error analysis in README.md.
+For each file of weights, a row of the error analysis in README.md.
 """
 
 import sys
@@ -44,27 +44,6 @@ def situation_row(model):
     return [f"{error:.1f}" for error in (*errors, curves[0].mean())]
 
 
-def identified_row(model):
-    """Percent of the stand-in's test sequences of which both digits, or one, are identified."""
-    rng = np.random.default_rng((150204681, 9))  # as make_stand_in has it
-    chosen = rng.integers(len(DIGITS), size=(1000, 2))
-    positions = trajectories(rng, 1000)
-    drawn = forecast(model, render(DIGITS[chosen], positions))[:, -1]
-    corners = (positions[:, 19] * 36).astype(int)
-    alone = [render(DIGITS[chosen[:, [k]]], positions[:, 19:, [k]])[:, 0, 0] / 255 for k in (0, 1)]
-    closer = np.empty((1000, 2), int)  # how many of the test digits fit better than the true one
-    for n, k in np.ndindex(1000, 2):
-        y, x = corners[n, k]
-        window = slice(y, y + 28), slice(x, x + 28)
-        candidates = np.maximum(DIGITS / 255, alone[1 - k][n][window])  # the other digit stays
-        errors = ((candidates - drawn[n][window]) ** 2).sum((1, 2))
-        closer[n, k] = (errors < errors[chosen[n, k]]).sum()
-    counts = [(closer < most).sum(1) for most in (1, 10)]
-    return [f"{100 * (count == n).mean():.1f}" for count in counts for n in (2, 1)]
-
-
 if __name__ == "__main__":
     for path in sys.argv[1:]:
-        model = main.load(path)
-        for row in (situation_row, identified_row):
-            print(" | ".join([row.__name__, path, *row(model)]))
+        print(" | ".join([path, *situation_row(main.load(path))]))
