@@ -4,15 +4,16 @@ import contextlib
 import hashlib
 import io
 import os
-import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from support import UserError, sources
 from support.devices import print0
 
+CHECKSUM = 64  # characters of a SHA-256, in the zip archive's comment
 HALF = ".half"  # the last letters of a file's name while it is written
 
 
@@ -22,7 +23,7 @@ def open_atomic(path):
 
     So a crash at any moment leaves the old file or the new one. Raises UserError.
     """
-    temporary = path.with_name(path.name + HALF)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{HALF}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -43,29 +44,41 @@ def write_atomic(path, content):
 
 
 def save(path, state):
-    """torch.save, whole or not at all."""
+    """torch.save with a checksum, whole or not at all."""
     # to memory first: when it writes a file, torch.save reports a full disk as an unrelated error
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getvalue())
+    torch.save(without_numpy(state), buffer)
+    content = buffer.getvalue()  # a zip archive ends with the length of its comment, here 0
+    comment = hashlib.sha256(content).hexdigest().encode()
+    write_atomic(path, content[:-2] + len(comment).to_bytes(2, "little") + comment)
+
+
+def without_numpy(value):
+    """The same with Python's numbers: an edit may leave NumPy's, which torch.load refuses."""
+    if isinstance(value, dict):
+        return {name: without_numpy(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def load(path, advice="give another file to --weights"):
     """The saved dict, on the CPU; no pickled code runs. Raises UserError, with the advice at its end."""
     try:
-        content = io.BytesIO(Path(path).read_bytes())
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {advice}") from error
+    # torch.load accepts most files with a flipped bit; the checksum accepts none
+    content, checksum = content[: -CHECKSUM - 2] + b"\0\0", content[-CHECKSUM:]
+    if hashlib.sha256(content).hexdigest().encode() != checksum:
+        raise UserError(f"{path} is damaged, or no checkpoint of this script; {advice}")
     try:
-        if zipfile.ZipFile(content).testzip():  # torch.load accepts most files with a flipped bit
-            raise ValueError("a part has another checksum")
-        content.seek(0)
-        state = torch.load(content, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         # knobs were saved as JSON has them: tuples as lists
         knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in state["knobs"].items()}
         return {**state, "knobs": knobs, "model": dict(state["model"])}
     except Exception as error:  # untrusted file: loading may raise anything
-        raise UserError(f"{path} is damaged, or no checkpoint of this script; {advice}") from error
+        raise UserError(f"{path} is no checkpoint of this script, and was not loaded; {advice}") from error
 
 
 def load_weights(model, state, path):
@@ -97,7 +110,8 @@ def make_folder(folder):
 def lock_folder(folder, wait=False):
     """Make a folder, and hold it until the `with` block ends. Raises UserError where that fails.
 
-    wait: until another process releases it. Where the file system has no locks, none is held.
+    wait: until another process releases it. Where the file system has no locks, none is held. What killed
+    runs left half-written is removed.
     """
     make_folder(folder)
     try:
@@ -108,6 +122,9 @@ def lock_folder(folder, wait=False):
     except (OSError, NotImplementedError):  # a file system without locks, or a folder that is read-only
         lock = contextlib.nullcontext()
     with lock:
+        for stray in (*folder.glob(f"*{HALF}"), *folder.glob(f"source/**/*{HALF}")):
+            with contextlib.suppress(OSError):
+                stray.unlink()
         yield
 
 

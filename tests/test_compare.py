@@ -81,7 +81,7 @@ def test_damaged_neighbors_are_left_out(short_run, tmp_path):
     (tmp_path / "one" / "source" / "main.py").write_bytes(b"\xff")  # no text
     for name, damage in DAMAGE.items():
         damage(tmp_path / name)
-    for name in ("compare.md.half", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
+    for name in ("compare.md.123.half", "mine.2026-draft.tmp"):  # of a run that was killed, and another's
         (tmp_path / name).write_bytes(b"half")
     compare.compare_runs(tmp_path, results(short_run), np.zeros((20, 1, 16, 16), np.uint8))
     found = rows(tmp_path / "compare.md")

@@ -115,7 +115,7 @@ def test_the_small_mirror_is_asked_first_and_only_once(server, tmp_path, monkeyp
         assert_fetched(folder)
         assert_fetched(folder)
         (folder / "seq.npy").unlink()
-        for stray in ("seq.npy.part", "seq.npy.half"):
+        for stray in ("seq.npy.part", "seq.npy.12345.half", "moving_mnist_standin.npy.12.half"):
             (folder / stray).write_bytes(b"x" * 2 * len(NPY))
     assert server.asked == ["/a.npy.gz"] * 3
 
