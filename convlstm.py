@@ -68,8 +68,9 @@ class ConvLSTM(nn.Module):
         kernel_sizes = kernel_size if isinstance(kernel_size, list) else [kernel_size] * num_layers
         self.time_dim = 1 if batch_first else 0
         self.return_all_layers = return_all_layers
-        sizes = zip([input_dim, *hidden_dims[:-1]], hidden_dims, kernel_sizes, strict=True)
-        self.cell_list = nn.ModuleList(ConvLSTMCell(n_in, n, k, bias) for n_in, n, k in sizes)
+        inputs = [input_dim, *hidden_dims[:-1]]
+        sizes = zip(range(num_layers), inputs, hidden_dims, kernel_sizes, strict=True)
+        self.cell_list = nn.ModuleList(ConvLSTMCell(n_in, n, k, bias) for _, n_in, n, k in sizes)
 
     def forward(self, input_tensor, hidden_state=None):
         """input_tensor (T, B, C, H, W), or (B, T, C, H, W) with batch_first → (outputs, last states).

@@ -11,7 +11,7 @@ Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, chan
 if __name__ == "__main__":
     from support import sources
 
-    sources.begin()  # keeps the code that runs, before imports that take seconds
+    sources.begin()  # copies the code, before imports that take seconds
 
 import math
 import sys
@@ -61,7 +61,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     equivariant: bool = True  # kernels that respect flips and transposition. Use multiples of 8 channels
     # Training
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 28
-    max_minutes: float = 0.0  # training time, instead of epochs; 0 = off. Tried: up to 150
+    max_minutes: float = 0.0  # training time by the clock, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
     learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.08
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.1
@@ -167,7 +167,7 @@ def overlays_at(knobs, n_future):
 def load_batch(setup, step, n_past, n_future, n_overlays):
     """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel, until `fill`.
 
-    Each step draws its own random numbers.
+    ORDER and OVERLAYS are streams of random numbers.
     """
     knobs, training = setup.knobs, setup.data.training
     epoch, k = divmod(step, setup.steps_per_epoch)
@@ -224,7 +224,7 @@ def train(setup, folder, progress, optimizers):
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; each step needs all parameters"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        # the only GPU synchronization in a step
+        # the only GPU synchronization in a step, but for the clock of --max_minutes with torchrun
         value, norm = torch.stack((all_reduce(cross_entropy.detach(), setup.device), norm)).tolist()
         if not math.isfinite(value + norm):
             raise progress.diverged(f"loss {value} and gradient norm {norm}", rate, progress.step)
@@ -248,8 +248,8 @@ def schedule(optimizers, knobs, fraction):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         highest = group.setdefault("initial_lr", float(group["lr"]))  # checkpoints keep it
-        # an edited schedule may return a tensor, or a number of NumPy's, which torch.load would refuse
-        group["lr"] = float(highest / knobs.learning_rate * learning_rate_at(knobs, fraction))
+        # an edited schedule may return a tensor
+        group["lr"] = highest / knobs.learning_rate * float(learning_rate_at(knobs, fraction))
     return groups[0]["lr"]
 
 
@@ -293,7 +293,7 @@ def parse(arguments):
     recipe = RECIPES.get(model, {})
     if is_own(given.data):
         recipe = recipe | RECIPES["own data"]
-    default = replace(Knobs(), data=given.data, **{"model": model} | recipe | brought)
+    default = replace(Knobs(), data=given.data, **{"model": model, **recipe, **brought})
     knobs = tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
     changed = [name for name in vars(knobs) if getattr(knobs, name) != getattr(default, name)]
     for name in changed:

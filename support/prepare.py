@@ -1,5 +1,6 @@
 """From knobs to a run that is ready: device, data, model, weights, kernels. Prints what will run."""
 
+import math
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def prepare(knobs, build):
 def check(knobs):
     """Refuse values whose fault would show late. Raises UserError."""
     for name, least in LEAST.items():
-        if not getattr(knobs, name) >= least:
+        if not least <= getattr(knobs, name) < math.inf:
             raise UserError(f"{name} is {getattr(knobs, name)}; it must be at least {least}")
     for name in ("hidden_channels", "head_channels"):
         channels = getattr(knobs, name)

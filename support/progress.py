@@ -45,7 +45,9 @@ class Progress:
     @property
     def fraction(self):
         """The fraction of training done at the middle of the next step, in [0, 1). Of time: at its start."""
-        return (self.step + 0.5) / self.steps if self.steps else self.seconds / self.max_seconds
+        if self.steps:
+            return (self.step + 0.5) / self.steps
+        return max(0.001, self.seconds / self.max_seconds)  # at 0, the first step would learn nothing
 
     def passes(self, n):
         """Whether the last step reached one of n evenly spaced points of training."""

@@ -30,6 +30,7 @@ def library(dtype):
 
 
 @functools.cache
+@torch.inference_mode(False)  # training cannot use a tensor that was made in inference mode
 def block_map():
     """(36, 144): from members of outputs and inputs, and 9 taps, to the 9 features of 4 parities."""
     half = 0.5**0.5
