@@ -80,10 +80,10 @@ def test_own_data():
     baselines = {"last frame copied": "copy_last", "optical flow": "optical_flow"}
     for row in rows:
         who = row["Forecaster"].strip("[`").partition("`")[0]
-        model = "my_model" if who in baselines else who
+        model = {"my_model --no_equivariant": "no_equivariant"}.get(who, "my_model" if who in baselines else who)
         folder = f"own_data/{row['Data'].replace(' ', '_')}_{model}"
         results, log = read(f"{folder}/metrics.json"), read(f"{folder}/log.csv")
-        scores = results["scores"][baselines.get(who, who)]
+        scores = results["scores"][baselines.get(who, results["model"])]
         mse = scores["mse_per_frame"]["mean"]
         skill = 1 - mse / results["scores"]["copy_last"]["mse_per_frame"]["mean"]
         expected = [f"{mse:.2f}", f"{skill:.2f}", f"{scores['rmse'][0]:.2f}"]
