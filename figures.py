@@ -114,7 +114,7 @@ def compare(histories, curves, title):
         axes.set(ylabel=MSE_LABEL, yscale="log", xlim=(0, None))
         ticks = LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
         axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
-    draw_curves(by_frame, curves, "MSE of each forecast frame")
+    draw_curves(by_frame, curves, "test MSE of each forecast frame")
     by_frame.set(ylabel=MSE_LABEL, ylim=(0, None))
     return to_png(figure, title)
 

@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model draws nearly black frames or, with motion, the last input frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see a whole digit, which bounces when its edge touches a wall.
+- `dilation`: the upper layers see a whole digit, which turns as a whole when an edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -146,7 +146,7 @@ class EncoderForecaster(nn.Module):
         def stack(in_channels):
             sizes = enumerate(zip((in_channels, *hidden_channels[:-1]), hidden_channels, strict=True))
             options = kernel_size, state_kernel_size or kernel_size, peephole
-            return nn.ModuleList(ConvLSTM(a, b, *options, dilation if k else 1) for k, (a, b) in sizes)
+            return nn.ModuleList(ConvLSTM(*pair, *options, dilation if i else 1) for i, pair in sizes)
 
         self.encoder = stack(n_pixels + (MOTION_CHANNELS if max_motion else 0))
         self.forecaster = None if feedback else stack(0)  # its first layer has no input
@@ -211,7 +211,8 @@ class EncoderForecaster(nn.Module):
                 hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
             return self.draw(hidden_states)[..., :H, :W]
         start = past.shape[1] - 1 if draw_from is None else draw_from
-        logits, frame = [self.draw([h[:, start:] for h in encoded], past[:, start:])], past[:, -1:]
+        logits = [self.draw([h[:, start:] for h in encoded], past[:, start:])]
+        frame = past[:, -1:]
         for _ in range(n_future - 1):  # the first forecast frame is already drawn
             previous, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
             hidden_states, states = self.encode(frame, previous, states)
@@ -257,7 +258,7 @@ class EncoderForecaster(nn.Module):
 # Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576: if their input is
 # flipped or transposed, so is their output. Some channels then swap: the pixels of a patch, the possible
 # moves, and the hidden channels. Each channel has a place in a square grid. Flipping the grid shows which
-# channels swap. Training needs less data. On a CPU, it also needs a quarter of the multiplications
+# channels swap. Training needs less data. On a CPU, it needs only a quarter of the multiplications
 # (support/fast/symmetric.py).
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # The places of hidden channels: each holds an eighth of them. -1: empty. No place lies on a mirror axis, so
@@ -279,7 +280,8 @@ def permutation(flip, grids):
     """For each channel, the index of the channel that replaces it in a flip."""
     channels, first = [], 0
     for places, width in grids:
-        order = flip(places)[places >= 0][places[places >= 0].argsort()]  # who moves to place 0, 1, 2, …
+        filled = places >= 0
+        order = flip(places)[filled][places[filled].argsort()]  # who moves to place 0, 1, 2, …
         channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
         first += len(channels[-1])
     return torch.cat(channels)

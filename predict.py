@@ -1,7 +1,7 @@
 """Forecast what follows frames of your data: a .npy, a video, or a folder of images.
 
 python predict.py my_frames.npy
-python predict.py clip.mp4 --weights results/my_model/best.pt --start -10 --frames 20 --out forecast
+python predict.py clip.mp4 --weights results/mine/best.pt --start -10 --frames 20 --out forecast
 """
 
 from pathlib import Path
@@ -39,28 +39,28 @@ def predict(
     model = main.load(weights)
     n, frames = model.frames_in, frames or model.frames_out
     data = read(source, model.video, most=start + n + frames if start >= 0 else None)
-    channels = data.series[0].shape[1]
-    if channels != model.channels:
-        raise UserError(f"the data have {channels} channels; {weights} is for {model.channels}")
-    given = [one[start:][: n + frames] for one in data.series]
-    chosen = [one for one in given if len(one) >= n]
+    n_channels = data.series[0].shape[1]
+    if n_channels != model.channels:
+        raise UserError(f"the data have {n_channels} channels; {weights} is for {model.channels}")
+    windows = [one[start:][: n + frames] for one in data.series]
+    chosen = [one for one in windows if len(one) >= n]
     if not chosen:
-        most = max(map(len, given))
-        raise UserError(f"the data have {most} frames from --start {start} on; the weights need {n}")
-    if len(chosen) < len(given):
-        print(f"left out  series with fewer than {n} frames: {len(given) - len(chosen)}")
+        longest = max(map(len, windows))
+        raise UserError(f"the data have {longest} frames from --start {start} on; the weights need {n}")
+    if len(chosen) < len(windows):
+        print(f"left out  series with fewer than {n} frames: {len(windows) - len(chosen)}")
     data = data._replace(series=[one[: min(map(len, chosen))] for one in chosen])
     low, high = describe(data)
     report_scale(model.scale, data.series, low, high)
-    given = torch.stack([torch.from_numpy(one.astype(np.float32)) for one in data.series])
-    given = model.scale.to_unit(given)
-    past, truth = given[:, :n], given[:, n:]
+    sequences = torch.stack([torch.from_numpy(one.astype(np.float32)) for one in data.series])
+    sequences = model.scale.to_unit(sequences)
+    past, truth = sequences[:, :n], sequences[:, n:]
     forecast = torch.cat([model.forecast(part, frames) for part in past.split(8)])
     words = f"{data.name}: {n} frames in, {frames} forecast"
     if truth.shape[1]:
         error = model.scale.describe_error(forecast[:, : truth.shape[1]].flatten(0, 1), truth.flatten(0, 1))
         words += f", {error} over the {truth.shape[1]} frames that followed"
-        words += f" (mean of {len(given)} series; pictures show the first)" * (len(given) > 1)
+        words += f" (mean of {len(sequences)} series; pictures show the first)" * (len(sequences) > 1)
     print(words)
     make_folder(out)
     with open_atomic(out / "forecast.npy") as file:

@@ -25,7 +25,7 @@ LABELS = {  # folder, with _s1 and _s2 of other seeds → what is left out of th
     "no_ssim": "SSIM in the loss",
 }
 LADDER = {  # folder → what it adds to the row above
-    "usual": "the usual script",  # AdamW with learning rate 0.001, all ten frames from the start
+    "usual": "starting point",  # AdamW with learning rate 0.001, all ten frames from the start
     "muon": "+ Muon",
     "feedback": "+ feedback",
     "grow": "+ growing horizon",

@@ -39,7 +39,7 @@ for name, label in RUNS.items():
     curves[label] = results["scores"][results["model"]]["mse_per_frame"]["per_frame"]
 for who in figures.LABELS:
     curves[who] = results["scores"][who]["mse_per_frame"]["per_frame"]
-title = "stand-in array, test split, 1,000 sequences (default: Zen 4; the others: Xeon)"
+title = "stand-in array (default: Zen 4; the others: Xeon)"
 (PHOTOS / "compare.png").write_bytes(figures.compare(histories, curves, title))
 
 model = main.load(RECORDS / "long.pt")

@@ -98,7 +98,8 @@ def compare_runs(out, latest, first_sequence):
         histories = {run["label"]: run["history"] for run in runs}
         curves = {run["label"]: run["curve"] for run in runs}
         curves |= {who: scores["mse_per_frame"]["per_frame"] for who, scores in baselines.items()}
-        write_atomic(out / "compare.png", figures.compare(histories, curves, title))
+        picture = figures.compare(histories, curves, latest["data_tested"])
+        write_atomic(out / "compare.png", picture)
         n = latest["frames_in"]
         for end, channels, values in Scale.of(latest["scale"]).pictures():
             rows = {"input": (1, first_sequence[:n, channels])}
