@@ -11,7 +11,7 @@ Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, chan
 if __name__ == "__main__":
     from support import sources
 
-    sources.begin()  # copies the code, before imports that take seconds
+    sources.begin()  # keeps a copy of the code, for the run's source/
 
 import math
 import sys
@@ -167,7 +167,7 @@ def overlays_at(knobs, n_future):
 def load_batch(setup, step, n_past, n_future, n_overlays):
     """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel, until `fill`.
 
-    ORDER and OVERLAYS are streams of random numbers.
+    ORDER and OVERLAYS number streams of random numbers.
     """
     knobs, training = setup.knobs, setup.data.training
     epoch, k = divmod(step, setup.steps_per_epoch)

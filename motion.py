@@ -40,7 +40,7 @@ def matching_costs(frames, before, patch_size, max_motion):
 
 
 @torch.no_grad()
-def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
+def block_match(frames, before, patch_size, max_motion, match=matching_costs):
     """Probability of each move of each patch: frames and before (N, C, H, W) → (N, K², H/P, W/P).
 
     before: for each frame, the one that precedes it. Squared differences are summed over the patch and its
@@ -49,7 +49,7 @@ def block_match(frames, before, patch_size, max_motion, costs=matching_costs):
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for costs
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
-    cost = costs(frames, before, patch_size, max_motion)
+    cost = match(frames, before, patch_size, max_motion)
     means = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
     sums = 9 * means
     return (-sums).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis

@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model draws nearly black frames or, with motion, the last input frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
-- `dilation`: the upper layers see a whole digit, which turns as a whole when an edge hits a wall.
+- `dilation`: the upper layers see a whole digit: all of it bounces when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -144,9 +144,11 @@ class EncoderForecaster(nn.Module):
         self.motion = nn.Conv2d(n_moves, MOTION_CHANNELS, 1) if max_motion else None
 
         def stack(in_channels):
-            sizes = enumerate(zip((in_channels, *hidden_channels[:-1]), hidden_channels, strict=True))
-            options = kernel_size, state_kernel_size or kernel_size, peephole
-            return nn.ModuleList(ConvLSTM(*pair, *options, dilation if i else 1) for i, pair in sizes)
+            layers, sizes = nn.ModuleList(), (kernel_size, state_kernel_size or kernel_size)
+            for n in hidden_channels:
+                layers.append(ConvLSTM(in_channels, n, *sizes, peephole, dilation if len(layers) else 1))
+                in_channels = n
+            return layers
 
         self.encoder = stack(n_pixels + (MOTION_CHANNELS if max_motion else 0))
         self.forecaster = None if feedback else stack(0)  # its first layer has no input
@@ -174,7 +176,7 @@ class EncoderForecaster(nn.Module):
         return self.head[-1]
 
     def make_kernels_equivariant(self):
-        """Make all kernels equivariant (see FLIPS below). Biases and peepholes are not constrained."""
+        """Make kernels equivariant, not biases or peepholes. Read the section below first."""
         pixels = [grid(self.patch_size)] * self.channels
         moves, below = [grid(2 * self.max_motion + 1)], pixels
         if self.max_motion:
@@ -267,7 +269,7 @@ COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 
 
 
 def grid(side):
-    """A grid (places, channels in each place) of side² channels, such as the pixels of a patch."""
+    """A grid (numbers of the places, channels in each) of side² channels, such as the pixels of a patch."""
     return torch.arange(side**2).view(side, side), 1
 
 

@@ -80,7 +80,7 @@ def test_own_data():
     baselines = {"last frame copied": "copy_last", "optical flow": "optical_flow"}
     for row in rows:
         who = row["Forecaster"].strip("[`").partition("`")[0]
-        model = {"my_model --no_equivariant": "no_equivariant"}.get(who, "my_model" if who in baselines else who)
+        model = "my_model" if who in baselines else who.rpartition(" --")[2]
         folder = f"own_data/{row['Data'].replace(' ', '_')}_{model}"
         results, log = read(f"{folder}/metrics.json"), read(f"{folder}/log.csv")
         scores = results["scores"][baselines.get(who, results["model"])]
