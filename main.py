@@ -1,6 +1,6 @@
-"""Train a ConvLSTM encoder-forecaster on Moving MNIST, draw its forecasts, and score them.
+"""Train a ConvLSTM encoder-forecaster on Moving MNIST, plot its forecasts, and score them.
 
-    python main.py                                        train or resume, then evaluate and draw
+    python main.py                                        train or resume, then evaluate and plot
     python main.py --epochs 20 --hidden_channels 64 64    every knob below is also a flag
     python main.py --model paper                          the network of Shi et al. (2015)
     torchrun --nproc_per_node=2 main.py                   several processes
@@ -70,7 +70,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     # Output
     out: str = "results"  # folder of all runs
     name: str = ""  # this run's folder inside --out; empty = the name of the model or the weights
-    eval_only: bool = False  # train nothing: score --weights, and draw their forecasts
+    eval_only: bool = False  # train nothing: score --weights, and plot their forecasts
     weights: str = ""  # a best.pt or last.pt to start from; it sets the knobs of the network
     # System
     seed: int = 0  # of weights, order, overlays, dropout and fresh sequences
@@ -167,7 +167,7 @@ def overlays_at(knobs, n_future):
 def load_batch(setup, step, n_past, n_future, n_overlays):
     """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel, until `fill`.
 
-    ORDER and OVERLAYS number streams of random numbers.
+    ORDER and OVERLAYS keep the random streams apart.
     """
     knobs, training = setup.knobs, setup.data.training
     epoch, k = divmod(step, setup.steps_per_epoch)
@@ -204,7 +204,7 @@ def train(setup, folder, progress, optimizers):
         n_overlays = overlays_at(knobs, n_future)
         past, future = load_batch(setup, progress.step, n_past, n_future, n_overlays)
         # dense targets: while the input is longer, my_model also forecasts its later frames
-        dense = {"draw_from": (knobs.frames_in - 1) // 2} if n_past > knobs.frames_in else {}
+        dense = {"predict_from": (knobs.frames_in - 1) // 2} if n_past > knobs.frames_in else {}
 
         seed_dropout(knobs.seed, progress.step)
         net.train()

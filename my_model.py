@@ -6,9 +6,9 @@ states into frames. `EncoderForecaster()` is that network with the first two cha
 
 Changes from the paper, and why. The default of main.py has all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
-- Initial output biases: untrained, a model draws nearly black frames or, with motion, the last input frame.
+- Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
-- `feedback`: the encoder is also the forecaster, and reads the frame it drew last. Half as many weights.
+- `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
 - `dilation`: the upper layers see a whole digit: all of it bounces when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
@@ -159,15 +159,15 @@ class EncoderForecaster(nn.Module):
             n_in = n
         # logits; with motion, also a gain for each pixel of the moved frame, and weights of the moves
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
-        draw = nn.Conv2d(n_in, sum(self.outputs), 1)
+        last = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
-            if max_motion:  # untrained, it draws nearly the last frame
-                draw.bias.zero_()
-                draw.bias[n_pixels : 2 * n_pixels] = 1.0
-                draw.bias[2 * n_pixels + n_moves // 2] = 8.0  # the zero move
+            if max_motion:  # untrained, it forecasts nearly the last frame
+                last.bias.zero_()
+                last.bias[n_pixels : 2 * n_pixels] = 1.0
+                last.bias[2 * n_pixels + n_moves // 2] = 8.0  # the zero move
             else:
-                draw.bias.fill_(-3.0)  # frames start nearly black
-        self.head = nn.Sequential(*head, draw)
+                last.bias.fill_(-3.0)  # frames start nearly black
+        self.head = nn.Sequential(*head, last)
         if equivariant:
             self.make_kernels_equivariant()
 
@@ -176,7 +176,7 @@ class EncoderForecaster(nn.Module):
         return self.head[-1]
 
     def make_kernels_equivariant(self):
-        """Make kernels equivariant, not biases or peepholes. Read the section below first."""
+        """Make kernels equivariant, not biases or peepholes. First read on from FLIPS."""
         pixels = [grid(self.patch_size)] * self.channels
         moves, below = [grid(2 * self.max_motion + 1)], pixels
         if self.max_motion:
@@ -196,10 +196,10 @@ class EncoderForecaster(nn.Module):
         for channels in zip(kernels, outputs, inputs, strict=True):
             make_equivariant(*channels)
 
-    def forward(self, past, n_future, draw_from=None):
-        """With draw_from, each input frame after that index is predicted, too, from the frames before it.
+    def forward(self, past, n_future, predict_from=None):
+        """With predict_from, each input frame after that index is predicted, too, from the frames before it.
 
-        Then logits are (B, T - 1 - draw_from + n_future, C, H, W).
+        Then logits are (B, T - 1 - predict_from + n_future, C, H, W).
         """
         self.check(past, n_future)
         H, W = past.shape[-2:]
@@ -208,17 +208,17 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if draw_from is not None:  # the encoder's hidden states predict the input frames
+            if predict_from is not None:  # the encoder's hidden states predict the input frames
                 pairs = zip(encoded, hidden_states, strict=True)
-                hidden_states = [torch.cat((x[:, draw_from:-1], y), 1) for x, y in pairs]
-            return self.draw(hidden_states)[..., :H, :W]
-        start = past.shape[1] - 1 if draw_from is None else draw_from
-        logits = [self.draw([h[:, start:] for h in encoded], past[:, start:])]
+                hidden_states = [torch.cat((x[:, predict_from:-1], y), 1) for x, y in pairs]
+            return self.to_logits(hidden_states)[..., :H, :W]
+        start = past.shape[1] - 1 if predict_from is None else predict_from
+        logits = [self.to_logits([h[:, start:] for h in encoded], past[:, start:])]
         frame = past[:, -1:]
-        for _ in range(n_future - 1):  # the first forecast frame is already drawn
+        for _ in range(n_future - 1):  # the first forecast frame is already there
             previous, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
             hidden_states, states = self.encode(frame, previous, states)
-            logits.append(self.draw(hidden_states, frame))
+            logits.append(self.to_logits(hidden_states, frame))
         return torch.cat(logits, 1)[..., :H, :W]
 
     def encode(self, frames, previous, states):
@@ -231,16 +231,16 @@ class EncoderForecaster(nn.Module):
             x = torch.cat((x, self.motion(move_probabilities).unflatten(0, frames.shape[:2])), 2)
         return unroll(self.encoder, x, states, frames.shape[1])
 
-    def draw(self, hidden_states, frames=None):
+    def to_logits(self, hidden_states, frames=None):
         """Logits of the next frame, for each of T frames. Hidden states of a layer: (B, T, Ch, H/P, W/P)."""
         B, T = hidden_states[0].shape[:2]
         # (T·B, sum of Ch, H/P, W/P): time first, as the fast kernels have it in memory
         images = torch.cat([h.transpose(0, 1).flatten(0, 1) for h in hidden_states], 1)
-        drawn = self.head(images).split(self.outputs, 1)
-        logits = F.pixel_shuffle(drawn[0], self.patch_size)
+        parts = self.head(images).split(self.outputs, 1)
+        logits = F.pixel_shuffle(parts[0], self.patch_size)
         if self.max_motion:
-            gain = F.pixel_shuffle(drawn[1], self.patch_size)
-            weights = drawn[2].permute(0, 2, 3, 1)
+            gain = F.pixel_shuffle(parts[1], self.patch_size)
+            weights = parts[2].permute(0, 2, 3, 1)
             weights = weights.to(frames.dtype, memory_format=torch.contiguous_format).softmax(-1)
             moved = self.advect(frames.transpose(0, 1).flatten(0, 1), weights, self.patch_size)
             logits = logits + gain * torch.logit(moved.clamp(0.002, 0.998))  # the logit: within ±6.2
@@ -283,7 +283,7 @@ def permutation(flip, grids):
     channels, first = [], 0
     for places, width in grids:
         filled = places >= 0
-        order = flip(places)[filled][places[filled].argsort()]  # who moves to place 0, 1, 2, …
+        order = flip(places)[filled][places[filled].argsort()]  # order[p] moves to place p
         channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
         first += len(channels[-1])
     return torch.cat(channels)

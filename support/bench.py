@@ -38,7 +38,7 @@ def make_step(name, dtype, device, batch, horizon=10, training=True, fast=True):
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     frames = torch.rand(batch, 20, 1, 64, 64, device=device)
-    dense = {"draw_from": 4} if horizon < 10 else {}
+    dense = {"predict_from": 4} if horizon < 10 else {}
 
     def step():
         with torch.inference_mode(not training), autocast:

@@ -110,7 +110,7 @@ def match_by_hand(frames, before, P, M):
     return (-sum(shifted(costs, *move) for move in moves(1))).softmax(1)
 
 
-def forecast_by_hand(model, past, n_future, draw_from):
+def forecast_by_hand(model, past, n_future, predict_from):
     """Patches, one cell call a layer and frame, the head frame by frame, and patches joined again."""
     P, M, T = model.patch_size, model.max_motion, past.shape[1]
     x = F.pixel_unshuffle(past, P)
@@ -132,7 +132,7 @@ def forecast_by_hand(model, past, n_future, draw_from):
     last = torch.zeros_like(x[:, 0])
     for t in range(T):
         patches, last = step(model.encoder, x[:, t], last), x[:, t]
-        if draw_from is not None and draw_from <= t < T - 1:
+        if predict_from is not None and predict_from <= t < T - 1:
             drawn.append(patches)
     for t in range(n_future):
         if model.forecaster is not None:
@@ -176,23 +176,23 @@ def test_forecast_by_hand(options):
     for B, T, H, W, n_future in ((2, 4, 8, 12, 3), (1, 1, 4, 4, 1), (3, 3, 12, 8, 7)):
         past = torch.rand(B, T, model.channels, H, W, dtype=torch.float64)
         past[..., :3], past[..., -3:] = 0, 1  # so that what moves is clamped
-        for draw_from in {None, 0, (T - 1) // 2, T - 1}:
-            expected = forecast_by_hand(model, past, n_future, draw_from)
-            found = model(past, n_future, draw_from)
+        for predict_from in {None, 0, (T - 1) // 2, T - 1}:
+            expected = forecast_by_hand(model, past, n_future, predict_from)
+            found = model(past, n_future, predict_from)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_one_training_step(options):
     T, n_future = 4, 3
-    for draw_from, autocast in ((None, False), (1, False), (1, True)):
+    for predict_from, autocast in ((None, False), (1, False), (1, True)):
         model = EncoderForecaster(**{"hidden_channels": (8, 6), "kernel_size": 3, "patch_size": 2} | options)
         sequences = (torch.rand(4, T + n_future, model.channels, 8, 8) > 0.7).float()
-        past, truth = sequences[:, :T], sequences[:, T if draw_from is None else draw_from + 1 :]
+        past, truth = sequences[:, :T], sequences[:, T if predict_from is None else predict_from + 1 :]
 
-        def loss(model=model, past=past, truth=truth, draw_from=draw_from, autocast=autocast):
+        def loss(model=model, past=past, truth=truth, predict_from=predict_from, autocast=autocast):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits = model(past, n_future, draw_from)
+                logits = model(past, n_future, predict_from)
             return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="sum") / len(truth)
 
         before = loss()
