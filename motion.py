@@ -12,7 +12,7 @@ import torch.nn.functional as F
 def advect(frames, weights, patch_size):
     """Replace each patch by a weighted mean of the K² patches at most max_motion pixels away, in x and in y.
 
-    frames (N, C, H, W), weights (N, H/P, W/P, K²) → (N, C, H, W). Beyond the border all is black.
+    frames (N, C, H, W), weights (N, H/P, W/P, K²) → (N, C, H, W). Beyond the border all is 0.
     After the dynamic neural advection of Finn et al. (2016), https://arxiv.org/abs/1605.07157.
     """
     N, C, H, W = frames.shape

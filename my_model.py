@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
-- `dilation`: the upper layers see a whole digit: all of it bounces when its edge hits a wall.
+- `dilation`: the upper layers see a whole digit, all of which bounces when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -193,8 +193,8 @@ class EncoderForecaster(nn.Module):
         inputs[0] = [g for layer in self.encoder for g in hidden_grids(layer.cell.hidden_channels)]
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
-        for channels in zip(kernels, outputs, inputs, strict=True):
-            make_equivariant(*channels)
+        for arguments in zip(kernels, outputs, inputs, strict=True):
+            make_equivariant(*arguments)
 
     def forward(self, past, n_future, predict_from=None):
         """With predict_from, each input frame after that index is predicted, too, from the frames before it.
@@ -208,7 +208,7 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if predict_from is not None:  # the encoder's hidden states predict the input frames
+            if predict_from is not None:  # not by main.py: the encoder's hidden states predict the input
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, predict_from:-1], y), 1) for x, y in pairs]
             return self.to_logits(hidden_states)[..., :H, :W]
@@ -269,7 +269,7 @@ COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 
 
 
 def grid(side):
-    """A grid (numbers of the places, channels in each) of side² channels, such as the pixels of a patch."""
+    """A grid (place indices, channels per place) of side² channels, such as the pixels of a patch."""
     return torch.arange(side**2).view(side, side), 1
 
 
@@ -282,8 +282,8 @@ def permutation(flip, grids):
     """For each channel, the index of the channel that replaces it in a flip."""
     channels, first = [], 0
     for places, width in grids:
-        filled = places >= 0
-        order = flip(places)[filled][places[filled].argsort()]  # order[p] moves to place p
+        filled = places >= 0  # the same after a flip
+        order = flip(places)[filled][places[filled].argsort()]  # who moves to place 0, 1, 2, …
         channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
         first += len(channels[-1])
     return torch.cat(channels)

@@ -115,7 +115,7 @@ def test_the_python_example_forecasts():
     digits = moving_mnist.read_digits(ROOT / "raw" / "digits_test.png")
     frames = torch.from_numpy(moving_mnist.generate(digits, 4, 0)) / 255
     past, future = frames[:, :10], frames[:, 10:]
-    names = {"past": past}
+    names = {"frames": 255 * past}
     exec(example.replace("records/", f"{ROOT}/records/"), names)
     errors = [((frame - future) ** 2).sum((2, 3, 4)).mean() for frame in (names["forecast"], past[:, -1:], 0)]
     assert names["forecast"].shape == future.shape and errors[0] < 0.5 * min(errors[1:])
