@@ -76,7 +76,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     seed: int = 0  # of weights, order, overlays, dropout and fresh sequences
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto = bf16 if the hardware has it
-    fast: bool = True  # use fast kernels; --no_fast runs all in plain PyTorch
+    fast: bool = True  # use fast code; --no_fast runs all in plain PyTorch
 
 
 # Other defaults for your own data and for `--model NAME`. A flag wins over both.
@@ -130,7 +130,8 @@ def build(knobs, channels):
 def make_optimizers(model, knobs, dtype):
     """Muon for the kernels; AdamW for biases, peepholes and the output layer.
 
-    The learning rates given here are the highest. In training they follow `learning_rate_at`.
+    The learning rates given here are the highest. In training they follow `learning_rate_at`. dtype: of the
+    products in Muon.
     """
     output = id(model.output_layer.weight) if hasattr(model, "output_layer") else None
     kernels = [p for p in model.parameters() if p.ndim >= 4 and id(p) != output and p.requires_grad]
@@ -140,7 +141,7 @@ def make_optimizers(model, knobs, dtype):
 
 
 def learning_rate_at(knobs, fraction):
-    """After a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
+    """Of Muon, after a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
     if fraction < WARMUP:
         return knobs.learning_rate * fraction / WARMUP
     return knobs.learning_rate * (1 - fraction) / (1 - WARMUP)

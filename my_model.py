@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
-- `dilation`: the upper layers see a whole digit, all of which bounces when its edge hits a wall.
+- `dilation`: the upper layers see a whole digit, which turns back when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -208,7 +208,7 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if predict_from is not None:  # not by main.py: the encoder's hidden states predict the input
+            if predict_from is not None:  # main.py never does; the encoder's hidden states predict the input
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, predict_from:-1], y), 1) for x, y in pairs]
             return self.to_logits(hidden_states)[..., :H, :W]
