@@ -76,7 +76,7 @@ def loss(history, baselines, title):
     for name, value in baselines.items():
         right.axhline(value, ls="--", lw=1, color=COLORS[name], label=f"{LABELS[name]}: MSE {value:.3g}")
     right.set(ylabel=MSE_LABEL, ylim=(0, None))
-    right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:#.3g}")
+    right.set_title(f"validation MSE: {points[-1]['val_mse_per_frame']:.3g}")
     for k, name in enumerate(names):
         axes = figure.add_subplot(places[k, 4])
         axes.step(epochs, column(name, history), color=MODEL_COLORS[1])
