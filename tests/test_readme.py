@@ -96,7 +96,7 @@ def test_results_are_those_of_the_records():
         timed = read(f"{name}/log.csv").get("minutes") or read(f"{name}/timing.csv")["minutes"]
         assert minutes == f"{float(timed):.1f}", name
         assert [mse, mae, ssim] == means(results["scores"][results["model"]]), name
-    assert f"{int(read('long/log.csv')['sequences']):,} fresh sequences" in README
+    assert f"{int(read('long/log.csv')['sequences']):,} generated sequences" in README
     black, *_, seeds = TABLES["Reference value", "MSE"]
     assert black["MSE"] in README and seeds["MSE"] in README
 
