@@ -141,7 +141,7 @@ def make_optimizers(model, knobs, dtype):
 
 
 def learning_rate_at(knobs, fraction):
-    """Of Muon, after a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
+    """Muon's rate after a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
     if fraction < WARMUP:
         return knobs.learning_rate * fraction / WARMUP
     return knobs.learning_rate * (1 - fraction) / (1 - WARMUP)
@@ -261,7 +261,7 @@ def seed_dropout(seed, step):
 
 
 def load(path):
-    """The model of a checkpoint. Its method model.forecast(past, n): see support/prepare.py."""
+    """The model of a checkpoint. Its forecast(past, n), scale and others: see support/prepare.py."""
     return load_model(path, Knobs(), build)
 
 
