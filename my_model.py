@@ -190,7 +190,9 @@ class EncoderForecaster(nn.Module):
             below = hidden
         kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
         inputs = [hidden_grids(kernel.shape[1]) for kernel in kernels]
-        inputs[0] = [g for layer in self.encoder for g in hidden_grids(layer.cell.hidden_channels)]
+        hidden_channels = [layer.cell.hidden_channels for layer in self.encoder]
+        if kernels[0].shape[1] == sum(hidden_channels):  # not, if an edit has groups there
+            inputs[0] = [g for n in hidden_channels for g in hidden_grids(n)]
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
         for arguments in zip(kernels, outputs, inputs, strict=True):

@@ -12,16 +12,8 @@ from conftest import gradients, skip_without_compiler
 from test_my_model import DEVICE, MOTION, randomized, relative_error, seeded, small  # noqa: F401
 
 import motion
-from my_model import (
-    FLIPS,
-    ConvLSTM,
-    ConvLSTMCell,
-    hidden_grids,
-    make_equivariant,
-    new_kernel,
-    permutation,
-    symmetric_mean,
-)
+import my_model
+from my_model import ConvLSTM, ConvLSTMCell, hidden_grids, make_equivariant, new_kernel
 from support import sources
 
 fast = pytest.importorskip("support.fast")
@@ -251,9 +243,9 @@ def test_symmetric_convolution_and_its_gradients(threads, N, H, W, n_in, n_out, 
     found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
     # the part of the gradient that keeps the kernel equivariant
     grids = groups * hidden_grids(n_out), hidden_grids(n_in)
-    pairs = [[permutation(flip, grid) for grid in grids] for flip in FLIPS]
+    pairs = [[my_model.permutation(flip, grid) for grid in grids] for flip in my_model.FLIPS]
     y = exact.permute(0, 2, 3, 1)
-    expected = y, 2 * (y - bias.double()), exact_x.grad, symmetric_mean(exact_weight.grad, pairs)
+    expected = y, 2 * (y - bias.double()), exact_x.grad, my_model.symmetric_mean(exact_weight.grad, pairs)
     assert_close(found, dict(zip(found, expected, strict=True)), 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -270,6 +262,15 @@ def test_what_is_not_symmetric_is_convolved_as_it_is():
     for change in {}, {"stride": 2}, {"padding_mode": "circular"}, {"bias": False}, {"groups": 2}:
         module = torch.nn.Conv2d(32, 32, **{"kernel_size": 3, "padding": 1} | change)
         assert symmetric.is_supported(module) == (not change)
+
+
+def test_what_inference_caches_serves_training():
+    skip_without_compiler()
+    weight = equivariant(32, 32)
+    symmetric.block_map.cache_clear()
+    with torch.inference_mode():
+        assert symmetric.find(weight, torch.float32, 1)
+    symmetric.find(weight.requires_grad_(), torch.float32, 1).blocks.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -250,10 +250,11 @@ def test_equivariant_kernels_make_forecasts_equivariant(options, equivariant):
 
 
 @torch.no_grad()
-def test_an_edited_head_is_equivariant_too():
+@pytest.mark.parametrize(("hidden_channels", "place", "n"), [((8, 19), 2, 16), ((8,), 0, 8)])
+def test_an_edited_head_is_equivariant_too(hidden_channels, place, n):
     """With a depthwise convolution, whose kernels have one input channel."""
-    model = small(hidden_channels=(8, 19), **RECIPE)
-    model.head.insert(2, torch.nn.Conv2d(16, 16, 3, padding=1, groups=16))
+    model = small(hidden_channels=hidden_channels, **RECIPE)
+    model.head.insert(place, torch.nn.Conv2d(n, n, 3, padding=1, groups=n))
     model.double().make_kernels_equivariant()
     for p in (p for p in model.parameters() if p.ndim < 4):
         torch.nn.init.constant_(p, 0.3)

@@ -6,8 +6,6 @@ compared with plain ones at each start, all else in tests/test_fast.py.
 
 import functools
 
-import torch
-
 import my_model
 from support import sources
 from support.fast import layer, motion, symmetric
@@ -25,7 +23,6 @@ def is_original(name):
     return sources.fingerprint(name, definitions) == expected
 
 
-@torch.inference_mode(False)
 def attach(model, device, dtype):
     """Give an EncoderForecaster the fast functions that work here → what is in use, in words."""
     if not isinstance(model, my_model.EncoderForecaster) or device.type not in ("cpu", "cuda"):
