@@ -150,6 +150,7 @@ def paint(frames, values):
     """(T, C, H, W) in [0, 1] → uint8 (T, H, W[, 3]): colors, or the channels' mean in grey, or a field."""
     frames = np.asarray(frames, np.float32)
     if values is None:
+        frames = np.nan_to_num(frames, nan=0.5)  # missing pixels are grey
         frames = np.moveaxis(frames, 1, -1) if frames.shape[1] == 3 else frames.mean(1)
         return np.rint(frames.clip(0, 1) * 255).astype(np.uint8)
     colors, (low, high) = color_scale(values), values
@@ -247,5 +248,7 @@ def animation(past, truth, forecast, title, values=None):
         write(canvas, title, 0, height + 38, canvas.shape[1])
         images.append(Image.fromarray(canvas))
     buffer = io.BytesIO()
-    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=150, loop=0)
+    milliseconds = [150] * n_frames
+    milliseconds[len(past) - 1] = milliseconds[-1] = 600  # a pause before the forecast, and at its end
+    images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     return buffer.getvalue()

@@ -14,7 +14,7 @@ import numpy as np
 from moving_mnist import Data, Sequences, open_npy
 from support import UserError
 from support.devices import print0
-from support.scale import choose_scale, limits, report_scale
+from support.scale import choose_scale, is_constant, limits, report_scale
 from support.video import IMAGES, VIDEOS, decode, read_images, read_pictures
 
 KINDS = {".npy"}, VIDEOS, IMAGES
@@ -46,7 +46,7 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     """
     source = read(path, video)
     low, high = describe(source)
-    if (low == high).all():
+    if is_constant(low, high).all():
         raise UserError(f"all values of {source.name} are {low[0]:g}; there is nothing to forecast")
     if scale and len(scale.low) not in (1, len(low)):
         raise UserError(f"the data have {len(low)} channels; the weights are of {len(scale.low)}")
@@ -62,14 +62,15 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     for one in series:
         digest.update(one)
     splits = [Sequences(series, starts, n_frames, "train", digest.digest())]
+    pick = lambda parts: [series[k][first:end] for k, first, end in parts]
     for name, parts in zip(("validation", "test"), others, strict=True):  # their sequences share no frame
+        limits(pick(parts), f"the {name} split")
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
         splits.append(Sequences(series, starts, n_frames, name, digest.digest()))
     if (fewest := min(len(split) for split in splits[1:])) < 5:
         print0(f"note      only {fewest} to validate or test: scores are rough; longer series give more")
-    pick = lambda parts: [series[k][first:end] for k, first, end in parts]
     scale = scale or choose_scale(pick(training), value_range)
-    report_scale(scale, pick(others[0]) + pick(others[1]), low, high)
+    report_scale(scale, series, low, high)
     return Data(*splits, source.name, scale)
 
 
@@ -165,25 +166,34 @@ def find_oddities(source, low, high):
     n, step = min(20, *map(len, source.series)), max(1, min(source.series[0].shape[2:]) // 64)
     chosen = np.linspace(0, len(source.series) - 1, min(len(source.series), 20)).astype(int)
     sample = np.stack([source.series[k][:n, :, ::step, ::step] for k in chosen]).astype(np.float64)
-    values, counts = np.unique(sample[~np.isnan(sample)], return_counts=True)
-    if not len(values):  # a part with gaps only
-        return
-    for k in (0, -1):
-        others = np.delete(values, k)
-        # a code for missing pixels is frequent, and far from all other values
-        if len(others) > 2 and counts[k] > 9 and np.abs(others - values[k]).min() > 2 * np.ptp(others):
-            yield f"the value {values[k]:g} is far from all others; if it means a missing pixel, write NaN"
+    codes = {code for channel in range(len(low)) for code in find_codes(sample[:, :, channel])}
+    for code in sorted(codes):
+        yield f"the value {code:g} is far from all others; if it means a missing pixel, write NaN"
     most = max(map(len, source.series))
     if source.axes == "NTHW" and most <= 4:
         yield f"series have {most} frames: if these are channels, put them at the end"
-    if n < 2:
-        return
-    along_time = np.nanmean(np.abs(np.diff(sample, axis=1)))
-    if along_time < 2e-4 * (high - low).max():
-        yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.3g}"
+    width = np.where(high > low, high - low, 1)[:, None, None]
+    along_time, across = (mean_of_known(np.abs(np.diff(sample / width, axis=axis))) for axis in (1, 0))
+    if along_time < 2e-4:
+        yield f"hardly anything moves: from frame to frame, a pixel changes by {along_time:.2g} of the range"
     # as a rule, neighboring frames are more alike than two sequences
-    if len(sample) > 1 and along_time > np.nanmean(np.abs(np.diff(sample, axis=0))):
+    if along_time > across:
         yield "frames of a sequence differ more than sequences do: are time and sequence swapped?"
+
+
+def find_codes(sample):
+    """Values that seem to mean a missing pixel: frequent, and far from all others."""
+    values, counts = np.unique(sample[~np.isnan(sample)], return_counts=True)
+    for k in (0, -1) if len(values) > 3 else ():
+        others = np.delete(values, k)
+        if counts[k] > 9 and np.abs(others - values[k]).min() > 2 * np.ptp(others):
+            yield values[k]
+
+
+def mean_of_known(values):
+    """NaN where there is none."""
+    known = values[~np.isnan(values)]
+    return known.mean() if len(known) else np.nan
 
 
 def cut(lengths, n_frames):
@@ -201,14 +211,15 @@ def cut(lengths, n_frames):
     if not long_ones:
         wanted = f"one series of {least} frames, or three of {n_frames} (frames_in + frames_out)"
         raise UserError(f"too few frames: expected at least {wanted}; found {lengths or 'none so long'}")
-    training, validation, test = [(k, 0, lengths[k]) for k in range(n) if k not in long_ones], [], []
-    for k in long_ones:
-        end = lengths[k]
-        held_out = max(n_frames, round(HELD_OUT * end))
+    training, validation, test = [], [], []
+    for k, end in enumerate(lengths):
+        held_out = max(n_frames, round(HELD_OUT * end)) if k in long_ones else 0
         a, b = end - 2 * held_out, end - held_out
         training.append((k, 0, a))
-        validation.append((k, a, b))
-        test.append((k, b, end))
-    frames = f"frames 1 to {a} training, {a + 1} to {b} validation, {b + 1} to {end} test"
-    print0(f"split     along time; series {k + 1}: {frames}")
+        words = f"frames 1 to {a} training"
+        if held_out:
+            validation.append((k, a, b))
+            test.append((k, b, end))
+            words += f", {a + 1} to {b} validation, {b + 1} to {end} test"
+        print0(f"split     along time; series {k + 1}: {words}")
     return training, validation, test

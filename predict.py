@@ -42,7 +42,8 @@ def predict(
     n_channels = data.series[0].shape[1]
     if n_channels != model.channels:
         raise UserError(f"the data have {n_channels} channels; {weights} is for {model.channels}")
-    windows = [one[start:][: n + frames] for one in data.series]
+    # a start before the first frame leaves nothing
+    windows = [one[start:][: n + frames] if len(one) >= -start else one[:0] for one in data.series]
     chosen = [one for one in windows if len(one) >= n]
     if not chosen:
         longest = max(map(len, windows))
@@ -64,8 +65,10 @@ def predict(
     print(words)
     make_folder(out)
     with open_atomic(out / "forecast.npy") as file:
-        np.save(file, restore_axes(model.scale.to_data(forecast), data.axes))
-    for suffix, channels, values in model.scale.pictures():
+        np.save(
+            file, restore_axes(model.scale.to_data(forecast, data.series[0].dtype == np.uint8), data.axes)
+        )
+    for suffix, channels, values in model.scale.pictures():  # one for each field
         before, after, drawn = (x[0][:, channels] for x in (past, truth, forecast))
         picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
         write_atomic(out / f"forecast{suffix}.png", picture)

@@ -42,10 +42,10 @@ def explain(results):
     return text
 
 
-def skill(results, who, reference):
-    """1 - MSE / MSE of the reference."""
-    mse, other = (results["scores"][name]["mse_per_frame"]["mean"] for name in (who, reference))
-    return 1 - mse / other if other else -np.inf
+def skill(scores, reference):
+    """1 - MSE / MSE of the reference; None where that is 0."""
+    mse, other = (values["mse_per_frame"]["mean"] for values in (scores, reference))
+    return 1 - mse / other if other else None
 
 
 def score_cells(results, who):
@@ -59,10 +59,8 @@ def score_cells(results, who):
         mean = scores[name]["mean"] if name in scores else None
         cells.append("–" if mean is None else f"{mean:.0f}" if mean >= 1000 else f"{mean:#.4g}")
     if "rmse" in scores:
-        cells += [
-            *("–" if error is None else f"{error:.4g}" for error in scores["rmse"]),
-            f"{skill(results, who, 'copy_last'):.3f}",
-        ]
+        cells += ["–" if error is None else f"{error:.4g}" for error in scores["rmse"]]
+        cells += ["–" if scores["skill"] is None else f"{scores['skill']:.3f}"]
     return cells
 
 
@@ -115,7 +113,7 @@ def read_run(folder, config, latest, shape):
     forecast = torch.from_numpy(np.load(folder / "forecast.npy", allow_pickle=False))
     run["first_forecast"] = Scale.of(run["scale"]).to_unit(forecast).numpy()
     run["is_trained"] = not config["asked"]["knobs"]["eval_only"]
-    run["curve"] = [float(value) for value in run["scores"][run["model"]]["mse_per_frame"]["per_frame"]]
+    run["curve"] = np.array(run["scores"][run["model"]]["mse_per_frame"]["per_frame"], float)  # None is NaN
     run["cells"] = [f"{run['parameters']:,}", "–", "–", "–", *score_cells(run, run["model"])]
     run["history"] = []
     if run["is_trained"]:
@@ -151,7 +149,7 @@ def comparison(title, runs, latest, baselines, left_out):
     lines += ["After a name: what differs from the earliest run of its model."]
     lines += ["Sorted by validation MSE: choose by it, between runs trained on the same data."]
     lines += ["All other scores are of test data.", ""]
-    ranked = sorted(runs, key=lambda run: (run["validation_mse"] or np.inf, np.mean(run["curve"])))
+    ranked = sorted(runs, key=lambda run: (run["validation_mse"] or np.inf, np.nanmean(run["curve"])))
     rows = [[run["label"].replace("|", "\\|"), *run["cells"]] for run in ranked]
     rows += [[figures.LABELS[who], *["–"] * 4, *score_cells(latest, who)] for who in baselines]
     lines += [table(["", "parameters", "sequences", "minutes", "validation MSE", *headings(latest)], rows)]

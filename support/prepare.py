@@ -66,6 +66,8 @@ def prepare(knobs, build):
     # Try the metrics before anything is written. More sequences than frames: swapped axes are noticed.
     score(setup, data.validation, CURVES, "copy_last", np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int))
     describe(setup)
+    if weights and (then := Scale.of(weights.get("scale"))) != data.scale:
+        print0(f"note      the scale is {data.scale}; the weights were trained with {then}")
     return setup
 
 
@@ -86,7 +88,7 @@ def check(knobs):
     if not (0 <= start <= end <= 1 or end == 0):
         raise UserError(f"grow_horizon is {start:g} {end:g}; expected two fractions of training, in order")
     low, high = knobs.value_range
-    if not (low < high or low == high == 0):
+    if not (-math.inf < low < high < math.inf or low == high == 0):
         raise UserError(f"value_range is {low:g} {high:g}; expected the lower value first")
     if knobs.eval_only and not knobs.weights:
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
@@ -110,7 +112,8 @@ def build_checked(knobs, build, data, device):
         wanted = f"frames_in {knobs.frames_in} and frames_out {knobs.frames_out}"
         raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
     if knobs.batch_size > len(data.training) and not knobs.eval_only:
-        raise UserError(f"batch_size is {knobs.batch_size}, for {len(data.training)} training sequences")
+        found = f"for {len(data.training)} training sequences"
+        raise UserError(f"batch_size is {knobs.batch_size}, {found}; lower it, or give more frames")
     torch.manual_seed(knobs.seed)
     model = build(knobs, channels).to(device)
     with torch.no_grad():  # a try on one sequence, before anything is written
@@ -158,9 +161,8 @@ def load_model(path, knobs, build):
     model.frames_in, model.frames_out = knobs.frames_in, knobs.frames_out
     model.channels = weights["channels"]
     model.scale = Scale.of(weights.get("scale"))
-    of_arrays = is_array(knobs.data) or not model.scale.is_grey
     # videos are as large as in training, or as they are
-    model.video = (0, 0, 1, 3 if model.channels == 3 else 1) if of_arrays else knobs.video
+    model.video = (0, 0, 1, 3 if model.channels == 3 else 1) if is_array(knobs.data) else knobs.video
     model.forecast = types.MethodType(forecast, model)
     return model
 

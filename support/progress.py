@@ -26,7 +26,7 @@ class Progress:
     saved_at: float = 0.0  # seconds
     best_mse: float = math.inf  # of the watched validation sequences
     best_step: int = 0  # the step after which best.pt was saved
-    baselines: dict = field(default_factory=dict)  # name → MSE of each frame, of the same sequences
+    baselines: dict = field(default_factory=dict)  # name → MSE of the same sequences
     history: list = field(default_factory=list)  # the rows of log.csv
     loss_sum: float = 0.0  # of the steps since the last row
     loss_count: int = 0

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import shlex
 
 import cv2
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 import figures
 from own_data import is_own
-from support import checkpoint, sources
+from support import UserError, checkpoint, sources
 from support.checkpoint import make_folder, open_atomic, write_atomic
 from support.compare import compare_runs, describe_split, explain, headings, score_cells, skill, table
 from support.devices import RANK, on_rank_0, print0
@@ -36,8 +37,8 @@ def evaluate(setup, folder, progress):
     watched = np.linspace(0, len(data.validation) - 1, min(len(data.validation), WATCHED)).astype(int)
     if not progress.baselines:
         found = baselines(setup, folder, data.validation, ["mse_per_frame"], watched)
-        progress.baselines = {who: scores["mse_per_frame"]["per_frame"] for who, scores in found.items()}
-        levels = [f"{figures.LABELS[who]} {np.mean(mse):#.4g}" for who, mse in progress.baselines.items()]
+        progress.baselines = {who: scores["mse_per_frame"]["mean"] for who, scores in found.items()}
+        levels = [f"{figures.LABELS[who]} {mse:#.4g}" for who, mse in progress.baselines.items()]
         print0(f"baselines {', '.join(levels)} (validation MSE, to compare with those below)")
     row = progress.history[-1]
     try:
@@ -74,8 +75,7 @@ def write_log(setup, folder, progress):
     writer.writeheader()
     writer.writerows(progress.history)
     write_atomic(folder / "log.csv", text.getvalue().encode())
-    levels = {who: float(np.mean(curve)) for who, curve in progress.baselines.items()}
-    picture = figures.loss(progress.history, levels, f"{folder.name}, {setup.data.name}")
+    picture = figures.loss(progress.history, progress.baselines, f"{folder.name}, {setup.data.name}")
     write_atomic(folder / "loss.png", picture)
 
 
@@ -131,13 +131,18 @@ def finish(setup, folder, step):
     if not knobs.eval_only:
         print0(f"scoring   {len(data.validation):,} validation sequences")
         errors = score(setup, data.validation, ["mse_per_frame"])
-        validation_mse = float(np.mean(summary(errors)["mse_per_frame"]["per_frame"]))
+        validation_mse = summary(errors)["mse_per_frame"]["mean"]
     print0(f"scoring   {len(test):,} test sequences")
     names = (*CURVES, MEAN_SQUARES) if is_own(knobs.data) else CURVES
     scores = score(setup, test, (*names, CROSS_ENTROPY))
     errors = scores["mse_per_frame"].nanmean(1)
     ranking = errors.argsort(stable=True)[: errors.isfinite().sum()]  # without sequences that are missing
+    if not len(ranking):
+        raise UserError("all frames to be forecast in the test split are missing; there is nothing to score")
     scale = data.scale
+    scores = {knobs.model: summary(scores, scale), **baselines(setup, folder, test, names)}
+    for values in scores.values() if is_own(knobs.data) else ():
+        values["skill"] = skill(values, scores["copy_last"])
     results = {
         "data": data.name,
         "data_tested": data.name.partition(", trained on")[0],
@@ -153,7 +158,7 @@ def finish(setup, folder, step):
         "parameters": sum(p.numel() for p in setup.model.parameters()),
         "metrics": sources.fingerprint("metrics.py"),
         "validation_mse": validation_mse,
-        "scores": {knobs.model: summary(scores, scale), **baselines(setup, folder, test, names)},
+        "scores": scores,
     }
     if RANK == 0:
         draw_samples(setup, folder, f"{validated(setup)}, weights of step {step:,}")
@@ -168,8 +173,15 @@ def finish(setup, folder, step):
         compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
     if is_own(knobs.data) and not knobs.eval_only:
-        words = f"{knobs.data} --weights {folder / 'best.pt'} --start -{knobs.frames_in}"
-        print0(f"predict   python predict.py {words}")
+        words = [
+            "predict.py",
+            knobs.data,
+            "--weights",
+            str(folder / "best.pt"),
+            "--start",
+            f"-{knobs.frames_in}",
+        ]
+        print0(f"predict   python {shlex.join(words)}")
 
 
 def draw_samples(setup, folder, title):
@@ -239,7 +251,8 @@ def describe(results):
         lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
         lines.append("Train longer, or on more data.")
     else:
-        shares = {who: skill(results, results["model"], who) for who in BASELINES[1:]}  # black is too easy
+        mine = scores[results["model"]]
+        shares = {who: skill(mine, scores[who]) or 0 for who in BASELINES[1:]}  # black is too easy
         texts = [f"{share:.0%} below that of {figures.LABELS[who]}" for who, share in shares.items()]
         lines.append(f"The MSE is {' and '.join(texts)}.")
     lines += ["", "weights   of training step {step:,}, hash {weights}".format(**results)]

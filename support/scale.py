@@ -26,17 +26,20 @@ class Scale:
         """From a checkpoint or metrics.json."""
         return cls(tuple(saved["low"]), tuple(saved["high"]), saved["is_grey"]) if saved else cls()
 
+    def __str__(self):
+        return "; ".join(f"{low:.6g} to {high:.6g}" for low, high in zip(self.low, self.high, strict=True))
+
     def to_unit(self, frames):
         """Numbers of the data → float32 in [0, 1], or NaN."""
         low, width = bounds(self, frames.device)
         return ((frames.float() - low) / width).clamp(0, 1)
 
-    def to_data(self, frames):
-        """[0, 1] → a NumPy array in the units of the data: float32, or uint8 where the data have it."""
+    def to_data(self, frames, as_bytes=True):
+        """[0, 1] → a NumPy array in the units of the data: float32; uint8 for grey levels without gaps."""
         low, width = bounds(self, frames.device)
         values = frames * width + low
-        is_whole = self.is_grey and not values.isnan().any()
-        return (values.round().byte() if is_whole else values).cpu().numpy()
+        as_bytes = as_bytes and self.is_grey and not values.isnan().any()
+        return (values.round().byte() if as_bytes else values).cpu().numpy()
 
     def describe_error(self, prediction, truth):
         """Of frames (T, C, H, W), in words: the MSE of a frame; of fields the RMSE in their units."""
@@ -81,9 +84,16 @@ def limits(series, name):
     high = np.fmax.reduce([np.fmax.reduce(one, (0, 2, 3)) for one in series]).astype(float)
     if np.isnan(low).any():
         raise UserError(f"all values of {name}, or of one of its channels, are missing (NaN)")
-    if np.isinf([low, high]).any():
+    with np.errstate(over="ignore"):
+        is_infinite = np.isinf(np.float32([low, high])).any()  # networks compute in float32
+    if is_infinite:
         raise UserError(f"{name} has infinite values; write NaN where a pixel is missing")
     return low, high
+
+
+def is_constant(low, high):
+    """Of each channel: whether all its values are the same, in float32."""
+    return np.float32(low) == np.float32(high)
 
 
 def choose_scale(training, value_range):
@@ -94,17 +104,17 @@ def choose_scale(training, value_range):
     if training[0].dtype == np.uint8:
         return Scale()
     low, high = limits(training, "the training split")
-    high = np.where(low == high, low + 1, high)  # of a channel that never changes
+    high = np.where(is_constant(low, high), low + np.maximum(1, np.abs(low)), high)
     return Scale(tuple(low.tolist()), tuple(high.tolist()), is_grey=False)
 
 
-def report_scale(scale, others, low, high):
-    """Print which values become 0 and 1, and whether the data fit. others: series not for training."""
-    ranges = "; ".join(f"{a:.6g} to {b:.6g}" for a, b in zip(scale.low, scale.high, strict=True))
+def report_scale(scale, series, low, high):
+    """Print which values become 0 and 1, and whether the data fit. low, high: limits of the data."""
     bottom, top = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
-    outside = sum(((frame < bottom) | (frame > top)).sum() for one in others for frame in one)
-    outside /= sum(one.size for one in others)
-    print0(f"scale     {ranges}; outside, and clipped: {outside:.2%}")
-    if outside > 0.2 or (high - low).max() < 0.02 * (top - bottom).max():
+    outside = sum(((frame < bottom) | (frame > top)).sum((1, 2)) for one in series for frame in one)
+    outside = outside / sum((frame == frame).sum((1, 2)) for one in series for frame in one)  # without NaN
+    shares = ", ".join(f"{share:.2%}" for share in outside)
+    print0(f"scale     {scale}; outside, and clipped: {shares}")
+    if outside.max() > 0.2 or (high - low).max() < 0.02 * (top - bottom).max():
         texts = f"{low.min():.6g} to {high.max():.6g}"
         print0(f"warning   the scale hardly fits these values: they go from {texts}")

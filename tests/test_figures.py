@@ -120,7 +120,7 @@ def test_the_animation_keeps_every_grey():
     past, truth, forecast = np.random.default_rng(0).random((3, 2, 2, 16, 16))
     truth[:] = past[:1]  # a still video
     gif = Image.open(io.BytesIO(figures.animation(past, truth, forecast, "title")))
-    assert gif.n_frames == 4 and gif.info["loop"] == 0 and gif.info["duration"] == 150
+    assert gif.n_frames == 4 and gif.info["loop"] == 0
     for t, frames in enumerate(zip([*past, *truth], [*past, *forecast], strict=True)):
         gif.seek(t)
         image = np.asarray(gif.convert("L"))[22 + 2 : -22 : 4, 2::4]  # one number a pixel of the video

@@ -112,10 +112,10 @@ def test_units_channels_and_the_knob(tmp_path, capsys):
     assert [end for end, *_ in scale.pictures()] == ["", "_channel_2"]
     two[..., 1] = 7  # never changes
     scale = load(saved(two, tmp_path)).scale
-    assert (scale.low[1], scale.high[1]) == (7, 8)
+    assert (scale.low[1], scale.high[1]) == (7, 14)
     capsys.readouterr()
     data = load(saved(two[..., 0], tmp_path), value_range=(-110, -90))
-    outside = ((FIELD < -110) | (FIELD > -90))[28:].mean()
+    outside = ((FIELD < -110) | (FIELD > -90)).mean()
     assert data.scale == Scale((-110.0,), (-90.0,), is_grey=False)
     words = f"-110 to -90; outside, and clipped: {outside:.2%}"
     assert words in capsys.readouterr().out
@@ -162,6 +162,17 @@ def test_a_run_on_a_field_with_gaps(tmp_path, capsys):
     assert results(again)["scores"] == results(run)["scores"]
 
 
+def test_a_frame_of_which_all_is_missing(tmp_path):
+    """It has no score; the mean is that of the others."""
+    field = FIELD.copy()
+    field[[31, 37]] = np.nan  # the first that is forecast in validation, and in the test
+    scores = results(here(saved(field, tmp_path), tmp_path / "out", pictures=True, **FEW))["scores"]
+    mine, copy = (scores[who]["mse_per_frame"] for who in ("my_model", "copy_last"))
+    for mse in mine, copy:
+        assert mse["per_frame"] == [None, mse["mean"]]
+    assert scores["my_model"]["skill"] == 1 - mine["mean"] / copy["mean"]
+
+
 def test_the_loss_leaves_missing_pixels_out(tmp_path):
     """That of the first step, against its definition."""
     field = FIELD.astype(np.float32)
@@ -195,7 +206,7 @@ def test_any_size_trains(model, size, tmp_path):
     assert np.load(run / "forecast.npy").shape == (2, 1, *size)
 
 
-def test_a_resumed_run_has_its_scale(tmp_path):
+def test_a_resumed_run_has_its_scale(tmp_path, capsys):
     path, changes = saved(FIELD, tmp_path), {**FEW, "train_sequences": 10, "value_range": (-120, -80)}
     alone = here(path, tmp_path / "alone", **changes)
     with stopped_after_a_checkpoint():
@@ -203,6 +214,9 @@ def test_a_resumed_run_has_its_scale(tmp_path):
     again = here(path, tmp_path / "out", **changes)
     assert results(again) == results(alone) and results(again)["scale"]["low"] == [-120]
     assert main.load(again / "last.pt").scale == Scale((-120.0,), (-80.0,), is_grey=False)
+    capsys.readouterr()
+    here(saved(FIELD, tmp_path), tmp_path / "out", **FEW, weights=again / "last.pt")
+    assert "; the weights were trained with -120 to -80\n" in capsys.readouterr().out
 
 
 with_one = lambda value: np.where(np.arange(FIELD.size).reshape(FIELD.shape) == 7, value, FIELD)
@@ -210,6 +224,9 @@ REFUSED = [
     (FIELD * np.nan, r"all values of own\.npy, or .*, are missing \(NaN\)"),
     (FIELD * 0 + 3, r"all values of own\.npy are 3; there is nothing to forecast"),
     (with_one(np.inf), r"own\.npy has infinite values; write NaN where"),
+    (with_one(1e300), "has infinite values"),  # in float32
+    (FIELD / 1000 + 1e9, r"all values of own\.npy are 1e\+09;"),
+    (np.where(np.arange(40)[:, None, None] < 34, FIELD, np.nan), "all values of the test split"),
     (FIELD * 1j, "holds complex128; expected integers or floats"),
     (np.full(FIELD.shape, "a"), "holds <U1; expected integers or floats"),
     (FIELD[:14], r"too few frames: expected at least one series of 15 .*, or three of 5 .*; found \[14\]"),
@@ -235,6 +252,8 @@ def test_what_is_probably_wrong_is_warned_of(tmp_path, capsys):
         (np.where(FIELD > -95, -1e34, FIELD), "the value -1e+34 is far from all others"),
         (np.where(FIELD > -95, -9999, FIELD).astype(np.int16), "the value -9999 is far from all others"),
         (np.where(np.arange(40)[:, None, None] < 20, np.nan, FIELD), ""),
+        (np.stack((FIELD[[0] * 40] * 99, FIELD), -1), ""),  # one of two channels stands still
+        (np.stack((FIELD * 99, np.where(FIELD > -95, -999, FIELD)), -1), "the value -999 is far from"),
     ):
         load(saved(wrong, tmp_path))
         warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]

@@ -77,8 +77,11 @@ def test_start_counts_from_both_ends(frames, trained, tmp_path):
     longer = np.concatenate((frames[::-1], frames))
     for first in T, -T:
         close(forecast(longer, trained, tmp_path, start=first), drawn(trained, frames))
-    with pytest.raises(UserError, match="have 3 frames from --start 17 on; the weights need 6"):
-        forecast(longer, trained, tmp_path, start=2 * T - 3)
+    for first, found in (2 * T - 3, 3), (-2 * T - 1, 0):
+        with pytest.raises(
+            UserError, match=f"have {found} frames from --start {first} on; the weights need 6"
+        ):
+            forecast(longer, trained, tmp_path, start=first)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def test_weights_and_data_that_do_not_fit(field, trained, frames, tmp_path, caps
     assert "warning   the scale hardly fits these values: they go from " in capsys.readouterr().out
     forecast(frames / 255, trained, tmp_path)
     assert "the scale hardly fits these values: they go from 0 to 1" in capsys.readouterr().out
-    forecast(frames, trained, tmp_path)
+    assert forecast(frames.astype(float), trained, tmp_path).dtype == np.float32
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="frames go from 0 to 255; expected 0 to 1"):
         main.load(trained).forecast(torch.tensor([0, 255]).expand(1, 3, 1, 16, 2), 1)

@@ -119,7 +119,8 @@ def test_scores_are_those_of_the_best_weights_on_the_test_split(reference, array
     assert (found["split"], found["sequences"], found["data"]) == ("test", 6, "squares.npy")
     assert set(found["scores"]) == {"my_model", "black", "copy_last", "optical_flow"}
     for scores in found["scores"].values():
-        rmse = scores.pop("rmse")  # in grey levels
+        skill, rmse = scores.pop("skill"), scores.pop("rmse")  # in grey levels
+        assert skill == 1 - scores["mse_per_frame"]["mean"] / mean(folder, who="copy_last")
         assert rmse == pytest.approx([255 * (scores["mse_per_frame"]["mean"] / 256) ** 0.5])
         for name, found_score in scores.items():
             assert found_score["unit"] == metrics.METRICS[name][1]
@@ -160,8 +161,7 @@ def test_baselines_stand_beside_every_epoch(array, tmp_path, monkeypatch):
     expected = {"black": 0, "copy_last": past[:, -1:], "optical_flow": flow}
     expected = {who: mse(prediction, truth) for who, prediction in expected.items()}
     assert drawn and all(means == pytest.approx(expected) for _, means, _ in drawn)
-    curves = checkpoint.load(folder / "last.pt")["progress"]["baselines"]
-    assert {who: np.mean(curve) for who, curve in curves.items()} == pytest.approx(expected)
+    assert checkpoint.load(folder / "last.pt")["progress"]["baselines"] == pytest.approx(expected)
 
 
 def test_the_best_the_median_and_the_worst_are_drawn(array, tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
         monkeypatch.setattr(main, "learning_rate_at", lambda *given: np.float64(schedule(*given)))
         monkeypatch.setattr(main, "ADAMW_RATE", np.float64(main.ADAMW_RATE))
     alone = here(array, tmp_path / "alone", model=model, **FEW)
-    assert set(results(alone)["scores"][model]) == {*metrics.METRICS, "rmse"}
+    assert set(results(alone)["scores"][model]) == {*metrics.METRICS, "rmse", "skill"}
     with stopped_after_a_checkpoint():
         here(array, tmp_path, model=model, **FEW)
     assert checkpoint.load(tmp_path / model / "last.pt")["step"] == 1
