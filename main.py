@@ -166,7 +166,7 @@ def overlays_at(knobs, n_future):
 
 
 def load_batch(setup, step, n_past, n_future, n_overlays):
-    """(past, future) in [0, 1], this process's share of a batch. NaN is a missing pixel, until `fill`.
+    """(past, future) in [0, 1], this process's share of a batch. NaN: a missing pixel, which `fill` replaces.
 
     ORDER and OVERLAYS keep the random streams apart.
     """
@@ -194,7 +194,10 @@ def ssim_loss(logits, truth):
 
 
 def train(setup, folder, progress, optimizers):
-    """Train until the last step. Log, evaluate and save on the way."""
+    """Train until the last step. Log, evaluate and save on the way.
+
+    setup: knobs, data, model, device (support/prepare.py). progress: the step and the log.
+    """
     knobs, model = setup.knobs, setup.model
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     bar = tqdm(total=progress.steps or None, initial=progress.step, disable=RANK > 0 or None, leave=False)
@@ -249,7 +252,7 @@ def schedule(optimizers, knobs, fraction):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         highest = group.setdefault("initial_lr", float(group["lr"]))  # checkpoints keep it
-        # an edited schedule may return a tensor
+        # each keeps its ratio to Muon's; an edited schedule may return a tensor
         group["lr"] = highest / knobs.learning_rate * float(learning_rate_at(knobs, fraction))
     return groups[0]["lr"]
 
@@ -284,7 +287,7 @@ def main(knobs):
 
 
 def parse(arguments):
-    """The knobs of a command line. Data, model and weights change the defaults of the others."""
+    """The knobs of a command line. A flag wins over weights, these over RECIPES, these over Knobs."""
     without_help = [word for word in arguments if word not in ("-h", "--help")]
     given = tyro.cli(Knobs, args=without_help, use_underscores=True)
     saved = checkpoint.load(given.weights)["knobs"] if given.weights else {}

@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
-- `dilation`: the upper layers see a whole digit, which turns back when its edge hits a wall.
+- `dilation`: the upper layers see a whole digit. All of it turns back when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -176,7 +176,10 @@ class EncoderForecaster(nn.Module):
         return self.head[-1]
 
     def make_kernels_equivariant(self):
-        """Make kernels equivariant, not biases or peepholes. First read on from FLIPS."""
+        """Make kernels equivariant, not biases or peepholes. First read on from FLIPS.
+
+        pixels, moves, hidden and below are lists of the grids of channels.
+        """
         pixels = [grid(self.patch_size)] * self.channels
         moves, below = [grid(2 * self.max_motion + 1)], pixels
         if self.max_motion:
@@ -191,7 +194,7 @@ class EncoderForecaster(nn.Module):
         kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
         inputs = [hidden_grids(kernel.shape[1]) for kernel in kernels]
         hidden_channels = [layer.cell.hidden_channels for layer in self.encoder]
-        if kernels[0].shape[1] == sum(hidden_channels):  # not, if an edit has groups there
+        if kernels[0].shape[1] == sum(hidden_channels):  # an edited head may have groups
             inputs[0] = [g for n in hidden_channels for g in hidden_grids(n)]
         outputs = [hidden_grids(len(kernel)) for kernel in kernels]
         outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
@@ -210,7 +213,7 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if predict_from is not None:  # main.py never does; the encoder's hidden states predict the input
+            if predict_from is not None:  # main.py asks for it with feedback only
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, predict_from:-1], y), 1) for x, y in pairs]
             return self.to_logits(hidden_states)[..., :H, :W]
@@ -266,7 +269,8 @@ class EncoderForecaster(nn.Module):
 # (support/fast/symmetric.py).
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # The places of hidden channels: each holds an eighth of them. -1: empty. No place lies on a mirror axis, so
-# that each symmetry puts the eight places in another order.
+# that each symmetry puts the eight places in another order. Flips exchange 0, 2, 4, 6, and 1, 3, 5, 7:
+# support/fast/symmetric.py needs this order.
 COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 6, -1]])
 
 

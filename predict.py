@@ -68,7 +68,7 @@ def predict(
         np.save(
             file, restore_axes(model.scale.to_data(forecast, data.series[0].dtype == np.uint8), data.axes)
         )
-    for suffix, channels, values in model.scale.pictures():  # one for each field
+    for suffix, channels, values in model.scale.pictures():  # a picture for each channel of a field
         before, after, drawn = (x[0][:, channels] for x in (past, truth, forecast))
         picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
         write_atomic(out / f"forecast{suffix}.png", picture)

@@ -1,7 +1,9 @@
-"""Three pictures of the README, drawn into photos/: python -m records.pictures
+"""Four pictures of the README, drawn into photos/: python -m records.pictures
 
-compare.png: three records, from their logs. predict.gif: a test sequence, as forecast by long.pt.
-moves.png: how its head moves the last input frame; an arrow is the mean of a patch's moves, by their weights.
+compare.png: three records, from their logs. strip.png: a test sequence, as each forecasts it.
+predict.gif: a test sequence, as forecast by long.pt.
+moves.png: how its head moves the last input frame. An arrow is the mean of a patch's moves, by their weights,
+for each bright patch that moves by more than a pixel.
 """
 
 import csv
@@ -18,8 +20,9 @@ from moving_mnist import moving_mnist_data
 
 RECORDS = Path(__file__).parent
 PHOTOS = RECORDS.parent / "photos"
-RUNS = {"convlstm": "convlstm, a plain ConvLSTM", "paper": "paper's network", "default": "default"}
-SEQUENCE = 3  # of the test split
+RUNS = {"plain": "plain ConvLSTM, usual training", "paper": "paper's network", "default": "default"}
+MEDIAN = 898  # of the test split, for strip.png: the median of the default's forecasts, by MSE
+SEQUENCE = 3  # for predict.gif and moves.png
 FIRST = 10  # the forecast frame that is drawn, counted from 0: frame 11
 
 histories, curves = {}, {}
@@ -39,12 +42,28 @@ for name, label in RUNS.items():
     curves[label] = results["scores"][results["model"]]["mse_per_frame"]["per_frame"]
 for who in figures.LABELS:
     curves[who] = results["scores"][who]["mse_per_frame"]["per_frame"]
-title = "stand-in array (default: Zen 4; the others: Xeon)"
+title = "stand-in array (paper's network: Xeon; the others: Zen 4)"
 (PHOTOS / "compare.png").write_bytes(figures.compare(histories, curves, title))
 
 model = main.load(RECORDS / "long.pt")
 data = moving_mnist_data("array", 0, 0)
-frames = data.scale.to_unit(data.test[np.arange(SEQUENCE, SEQUENCE + 1)])
+to_unit = data.scale.to_unit
+
+frames = to_unit(data.test[np.arange(MEDIAN, MEDIAN + 1)])  # forecast.npy is of this sequence
+past, truth = frames[:, :FIRST], frames[0, FIRST:]
+rows = {"input": (1, past[0]), "truth": (FIRST + 1, truth)}
+forecasts = {"last frame copied": past[0, -1:].expand_as(truth)}
+for name in ("plain", "default"):
+    forecasts[RUNS[name]] = to_unit(torch.from_numpy(np.load(RECORDS / name / "forecast.npy")))
+forecasts["long fresh run"] = model.forecast(past, 10)[0]
+for label, forecast in forecasts.items():
+    mse = (forecast - truth).square().sum((1, 2, 3)).mean()
+    rows[f"{label}, MSE\u00a0{mse:.0f}"] = FIRST + 1, forecast
+(PHOTOS / "strip.png").write_bytes(
+    figures.grid(rows, f"test sequence {MEDIAN + 1}, the median of the default's forecasts, by MSE")
+)
+
+frames = to_unit(data.test[np.arange(SEQUENCE, SEQUENCE + 1)])
 calls, plain = [], model.advect
 
 
@@ -71,14 +90,16 @@ dy = -(weights.sum(-1) * places).sum(-1)
 
 last, truth = frames[0, FIRST - 1, 0], frames[0, FIRST, 0]
 P = model.patch_size
-is_bright = torch.nn.functional.max_pool2d(moved[None], P)[0] > 0.2
-y, x = torch.nonzero(is_bright, as_tuple=True)
+is_bright = torch.nn.functional.max_pool2d(moved[None], P)[0] > 0.4
+y, x = torch.nonzero(is_bright & (dx.hypot(dy) > 1), as_tuple=True)
+rows, columns = torch.nonzero(moved > 0.2, as_tuple=True)
+window = {"xlim": (columns.min() - 5, columns.max() + 5), "ylim": (rows.max() + 5, rows.min() - 5)}
 
 titles = "last input frame (10)", "moved by the head", "forecast (11)", "truth (11)"
-figure, axes = plt.subplots(1, 4, figsize=(12, 3.5), layout="constrained")
+figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
 for ax, title, image in zip(axes, titles, (last, moved, forecasts[0, 0], truth), strict=True):
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-    ax.set(title=title, xticks=[], yticks=[])
+    ax.set(title=title, xticks=[], yticks=[], **window)
 ends = x * P + (P - 1) / 2, y * P + (P - 1) / 2
 arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "color": "#e08e0b", "width": 0.008}
 axes[0].quiver(ends[0] - dx[y, x], ends[1] - dy[y, x], dx[y, x], dy[y, x], **arrows)
