@@ -287,7 +287,7 @@ def main(knobs):
 
 
 def parse(arguments):
-    """The knobs of a command line. A flag wins over weights, these over RECIPES, these over Knobs."""
+    """The knobs of a command line. A flag wins over RECIPES, these over Knobs; weights fix the network."""
     without_help = [word for word in arguments if word not in ("-h", "--help")]
     given = tyro.cli(Knobs, args=without_help, use_underscores=True)
     saved = checkpoint.load(given.weights)["knobs"] if given.weights else {}

@@ -269,8 +269,8 @@ class EncoderForecaster(nn.Module):
 # (support/fast/symmetric.py).
 FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
 # The places of hidden channels: each holds an eighth of them. -1: empty. No place lies on a mirror axis, so
-# that each symmetry puts the eight places in another order. Flips exchange 0, 2, 4, 6, and 1, 3, 5, 7:
-# support/fast/symmetric.py needs this order.
+# that each symmetry puts the eight places in another order. Flips exchange 0, 2, 4, 6 among themselves,
+# and 1, 3, 5, 7: support/fast/symmetric.py needs this order.
 COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 6, -1]])
 
 
