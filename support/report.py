@@ -134,15 +134,16 @@ def finish(setup, folder, step):
         validation_mse = summary(errors)["mse_per_frame"]["mean"]
     print0(f"scoring   {len(test):,} test sequences")
     names = (*CURVES, MEAN_SQUARES) if is_own(knobs.data) else CURVES
-    scores = score(setup, test, (*names, CROSS_ENTROPY))
-    errors = scores["mse_per_frame"].nanmean(1)
+    found = score(setup, test, (*names, CROSS_ENTROPY))
+    errors = found["mse_per_frame"].nanmean(1)
     ranking = errors.argsort(stable=True)[: errors.isfinite().sum()]  # without sequences that are missing
     if not len(ranking):
         raise UserError("all frames to be forecast in the test split are missing; there is nothing to score")
     scale = data.scale
-    scores = {knobs.model: summary(scores, scale), **baselines(setup, folder, test, names)}
-    for values in scores.values() if is_own(knobs.data) else ():
-        values["skill"] = skill(values, scores["copy_last"])
+    scores = {knobs.model: summary(found, scale), **baselines(setup, folder, test, names)}
+    if is_own(knobs.data):
+        for values in scores.values():
+            values["skill"] = skill(values, scores["copy_last"])
     results = {
         "data": data.name,
         "data_tested": data.name.partition(", trained on")[0],
@@ -173,15 +174,8 @@ def finish(setup, folder, step):
         compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
     if is_own(knobs.data) and not knobs.eval_only:
-        words = [
-            "predict.py",
-            knobs.data,
-            "--weights",
-            str(folder / "best.pt"),
-            "--start",
-            f"-{knobs.frames_in}",
-        ]
-        print0(f"predict   python {shlex.join(words)}")
+        paths = f"{shlex.quote(knobs.data)} --weights {shlex.quote(str(folder / 'best.pt'))}"
+        print0(f"predict   python predict.py {paths} --start -{knobs.frames_in}")
 
 
 def draw_samples(setup, folder, title):
@@ -245,14 +239,13 @@ def describe(results):
     rows = [[figures.LABELS.get(who, who), *score_cells(results, who)] for who in scores]
     lines = [title, table(["", *headings(results)], rows)]
     mse = {who: values["mse_per_frame"]["mean"] for who, values in scores.items()}
-    mine = mse[results["model"]]
-    better = [f"{figures.LABELS[who]} ({mse[who]:#.4g})" for who in mse if mse[who] < mine]
+    model = results["model"]
+    better = [f"{figures.LABELS[who]} ({mse[who]:#.4g})" for who in mse if mse[who] < mse[model]]
     if better:
         lines.append(f"No good forecast yet: the MSE is above that of {', '.join(better)}.")
         lines.append("Train longer, or on more data.")
     else:
-        mine = scores[results["model"]]
-        shares = {who: skill(mine, scores[who]) or 0 for who in BASELINES[1:]}  # black is too easy
+        shares = {who: skill(scores[model], scores[who]) or 0 for who in BASELINES[1:]}  # black is too easy
         texts = [f"{share:.0%} below that of {figures.LABELS[who]}" for who, share in shares.items()]
         lines.append(f"The MSE is {' and '.join(texts)}.")
     lines += ["", "weights   of training step {step:,}, hash {weights}".format(**results)]

@@ -104,15 +104,16 @@ def choose_scale(training, value_range):
     if training[0].dtype == np.uint8:
         return Scale()
     low, high = limits(training, "the training split")
-    high = np.where(is_constant(low, high), low + np.maximum(1, np.abs(low)), high)
+    high = np.where(is_constant(low, high), low + np.maximum(1, 1e-6 * np.abs(low)), high)
     return Scale(tuple(low.tolist()), tuple(high.tolist()), is_grey=False)
 
 
 def report_scale(scale, series, low, high):
     """Print which values become 0 and 1, and whether the data fit. low, high: limits of the data."""
     bottom, top = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
-    outside = sum(((frame < bottom) | (frame > top)).sum((1, 2)) for one in series for frame in one)
-    outside = outside / sum((frame == frame).sum((1, 2)) for one in series for frame in one)  # without NaN
+    pairs = (((frame < bottom) | (frame > top), frame == frame) for one in series for frame in one)
+    n_outside, n_known = sum(np.sum(pair, (2, 3)) for pair in pairs)
+    outside = n_outside / n_known
     shares = ", ".join(f"{share:.2%}" for share in outside)
     print0(f"scale     {scale}; outside, and clipped: {shares}")
     if outside.max() > 0.2 or (high - low).max() < 0.02 * (top - bottom).max():

@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MUON = "support/muon.py"
 NO_RESULTS = {"predict.py", "download.py", "figures.py"}  # they cannot change weights or scores
-NOT_MINE = {"support", "records", "tests"}
+LIBRARIES = [path for path in map(Path, (sys.prefix, sys.base_prefix)) if ROOT in path.parents]
+NOT_MINE = "support/", "records/", "tests/", "."
 kept = {}  # name → text, once a script has begun
 
 
@@ -45,10 +46,19 @@ def script():
 
 def used():
     """Names of the files that can change a result: the script, Muon, and what they import from here."""
-    here = {path.stem for path in ROOT.iterdir()} - NOT_MINE
-    paths = [name.replace(".", "/") for name in sys.modules if name.partition(".")[0] in here]
-    names = {MUON, script(), *(path + end for path in paths for end in (".py", "/__init__.py"))}
-    return sorted(name for name in names - NO_RESULTS if (ROOT / name).exists())
+    names = {MUON, script()}
+    for name, module in list(sys.modules.items()):
+        path = resolve(getattr(module, "__file__", None) or "")
+        is_mine = ROOT in path.parents and not any(folder in path.parents for folder in LIBRARIES)
+        if is_mine and path.suffix == ".py" and name != "__main__":
+            names.add(path.relative_to(ROOT).as_posix())
+    return sorted(name for name in names - NO_RESULTS if name == MUON or not name.startswith(NOT_MINE))
+
+
+@functools.cache
+def resolve(file):
+    """The whole path; of torch's modules, some have a relative one, which stays."""
+    return Path(file).resolve() if os.path.isabs(file) else Path(file)
 
 
 def fingerprints():

@@ -157,6 +157,16 @@ def test_killed_and_continued(server, folder, fatal):
     assert_fetched(folder)
 
 
+def test_two_at_once(server, folder):
+    server.answers["/a.npy.gz"] = offer(GZ, HALF // 2, hold=True)
+    other = run_main(folder)
+    wait_until(lambda: server.asked, other)
+    threading.Timer(0.7, server.go_on.set).start()
+    assert_fetched(folder)
+    assert finish(other) == (f"{folder / 'seq.npy'} is complete\n", "")
+    assert server.asked == ["/a.npy.gz"]
+
+
 def test_training_digits(server, folder, monkeypatch):
     """A twelfth is held out."""
     digits = np.random.default_rng(1).integers(0, 16, (33, 28, 28), np.uint8)

@@ -3,10 +3,14 @@
 import os
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import FRAMES_IN, FRAMES_OUT, clone, edit, finish, flags, results, start, state, wait_until
+
+from support import sources
 
 KNOB = {"main": [("learning_rate: float = 0.06", "learning_rate: float = 0.05")]}
 LOSS = {"main": [("loss = cross_entropy\n", "loss = cross_entropy + logits.square().mean()\n")]}
@@ -107,6 +111,12 @@ def test_a_network_in_a_folder_of_its_own(code):
     np.save(code / "frames.npy", np.eye(16)[None].repeat(8, 0))
     words = "frames.npy", "--weights", os.path.join("results", "my_model-3", "best.pt")
     finish(start(*words, script=code / "predict.py", cwd=code))
+
+
+def test_a_module_is_known_by_its_file(monkeypatch):
+    """Its folder may be in sys.path, so that the name does not say where it is."""
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(__file__=str(sources.ROOT / "nets" / "mine.py")))
+    assert "nets/mine.py" in sources.used()
 
 
 def test_weights_whose_code_has_changed(code):

@@ -365,10 +365,12 @@ def test_edited_gates_are_noticed(monkeypatch):
         return [layer.gate_functions("cpu", dtype)[0] is not layer.gates_forward for dtype in DTYPES]
 
     assert agreeing() == [True] * 2
-    edits = [("gates_forward", place) for place in (0, 2, 3, 4)]  # z, c, c_before, h
-    for name, place in [*edits, ("gates_backward", 0), ("gates_backward", 5), ("gates_backward", 6)]:
+    double, clamp = lambda t: t.mul_(2), lambda t: t.clamp_(-9, 9)  # beyond what c soon reaches
+    edits = [("gates_forward", place, double) for place in (0, 2, 3, 4)]  # z, c, c_before, h
+    edits += [("gates_backward", place, double) for place in (0, 5, 6)]  # z, dc, sums
+    for name, place, change in [*edits, ("gates_forward", 2, clamp)]:
         right = getattr(layer, name)
-        edited = lambda *tensors, right=right, at=place: (right(*tensors), tensors[at].mul_(2))
+        edited = lambda *tensors, right=right, at=place, change=change: (right(*tensors), change(tensors[at]))
         monkeypatch.setattr(layer, name, edited)
         assert agreeing() == [False] * 2, (name, place)
         monkeypatch.setattr(layer, name, right)

@@ -123,6 +123,8 @@ def test_the_animation_keeps_every_grey():
     assert gif.n_frames == 4 and gif.info["loop"] == 0
     for t, frames in enumerate(zip([*past, *truth], [*past, *forecast], strict=True)):
         gif.seek(t)
+        pause = t in (1, 3)  # before the forecast, and at the end
+        assert gif.info["duration"] == (600 if pause else 150)
         image = np.asarray(gif.convert("L"))[22 + 2 : -22 : 4, 2::4]  # one number a pixel of the video
         expected = np.rint(np.concatenate(frames, -1).mean(0) * 255)  # the mean of two channels
         np.testing.assert_array_equal(np.delete(image, slice(16, 18), 1), expected)

@@ -112,7 +112,7 @@ def test_units_channels_and_the_knob(tmp_path, capsys):
     assert [end for end, *_ in scale.pictures()] == ["", "_channel_2"]
     two[..., 1] = 7  # never changes
     scale = load(saved(two, tmp_path)).scale
-    assert (scale.low[1], scale.high[1]) == (7, 14)
+    assert (scale.low[1], scale.high[1]) == (7, 8)
     capsys.readouterr()
     data = load(saved(two[..., 0], tmp_path), value_range=(-110, -90))
     outside = ((FIELD < -110) | (FIELD > -90)).mean()

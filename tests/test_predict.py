@@ -78,9 +78,8 @@ def test_start_counts_from_both_ends(frames, trained, tmp_path):
     for first in T, -T:
         close(forecast(longer, trained, tmp_path, start=first), drawn(trained, frames))
     for first, found in (2 * T - 3, 3), (-2 * T - 1, 0):
-        with pytest.raises(
-            UserError, match=f"have {found} frames from --start {first} on; the weights need 6"
-        ):
+        sentence = f"have {found} frames from --start {first} on; the weights need 6"
+        with pytest.raises(UserError, match=sentence):
             forecast(longer, trained, tmp_path, start=first)
 
 
@@ -117,6 +116,7 @@ def test_weights_and_data_that_do_not_fit(field, trained, frames, tmp_path, caps
     assert "warning   the scale hardly fits these values: they go from " in capsys.readouterr().out
     forecast(frames / 255, trained, tmp_path)
     assert "the scale hardly fits these values: they go from 0 to 1" in capsys.readouterr().out
+    forecast(frames, trained, tmp_path)
     assert forecast(frames.astype(float), trained, tmp_path).dtype == np.float32
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="frames go from 0 to 255; expected 0 to 1"):

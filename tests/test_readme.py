@@ -72,7 +72,7 @@ def test_what_is_named_exists():
     of_a_run = {"best.pt", "last.pt", "source/", "results/"}
     named = set(re.findall(r"`([\w/]+(?:\.py|/|\.pt))`", README)) - of_a_run
     linked = set(re.findall(r"\]\(((?!http)[^)#]+)", README))
-    assert len(named) >= 6 and len(linked) > 8
+    assert len(named) >= 8 and len(linked) > 8
     assert not [name for name in named | linked if not (ROOT / name).exists()]
     knobs = {field.name for field in dataclasses.fields(main.Knobs)}
     named = {name.removeprefix("no_") for name in re.findall(r"--([a-z_]+)", README)}
