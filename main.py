@@ -228,7 +228,7 @@ def train(setup, folder, progress, optimizers):
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not unused, f"no gradient reaches {', '.join(unused)}; each step needs all parameters"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        # the only GPU synchronization in a step, but for the clock of --max_minutes with torchrun
+        # the only GPU synchronization in a step, except for the clock of --max_minutes with torchrun
         value, norm = torch.stack((all_reduce(cross_entropy.detach(), setup.device), norm)).tolist()
         if not math.isfinite(value + norm):
             raise progress.diverged(f"loss {value} and gradient norm {norm}", rate, progress.step)

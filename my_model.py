@@ -117,8 +117,8 @@ def unroll(layers, x, states, n_frames):
 class EncoderForecaster(nn.Module):
     """past (B, T, C, H, W) in [0, 1] → logits of the next n_future frames (B, n_future, C, H, W).
 
-    The defaults are the paper's best network: 7,585,296 parameters. Raises ValueError for arguments that do
-    not fit together and, on the CPU, for frames outside [0, 1].
+    Without arguments, it is the paper's best network, with 7,585,296 parameters. Raises ValueError for
+    arguments that do not fit together and, on the CPU, for frames outside [0, 1].
     """
 
     def __init__(
@@ -289,7 +289,7 @@ def permutation(flip, grids):
     channels, first = [], 0
     for places, width in grids:
         filled = places >= 0  # the same after a flip
-        order = flip(places)[filled][places[filled].argsort()]  # who moves to place 0, 1, 2, …
+        order = flip(places)[filled][places[filled].argsort()]  # what replaces place 0, 1, 2, …
         channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
         first += len(channels[-1])
     return torch.cat(channels)

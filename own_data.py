@@ -172,6 +172,9 @@ def find_oddities(source, low, high):
     most = max(map(len, source.series))
     if source.axes == "NTHW" and most <= 4:
         yield f"series have {most} frames: if these are channels, put them at the end"
+    T, _, H, W = source.series[0].shape
+    if T == H != W:
+        yield f"there are {T} frames of {T} rows: if the file has height, width, time, put time first"
     width = np.where(high > low, high - low, 1)[:, None, None]
     along_time, across = (mean_of_known(np.abs(np.diff(sample / width, axis=axis))) for axis in (1, 0))
     if along_time < 2e-4:

@@ -71,7 +71,7 @@ def table():
     for name in ("default", *sorted(rises, key=rises.get, reverse=True)):
         mse, *others = cells_of(read(name))
         words = f"{rises[name]:+.1f}".replace("-", "−") if name in rises else "–"
-        lines.append(" | ".join((LABELS.get(name, "– (the earlier default)"), mse, words, *others)))
+        lines.append(" | ".join((LABELS.get(name, "– (the older default)"), mse, words, *others)))
     return "\n".join(lines)
 
 

@@ -20,7 +20,8 @@ from moving_mnist import moving_mnist_data
 
 RECORDS = Path(__file__).parent
 PHOTOS = RECORDS.parent / "photos"
-RUNS = {"plain": "plain ConvLSTM, usual training", "paper": "paper's network", "default": "default"}
+RUNS = {"plain": "paper's network, smaller, usual training", "paper": "paper's network, our training"}
+RUNS["default"] = "default"
 MEDIAN = 898  # of the test split, for strip.png: the median of the default's forecasts, by MSE
 SEQUENCE = 3  # for predict.gif and moves.png
 FIRST = 10  # the forecast frame that is drawn, counted from 0: frame 11
@@ -55,7 +56,7 @@ rows = {"input": (1, past[0]), "truth": (FIRST + 1, truth)}
 forecasts = {"last frame copied": past[0, -1:].expand_as(truth)}
 for name in ("plain", "default"):
     forecasts[RUNS[name]] = to_unit(torch.from_numpy(np.load(RECORDS / name / "forecast.npy")))
-forecasts["long fresh run"] = model.forecast(past, 10)[0]
+forecasts["long run"] = model.forecast(past, 10)[0]
 for label, forecast in forecasts.items():
     mse = (forecast - truth).square().sum((1, 2, 3)).mean()
     rows[f"{label}, MSE\u00a0{mse:.0f}"] = FIRST + 1, forecast
@@ -76,7 +77,7 @@ def watch(frames, weights, patch_size):
 model.advect = watch
 forecasts = model.forecast(frames[:, :FIRST], 10)[0]
 mse = (forecasts - frames[0, FIRST:]).square().sum((1, 2, 3)).mean()
-title = f"long fresh run, test sequence {SEQUENCE + 1}, MSE {mse:.0f}"
+title = f"long run, test sequence {SEQUENCE + 1}, MSE {mse:.0f}"
 animation = figures.animation(frames[0, :FIRST], frames[0, FIRST:], forecasts, title)
 (PHOTOS / "predict.gif").write_bytes(animation)
 

@@ -135,7 +135,8 @@ def finish(setup, folder, step):
     print0(f"scoring   {len(test):,} test sequences")
     names = (*CURVES, MEAN_SQUARES) if is_own(knobs.data) else CURVES
     found = score(setup, test, (*names, CROSS_ENTROPY))
-    errors = found["mse_per_frame"].nanmean(1)
+    # of fields, the mean over the known pixels: a sequence with gaps is no better for its gaps
+    errors = found.get(MEAN_SQUARES, found["mse_per_frame"]).nanmean(1)
     ranking = errors.argsort(stable=True)[: errors.isfinite().sum()]  # without sequences that are missing
     if not len(ranking):
         raise UserError("all frames to be forecast in the test split are missing; there is nothing to score")

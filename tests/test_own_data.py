@@ -251,6 +251,7 @@ def test_what_is_probably_wrong_is_warned_of(tmp_path, capsys):
         (squares[:, :1].repeat(20, axis=1), "hardly anything moves"),
         (np.where(FIELD > -95, -1e34, FIELD), "the value -1e+34 is far from all others"),
         (np.where(FIELD > -95, -9999, FIELD).astype(np.int16), "the value -9999 is far from all others"),
+        (FIELD[:32, :16, :16].transpose(1, 2, 0), "16 frames of 16 rows: if the file has height"),
         (np.where(np.arange(40)[:, None, None] < 20, np.nan, FIELD), ""),
         (np.stack((FIELD[[0] * 40] * 99, FIELD), -1), ""),  # one of two channels stands still
         (np.stack((FIELD * 99, np.where(FIELD > -95, -999, FIELD)), -1), "the value -999 is far from"),
