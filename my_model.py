@@ -176,9 +176,9 @@ class EncoderForecaster(nn.Module):
         return self.head[-1]
 
     def make_kernels_equivariant(self):
-        """Make kernels equivariant, not biases or peepholes. First read on from FLIPS.
+        """Make kernels equivariant, not biases or peepholes. First read on from SYMMETRIES.
 
-        pixels, moves, hidden and below are lists of the grids of channels.
+        Each list has the grids of some channels: of pixels, moves, a layer's output, and its input (below).
         """
         pixels = [grid(self.patch_size)] * self.channels
         moves, below = [grid(2 * self.max_motion + 1)], pixels
@@ -267,10 +267,10 @@ class EncoderForecaster(nn.Module):
 # moves, and the hidden channels. Each channel has a place in a square grid. Flipping the grid shows which
 # channels swap. Training needs less data. On a CPU, it needs only a quarter of the multiplications
 # (support/fast/symmetric.py).
-FLIPS = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # give all 8 symmetries
+SYMMETRIES = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # they give all eight
 # The places of hidden channels: each holds an eighth of them. -1: empty. No place lies on a mirror axis, so
-# that each symmetry puts the eight places in another order. Flips exchange 0, 2, 4, 6 among themselves,
-# and 1, 3, 5, 7: support/fast/symmetric.py needs this order.
+# that each symmetry puts the eight places in another order. The two flips exchange 0, 2, 4, 6 among
+# themselves, and 1, 3, 5, 7: support/fast/symmetric.py needs this order.
 COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 6, -1]])
 
 
@@ -280,25 +280,25 @@ def grid(side):
 
 
 def hidden_grids(n):
-    """The grids of n hidden channels. A flip leaves the last n % 8 where they are."""
+    """The grids of n hidden channels. The last n % 8 stay where they are."""
     return [(COMPASS, n // 8)] * (n >= 8) + [grid(1)] * (n % 8)
 
 
-def permutation(flip, grids):
-    """For each channel, the index of the channel that replaces it in a flip."""
+def permutation(symmetry, grids):
+    """For each channel, the index of the channel that replaces it."""
     channels, first = [], 0
     for places, width in grids:
-        filled = places >= 0  # the same after a flip
-        order = flip(places)[filled][places[filled].argsort()]  # what replaces place 0, 1, 2, …
+        filled = places >= 0  # no symmetry changes it
+        order = symmetry(places)[filled][places[filled].argsort()]  # what replaces place 0, 1, 2, …
         channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
         first += len(channels[-1])
     return torch.cat(channels)
 
 
 def symmetric_mean(kernel, permutations):
-    """Average the kernel with its flip, for each of FLIPS in turn: a mean of two, four, eight versions."""
-    for flip, (outputs, inputs) in zip(FLIPS, permutations, strict=True):
-        kernel = (kernel + flip(kernel)[outputs][:, inputs]) / 2
+    """Average the kernel with its image, for each of SYMMETRIES in turn: a mean of two, four, eight."""
+    for symmetry, (outputs, inputs) in zip(SYMMETRIES, permutations, strict=True):
+        kernel = (kernel + symmetry(kernel)[outputs][:, inputs]) / 2
     return kernel
 
 
@@ -309,7 +309,7 @@ def make_equivariant(kernel, outputs, inputs):
     outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
     rounding. Deep copies lose the hook: call this again for them.
     """
-    permutations = [(permutation(flip, outputs), permutation(flip, inputs)) for flip in FLIPS]
+    permutations = [(permutation(f, outputs), permutation(f, inputs)) for f in SYMMETRIES]
     orders_on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
     mean = symmetric_mean(kernel, permutations)
     kernel.copy_(mean * (kernel.norm() / mean.norm()))

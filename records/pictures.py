@@ -20,7 +20,7 @@ from moving_mnist import moving_mnist_data
 
 RECORDS = Path(__file__).parent
 PHOTOS = RECORDS.parent / "photos"
-RUNS = {"plain": "paper's network, smaller, usual training", "paper": "paper's network, our training"}
+RUNS = {"plain": "paper's network, smaller, Adam", "paper": "paper's network, our training"}
 RUNS["default"] = "default"
 MEDIAN = 898  # of the test split, for strip.png: the median of the default's forecasts, by MSE
 SEQUENCE = 3  # for predict.gif and moves.png

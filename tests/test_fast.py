@@ -243,7 +243,7 @@ def test_symmetric_convolution_and_its_gradients(threads, N, H, W, n_in, n_out, 
     found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
     # the part of the gradient that keeps the kernel equivariant
     grids = groups * hidden_grids(n_out), hidden_grids(n_in)
-    pairs = [[my_model.permutation(flip, grid) for grid in grids] for flip in my_model.FLIPS]
+    pairs = [[my_model.permutation(flip, grid) for grid in grids] for flip in my_model.SYMMETRIES]
     y = exact.permute(0, 2, 3, 1)
     expected = y, 2 * (y - bias.double()), exact_x.grad, my_model.symmetric_mean(exact_weight.grad, pairs)
     assert_close(found, dict(zip(found, expected, strict=True)), 1e-2 if dtype == torch.bfloat16 else 1e-5)
