@@ -50,7 +50,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # videos, images: height, width, frame step, channels
     value_range: tuple[float, float] = (0, 0)  # lowest and highest value of your own data; 0 0 = automatic
-    overlay: int = 2  # other sequences merged into each training sequence, by the larger value
+    overlay: int = 2  # other sequences merged into each training sequence, by the pixelwise maximum
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128

@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
-- `dilation`: the upper layers see a whole digit. All of it turns back when its edge hits a wall.
+- `dilation`: the upper layers see a whole digit, as all of it turns back when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data.
 
@@ -189,7 +189,7 @@ class EncoderForecaster(nn.Module):
             hidden = hidden_grids(layer.cell.hidden_channels)
             if layer.cell.input_to_state is not None:
                 make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
-            make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # four gates
+            make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # a list, for four gates
             below = hidden
         kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
         inputs = [hidden_grids(kernel.shape[1]) for kernel in kernels]
