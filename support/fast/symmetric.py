@@ -76,12 +76,11 @@ class Kernel:
 
     def multiply(self, x, dilation, z, add=False):
         """The convolution of x (N, H, W, C) as parities: written to z (N, H, W, 4·G·P), or added to it."""
-        for images, result in zip(x.split(IMAGES), z.split(IMAGES), strict=True):
-            features, product = self.features(images, dilation), by_parity(result)
-            if add:
-                product.baddbmm_(features, self.matrices)
-            else:
-                torch.bmm(features, self.matrices, out=product)
+        features, product = self.features(x, dilation), by_parity(z)
+        if add:
+            product.baddbmm_(features, self.matrices)
+        else:
+            torch.bmm(features, self.matrices, out=product)
 
     def features(self, x, dilation):
         """x (N, H, W, C) → (4, N·H·W, 9·Q)."""
@@ -185,11 +184,13 @@ class Symmetric:
         return torch.zeros(shape, dtype=self.of_state.matrices.dtype) if x is None else x.new_empty(shape)
 
     def step(self, t, h, z):
-        if self.x is not None:
-            self.of_input.multiply(self.x[t], 1, z)
-        if h is not None:
-            self.of_state.multiply(h, self.dilation, z, add=True)
-        exchange(z, 4, self.bias)
+        for k in range(0, len(z), IMAGES):
+            few = slice(k, k + IMAGES)
+            if self.x is not None:
+                self.of_input.multiply(self.x[t, few], 1, z[few])
+            if h is not None:
+                self.of_state.multiply(h[few], self.dilation, z[few], add=True)
+            exchange(z[few], 4, self.bias)
 
     def start_backward(self, x, z, hiddens, first, needs_dx):
         self.x, self.sequences = x, (z, hiddens, first)
@@ -233,8 +234,9 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.kernel = kernel
         y = x.new_empty(*x.shape[:3], len(bias))
-        kernel.multiply(x, 1, y)
-        exchange(y, kernel.groups, bias)
+        for images, result in zip(x.split(IMAGES), y.split(IMAGES), strict=True):
+            kernel.multiply(images, 1, result)
+            exchange(result, kernel.groups, bias)
         return y
 
     @staticmethod
