@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from download import ARRAY, DIGITS, RAW, fetch, is_there
 from support import UserError
 from support.checkpoint import lock_folder, open_atomic
 from support.devices import print0
+from support.download import ARRAY, DIGITS, RAW, fetch, is_there
 from support.scale import Scale
 
 ORDER, DROPOUT, FRESH, OVERLAYS = 1, 2, 3, 4  # with one seed, each gives other random numbers
@@ -174,7 +174,7 @@ def moving_mnist_array():
     """(array, name): the official array, or the stand-in."""
     stand_in, has_official = RAW / STAND_IN_FILE, is_there(RAW / ARRAY.name, ARRAY)
     if os.path.exists(stand_in) and not has_official:
-        print0("using the stand-in for the official array (python download.py fetches that)")
+        print0("using the stand-in for the official array (python -m support.download fetches that)")
         return open_array(stand_in), STAND_IN
     try:
         return open_array(fetch(ARRAY)), OFFICIAL

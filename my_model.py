@@ -11,18 +11,18 @@ Changes from the paper, and why. The default of main.py has all.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
 - `dilation`: the upper layers see a whole digit, as all of it turns back when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
-- `equivariant`: kernels that respect flips and transposition. Training needs less data.
+- `equivariant`: kernels that respect flips and transposition. Training needs less data
+  (equivariant.py).
 
 B batch, T frames, C channels, H height, W width, Ch hidden channels, P patch size.
 Inside layers, H and W are counted in patches.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from equivariant import make_kernels_equivariant
 from motion import advect, block_match, matching_costs
 
 MOTION_CHANNELS = 16  # channels of measured motion that the encoder reads
@@ -169,37 +169,11 @@ class EncoderForecaster(nn.Module):
                 last.bias.fill_(-3.0)  # frames start nearly black
         self.head = nn.Sequential(*head, last)
         if equivariant:
-            self.make_kernels_equivariant()
+            make_kernels_equivariant(self)  # a kernel that you add elsewhere needs a line there, too
 
     @property
     def output_layer(self):
         return self.head[-1]
-
-    def make_kernels_equivariant(self):
-        """Make kernels equivariant, not biases or peepholes. First read on from SYMMETRIES.
-
-        Each list has the grids of some channels: of pixels, moves, a layer's output, and its input (below).
-        """
-        pixels = [grid(self.patch_size)] * self.channels
-        moves, below = [grid(2 * self.max_motion + 1)], pixels
-        if self.max_motion:
-            below = pixels + hidden_grids(MOTION_CHANNELS)
-            make_equivariant(self.motion.weight, hidden_grids(MOTION_CHANNELS), moves)
-        for layer in (*self.encoder, *(self.forecaster or ())):
-            hidden = hidden_grids(layer.cell.hidden_channels)
-            if layer.cell.input_to_state is not None:
-                make_equivariant(layer.cell.input_to_state, 4 * hidden, below)
-            make_equivariant(layer.cell.state_to_state, 4 * hidden, hidden)  # a list, for four gates
-            below = hidden
-        kernels = [m.weight for m in self.head.modules() if isinstance(m, nn.Conv2d)]
-        inputs = [hidden_grids(kernel.shape[1]) for kernel in kernels]
-        hidden_channels = [layer.cell.hidden_channels for layer in self.encoder]
-        if kernels[0].shape[1] == sum(hidden_channels):  # an edited head may have groups
-            inputs[0] = [g for n in hidden_channels for g in hidden_grids(n)]
-        outputs = [hidden_grids(len(kernel)) for kernel in kernels]
-        outputs[-1] = 2 * pixels + moves if self.max_motion else pixels
-        for arguments in zip(kernels, outputs, inputs, strict=True):
-            make_equivariant(*arguments)
 
     def forward(self, past, n_future, predict_from=None):
         """With predict_from, each input frame after that index is predicted, too, from the frames before it.
@@ -260,58 +234,3 @@ class EncoderForecaster(nn.Module):
             low, high = past.aminmax()
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"frames have values from {low:.4g} to {high:.4g}; expected 0 to 1")
-
-
-# Equivariant kernels, after Cohen & Welling (2016), https://arxiv.org/abs/1602.07576: if their input is
-# flipped or transposed, so is their output. Some channels then swap: the pixels of a patch, the possible
-# moves, and the hidden channels. Each channel has a place in a square grid. Flipping the grid shows which
-# channels swap. Training needs less data. On a CPU, it needs only a quarter of the multiplications
-# (support/fast/symmetric.py).
-SYMMETRIES = lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.transpose(-2, -1)  # they give all eight
-# The places of hidden channels: each holds an eighth of them. -1: empty. No place lies on a mirror axis, so
-# that each symmetry puts the eight places in another order. The two flips exchange 0, 2, 4, 6 among
-# themselves, and 1, 3, 5, 7: support/fast/symmetric.py needs this order.
-COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 6, -1]])
-
-
-def grid(side):
-    """A grid (place indices, channels per place) of side² channels, such as the pixels of a patch."""
-    return torch.arange(side**2).view(side, side), 1
-
-
-def hidden_grids(n):
-    """The grids of n hidden channels. The last n % 8 stay where they are."""
-    return [(COMPASS, n // 8)] * (n >= 8) + [grid(1)] * (n % 8)
-
-
-def permutation(symmetry, grids):
-    """For each channel, the index of the channel that replaces it."""
-    channels, first = [], 0
-    for places, width in grids:
-        filled = places >= 0  # no symmetry changes it
-        order = symmetry(places)[filled][places[filled].argsort()]  # what replaces place 0, 1, 2, …
-        channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
-        first += len(channels[-1])
-    return torch.cat(channels)
-
-
-def symmetric_mean(kernel, permutations):
-    """Average the kernel with its image, for each of SYMMETRIES in turn: a mean of two, four, eight."""
-    for symmetry, (outputs, inputs) in zip(SYMMETRIES, permutations, strict=True):
-        kernel = (kernel + symmetry(kernel)[outputs][:, inputs]) / 2
-    return kernel
-
-
-@torch.no_grad()
-def make_equivariant(kernel, outputs, inputs):
-    """Average a kernel over all eight symmetries, keep its norm; a hook averages its gradients likewise.
-
-    outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
-    rounding. Deep copies lose the hook: call this again for them.
-    """
-    permutations = [(permutation(f, outputs), permutation(f, inputs)) for f in SYMMETRIES]
-    orders_on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
-    mean = symmetric_mean(kernel, permutations)
-    kernel.copy_(mean * (kernel.norm() / mean.norm()))
-    kernel.register_hook(lambda gradient: symmetric_mean(gradient, orders_on(gradient.device)))
-    kernel.flips = permutations[:2]  # for support/fast/symmetric.py

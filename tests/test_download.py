@@ -1,4 +1,4 @@
-"""download.py against a faulty server on 127.0.0.1, killed, and run twice at once; the stand-in array."""
+"""Downloads from a faulty server on 127.0.0.1, killed, and two at once; the stand-in array."""
 
 import gzip
 import hashlib
@@ -12,9 +12,8 @@ import pytest
 from conftest import ROOT, clone, finish, largest_file, start, wait_until
 from test_moving_mnist import generate_by_law
 
-import download
 import moving_mnist
-from support import UserError
+from support import UserError, download
 
 NPY = np.random.default_rng(0).integers(0, 16, 300_000, np.uint8).tobytes()  # its .gz has half the size
 GZ = gzip.compress(NPY)
@@ -99,8 +98,8 @@ def assert_refused(folder):
 
 
 def run_main(folder):
-    """`python download.py` with this test's addresses and folder."""
-    code = "import pathlib, download; from support.devices import run_script; "
+    """`python -m support.download` with this test's addresses and folder."""
+    code = "import pathlib; from support import download; from support.devices import run_script; "
     code += f"download.RAW = pathlib.Path({str(folder)!r}); "
     code += f"download.ARRAY = download.File(*{tuple(download.ARRAY)!r}); run_script(download.main)"
     return start(launcher=("-c", code), script="", cwd=ROOT)
@@ -201,12 +200,13 @@ def test_two_first_starts_in_a_fresh_clone_without_internet(tmp_path):
     folder.mkdir()
     hosts = "https://github.com/", "http://www.cs.toronto.edu/"
     nowhere = [(host, "http://127.0.0.1:1/") for host in hosts]
-    clone(folder, download=nowhere, moving_mnist=[("N_SEQUENCES = 10_000", "N_SEQUENCES = 400")])
+    fewer = [("N_SEQUENCES = 10_000", "N_SEQUENCES = 400")]
+    clone(folder, **{"support.download": nowhere, "moving_mnist": fewer})
     (folder / "raw").unlink()  # a link
     (folder / "raw").mkdir()
     for name in ("digits_train.png", "digits_test.png"):
         (folder / "raw" / name).symlink_to(ROOT / "raw" / name)
-    _, err = finish(start(script=folder / "download.py", cwd=tmp_path), status=1)
+    _, err = finish(start(launcher=("-m",), script="support.download", cwd=folder), status=1)
     assert err.startswith("download.py: cannot fetch") and err.count("\n") == 1
     code = "import sys; sys.path.insert(0, sys.argv[1]); import moving_mnist as m; generate = m.generate; "
     code += "m.generate = lambda *a, **k: print('made') or generate(*a, **k); "

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import gradients, skip_without_compiler
 from test_my_model import DEVICE, MOTION, randomized, relative_error, seeded, small  # noqa: F401
 
+import equivariant
 import motion
-import my_model
-from my_model import ConvLSTM, ConvLSTMCell, hidden_grids, make_equivariant, new_kernel
+from my_model import ConvLSTM, ConvLSTMCell, new_kernel
 from support import sources
 
 fast = pytest.importorskip("support.fast")
@@ -204,11 +204,12 @@ def test_it_is_the_convolution_and_its_gradients(winograd, threads, N, H, W, n_i
         assert not convolution(weight, 1, None, dilation)(x)[-1, rows, columns][-3:, -3:].isfinite().any()
 
 
-def equivariant(n_in, n_out, groups=1):
-    """A random kernel, and its gradients, as the network would have them."""
+def random_kernel(n_in, n_out, groups=1):
+    """A random equivariant kernel, and its gradients, as the network would have them."""
     skip_without_compiler()  # then no kernel is symmetric
     kernel = new_kernel(n_in, groups * n_out, 3)
-    make_equivariant(kernel, groups * hidden_grids(n_out), hidden_grids(n_in))
+    grids = groups * equivariant.hidden_grids(n_out), equivariant.hidden_grids(n_in)
+    equivariant.make_equivariant(kernel, *grids)
     return kernel
 
 
@@ -224,7 +225,7 @@ def equivariant(n_in, n_out, groups=1):
     indirect=["threads"],
 )
 def test_symmetric_convolution_and_its_gradients(threads, N, H, W, n_in, n_out, groups, dilation, dtype):
-    weight = equivariant(n_in, n_out, groups)
+    weight = random_kernel(n_in, n_out, groups)
     x, dy = torch.randn(N, H, W, n_in).to(dtype), torch.randn(N, H, W, groups * n_out).to(dtype)
     bias = torch.randn(groups * n_out)
     exact_x, exact_weight = x.double().requires_grad_(), weight.detach().double().requires_grad_()
@@ -242,23 +243,24 @@ def test_symmetric_convolution_and_its_gradients(threads, N, H, W, n_in, n_out, 
     (d_weight,) = torch.autograd.grad(kernel.blocks, weight, d_blocks)
     found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
     # the part of the gradient that keeps the kernel equivariant
-    grids = groups * hidden_grids(n_out), hidden_grids(n_in)
-    pairs = [[my_model.permutation(flip, grid) for grid in grids] for flip in my_model.SYMMETRIES]
+    grids = groups * equivariant.hidden_grids(n_out), equivariant.hidden_grids(n_in)
+    pairs = [[equivariant.permutation(flip, grid) for grid in grids] for flip in equivariant.SYMMETRIES]
     y = exact.permute(0, 2, 3, 1)
-    expected = y, 2 * (y - bias.double()), exact_x.grad, my_model.symmetric_mean(exact_weight.grad, pairs)
+    expected = y, 2 * (y - bias.double()), exact_x.grad, equivariant.symmetric_mean(exact_weight.grad, pairs)
     assert_close(found, dict(zip(found, expected, strict=True)), 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_what_is_not_symmetric_is_convolved_as_it_is():
     """A kernel; a head of another form."""
-    weight = equivariant(32, 32, 4)
+    weight = random_kernel(32, 32, 4)
     assert symmetric.find(weight, torch.float32, 4)
     with torch.no_grad():
         weight[0, 0, 0, 0] += weight.norm() / 50  # one number
     assert symmetric.find(weight, torch.float32, 4) is None
-    for other in (equivariant(8, 32), equivariant(32, 24), torch.randn(32, 32, 3, 3)):  # too few; no grids
+    too_few, no_grids = (random_kernel(8, 32), random_kernel(32, 24)), torch.randn(32, 32, 3, 3)
+    for other in *too_few, no_grids:
         assert symmetric.find(other, torch.float32, 1) is None
-    assert symmetric.find(equivariant(32, 32), torch.float64, 1) is None
+    assert symmetric.find(random_kernel(32, 32), torch.float64, 1) is None
     for change in {}, {"stride": 2}, {"padding_mode": "circular"}, {"bias": False}, {"groups": 2}:
         module = torch.nn.Conv2d(32, 32, **{"kernel_size": 3, "padding": 1} | change)
         assert symmetric.is_supported(module) == (not change)
@@ -266,7 +268,7 @@ def test_what_is_not_symmetric_is_convolved_as_it_is():
 
 def test_what_inference_caches_serves_training():
     skip_without_compiler()
-    weight = equivariant(32, 32)
+    weight = random_kernel(32, 32)
     symmetric.block_map.cache_clear()
     with torch.inference_mode():
         assert symmetric.find(weight, torch.float32, 1)
@@ -280,7 +282,7 @@ def test_fast_network_is_plain(dtype, options):
     sizes = {"hidden_channels": (16, 8), "head_channels": (8,), "patch_size": 4}
     model = small(**sizes | options).to(exact)
     if options is SYMMETRIC:
-        model.make_kernels_equivariant()  # small() has drawn other weights
+        equivariant.make_kernels_equivariant(model)  # small() has drawn other weights
         kernels = [p for p in model.parameters() if p.shape[-1] == 3]
         found = [fast.symmetric.find(p, dtype, 4 if len(p) == 128 else 1) for p in kernels]
         assert all(found) == (dtype != torch.float64)

@@ -31,11 +31,10 @@ from conftest import (
     wait_until,
 )
 
-import download
 import main
 import metrics
 import moving_mnist
-from support import UserError, checkpoint, folders, prepare, progress
+from support import UserError, checkpoint, download, folders, prepare, progress
 
 FEW = {"epochs": 1, "train_sequences": 10, "fast": False}  # two steps; after each, last.pt is saved
 MORE = {"train_sequences": 20, "fast": False}  # eight of them
@@ -286,17 +285,18 @@ def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path,
 
 
 def test_no_source_loads_a_pickle_or_uses_the_network():
-    """Nor evaluates text; download.py alone has an address to ask."""
+    """Nor evaluates text; support/download.py alone has an address to ask."""
     elsewhere = {"tests", "results", "site-packages"}
     paths = {path for path in ROOT.rglob("*.py") if not elsewhere & {*path.relative_to(ROOT).parts}}
-    assert {ROOT / "download.py", ROOT / "support" / "fast" / "build.py"} < paths
+    downloads = ROOT / "support" / "download.py"
+    assert {downloads, ROOT / "support" / "fast" / "build.py"} < paths
     pickles = {"pickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
     network = {"urllib", "http", "socket", "requests", "ftplib", "ssl", "pooch"}
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             text = ast.unparse(node) if isinstance(node, (ast.Import, ast.ImportFrom, ast.Call)) else ""
             words = set() if isinstance(node, ast.Call) else {*re.findall(r"\w+", text)}
-            assert not words & pickles and (path == ROOT / "download.py" or not words & network), path
+            assert not words & pickles and (path == downloads or not words & network), path
             assert not text.startswith(("eval(", "exec(", "torch.hub.load(")), path
             assert "allow_pickle=" not in text.replace("allow_pickle=False", ""), path
             assert "torch.load(" not in text or "weights_only=True" in text, path

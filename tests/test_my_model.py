@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import main
 from convlstm import ConvLSTMForecaster
+from equivariant import make_kernels_equivariant
 from motion import advect, block_match
 from my_model import ConvLSTMCell, EncoderForecaster
 
@@ -256,7 +257,7 @@ def test_an_edited_head_is_equivariant_too(hidden_channels, place, n):
     """With a depthwise convolution, whose kernels have one input channel."""
     model = small(hidden_channels=hidden_channels, **RECIPE)
     model.head.insert(place, torch.nn.Conv2d(n, n, 3, padding=1, groups=n))
-    model.double().make_kernels_equivariant()
+    make_kernels_equivariant(model.double())
     for p in (p for p in model.parameters() if p.ndim < 4):
         torch.nn.init.constant_(p, 0.3)
     past = torch.rand(2, 4, 1, 16, 24, dtype=torch.float64)

@@ -37,7 +37,8 @@ PICTURES = ["loss.png", "per_frame.png", *PREDICTIONS, "predict.gif"]
 RESULTS = [*PICTURES, "log.csv", "metrics.json", "forecast.npy"]
 FILES = [*RESULTS, "config.json", "last.pt", "best.pt"]
 VALIDATION, TEST = slice(46, 51), slice(51, 57)  # 9 and 10 percent of the 57 sequences
-SOURCES = ["main.py", "my_model.py", "motion.py", "convlstm.py", "moving_mnist.py", "metrics.py"]
+SOURCES = ["main.py", "my_model.py", "motion.py", "equivariant.py", "convlstm.py"]
+SOURCES += ["moving_mnist.py", "metrics.py"]
 FEW = {"epochs": 1, "train_sequences": 10}
 WIDE = {"hidden_channels": [32, 32], "patch_size": 2, **FEW}  # dilation, Winograd and the threads take part
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")

@@ -1,6 +1,6 @@
 """Fetch the official data into raw/, and verify it.
 
-    python download.py    leaves raw/mnist_test_seq.npy (819,200,080 bytes), or says why not
+    python -m support.download    leaves raw/mnist_test_seq.npy (819,200,080 bytes), or says why not
 
 A file gets its final name only when its checksum has matched.
 """
@@ -18,7 +18,7 @@ from support import UserError
 from support.checkpoint import lock_folder, write_atomic
 from support.devices import run_script
 
-RAW = Path(__file__).with_name("raw")
+RAW = Path(__file__).resolve().parent.parent / "raw"
 TIMEOUT = 10  # seconds without an answer or a byte
 FAULTS = OSError, ValueError, EOFError, zlib.error, UserError  # of a download, or of a file that is there
 
