@@ -8,6 +8,8 @@ K = 2·max_motion + 1.
 import torch
 import torch.nn.functional as F
 
+SHARPNESS = 16  # of block matching: a move at half the mean cost is e⁸ times as probable as one at the mean
+
 
 def advect(frames, weights, patch_size):
     """Replace each patch by a weighted mean of the K² patches at most max_motion pixels away, in x and in y.
@@ -43,13 +45,14 @@ def matching_costs(frames, before, patch_size, max_motion):
 def block_match(frames, before, patch_size, max_motion, match=matching_costs):
     """Probability of each move of each patch: frames and before (N, C, H, W) → (N, K², H/P, W/P).
 
-    before: for each frame, the one that precedes it. Squared differences are summed over the patch and its
-    eight neighbors; then a softmax of minus the sums. One patch alone often has the aperture problem: motion
-    along a straight edge cannot be seen.
+    before: for each frame, the one that precedes it. The cost of a move is the mean squared difference of the
+    patch and its eight neighbors. One patch alone often has the aperture problem: motion along a straight
+    edge cannot be seen. Costs are divided by their mean over the moves, so that data of low contrast work as
+    well. A softmax turns them into probabilities.
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for costs
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()
     cost = match(frames, before, patch_size, max_motion)
-    means = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
-    sums = 9 * means
-    return (-sums).softmax(-1).permute(0, 3, 1, 2).contiguous()  # softmax is fast over the last axis
+    cost = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
+    relative = cost / (cost.mean(-1, keepdim=True) + 1e-6)
+    return (-SHARPNESS * relative).softmax(-1).permute(0, 3, 1, 2).contiguous()  # fast over the last axis

@@ -107,7 +107,8 @@ def match_by_hand(frames, before, P, M):
     """(B, C, H, W) and the frame before → how likely each move is, (B, K², H/P, W/P)."""
     costs = torch.stack([(frames - shifted(before, *move)).square().sum(1) for move in moves(M)], 1)
     costs = sum(costs[..., y::P, x::P] for y, x in product(range(P), repeat=2))
-    return (-sum(shifted(costs, *move) for move in moves(1))).softmax(1)
+    costs = sum(shifted(costs, *move) for move in moves(1)) / 9
+    return (-16 * costs / (costs.mean(1, keepdim=True) + 1e-6)).softmax(1)
 
 
 def forecast_by_hand(model, past, n_future, predict_from):

@@ -23,7 +23,6 @@ static void pad(const float *frame, long H, long W, long line, float *restrict F
     for (long y = 0; y < H; y++) memcpy(F + (y + R) * line + R, frame + y * W, W * sizeof(float));
 }
 
-__attribute__((optimize("fp-contract=off"))) /* rounds as the records' code did */
 void advect_forward(long n, long c, long H, long W, long threads, const float *frames, const float *weights,
                     float *restrict moved, float *scratch) {
     EACH_FRAME {
