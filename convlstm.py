@@ -1,6 +1,6 @@
-"""The reference: ConvLSTM as most people run it in PyTorch, in plain code.
+"""ConvLSTM as most people run it in PyTorch, in plain code. To learn, begin here.
 
-It is a check, and not fast. In the tests `my_model.py`, without peepholes, gives the same numbers.
+It is also the reference, and not fast. In the tests, `my_model.py` without peepholes gives the same numbers.
 Checkpoints of two widely used models load into it by name and give the same outputs:
 
 - `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
@@ -18,12 +18,11 @@ from torch import nn
 
 
 class ConvLSTMCell(nn.Module):
-    """One time step: one convolution over x and h gives the gates i, f, o, g, in this order. No peepholes.
+    """One time step, without peepholes; * convolves, [ , ] joins channels, ∘ multiplies element by element.
 
-    * is a convolution, [ , ] joins channels, ∘ multiplies element by element.
-
-    i, f, o = σ(W * [x, h] + b)        c' = f ∘ c + i ∘ g
-    g = tanh(W * [x, h] + b)           h' = o ∘ tanh(c')
+    i, f, o, g = the quarters of W * [x, h] + b
+    c' = σ(f) ∘ c + σ(i) ∘ tanh(g)
+    h' = σ(o) ∘ tanh(c')
     """
 
     def __init__(self, input_dim, hidden_dim, kernel_size, bias=True):

@@ -70,7 +70,8 @@ def make_equivariant(kernel, outputs, inputs):
     """Average a kernel over all eight symmetries, keep its norm; a hook averages its gradients likewise.
 
     outputs, inputs: the grids of its channels. SGD, AdamW and Muon then keep the kernel equivariant, up to
-    rounding. Deep copies lose the hook: call this again for them.
+    rounding. (Muon, too: what it makes orthogonal keeps its symmetry.) Deep copies lose the hook: call this
+    again for them.
     """
     permutations = [(permutation(f, outputs), permutation(f, inputs)) for f in SYMMETRIES]
     orders_on = functools.cache(lambda device: [(o.to(device), i.to(device)) for o, i in permutations])
@@ -81,13 +82,13 @@ def make_equivariant(kernel, outputs, inputs):
 
 
 def permutation(symmetry, grids):
-    """For each channel, the index of the channel that replaces it."""
+    """For each channel, the index of the channel that takes its place."""
     channels, first = [], 0
     for places, width in grids:
-        filled = places >= 0  # no symmetry changes it
-        order = symmetry(places)[filled][places[filled].argsort()]  # what replaces place 0, 1, 2, …
-        channels.append((first + width * order[:, None] + torch.arange(width)).flatten())
-        first += len(channels[-1])
+        n, moved = int(places.max()) + 1, symmetry(places)
+        for k in range(n):
+            channels.append(first + moved[places == k] * width + torch.arange(width))
+        first += n * width
     return torch.cat(channels)
 
 

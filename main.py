@@ -81,7 +81,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
 
 # Other defaults for your own data and for `--model NAME`. A flag wins over both.
 RECIPES = {
-    "own data": {"overlay": 0, "batch_size": 4, "weight_decay": 0.1},  # few sequences, soon learned by heart
+    "own data": {"overlay": 0, "batch_size": 4, "weight_decay": 0.1},  # few sequences are soon overfitted
     "paper": {
         "hidden_channels": (128, 64, 64),
         "kernel_size": 5,
@@ -218,6 +218,7 @@ def train(setup, folder, progress, optimizers):
         missing = truth.isnan()  # logit −100 and truth 0: no loss
         logits, truth = logits.masked_fill(missing, -100), truth.masked_fill(missing, 0)
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
+        # least where the forecast is the truth, also for values between 0 and 1
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
         # with torchrun, multiply a mean that you add by len(truth) / batch_size, as below
         loss = cross_entropy

@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
-- `dilation`: the upper layers see a whole digit, as all of it turns back when its edge hits a wall.
+- `dilation`: the upper layers see more. When the edge of a digit hits a wall, the whole digit turns back.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data
   (equivariant.py).
@@ -139,7 +139,7 @@ class EncoderForecaster(nn.Module):
         if max_motion and not feedback:
             raise ValueError(f"max_motion is {max_motion}; without feedback, as in the paper, it has to be 0")
         self.channels, self.patch_size, self.max_motion = channels, patch_size, max_motion
-        self.advect, self.matching_costs = advect, matching_costs  # support.fast may replace both
+        self.advect, self.matching_costs = advect, matching_costs  # support.fast replaces both, unless edited
         n_pixels, n_moves = channels * patch_size**2, (2 * max_motion + 1) ** 2
         self.motion = nn.Conv2d(n_moves, MOTION_CHANNELS, 1) if max_motion else None
 

@@ -50,7 +50,10 @@ def predict(
         raise UserError(f"the data have {longest} frames from --start {start} on; the weights need {n}")
     if len(chosen) < len(windows):
         print(f"left out  series with fewer than {n} frames: {len(windows) - len(chosen)}")
-    data = data._replace(series=[one[: min(map(len, chosen))] for one in chosen])
+    shortest = min(map(len, chosen))
+    if shortest < max(map(len, chosen)):
+        print(f"cut       all series to {shortest} frames, as the shortest has")
+    data = data._replace(series=[one[:shortest] for one in chosen])
     low, high = describe(data)
     report_scale(model.scale, data.series, low, high)
     sequences = torch.stack([torch.from_numpy(one.astype(np.float32)) for one in data.series])

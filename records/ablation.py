@@ -34,7 +34,7 @@ LADDER = {  # folder → what it adds to the row above
     "motion": "+ advection, block matching",
     "head": "+ hidden layers of the head",
     "overlay": "+ overlays, dilation, weight decay",
-    "default": "+ SSIM in the loss (the default)",
+    "default": "+ SSIM in the loss (an earlier default)",
     "paper": "the paper's network",  # --model paper: Muon, growing horizon
 }
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3}  # digits in the table

@@ -71,6 +71,11 @@ def test_axes_are_those_of_the_input(frames, trained, tmp_path, capsys):
     # nine equal sequences look as if time were first
     assert "are time and sequence swapped?" in printed
     assert "(mean of 9 series; pictures show the first)" in printed
+    (tmp_path / "series").mkdir()
+    np.save(tmp_path / "series" / "a.npy", frames)
+    np.save(tmp_path / "series" / "b.npy", frames[: FRAMES_IN + 1])
+    close(forecast(tmp_path / "series", trained, tmp_path), np.stack([drawn(trained, frames)] * 2))
+    assert f"cut       all series to {FRAMES_IN + 1} frames, as the shortest has" in capsys.readouterr().out
 
 
 def test_start_counts_from_both_ends(frames, trained, tmp_path):
