@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import sys
 import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import tyro
@@ -17,8 +16,9 @@ import tyro
 from support import UserError
 from support.checkpoint import lock_folder, write_atomic
 from support.devices import run_script
+from support.sources import ROOT
 
-RAW = Path(__file__).resolve().parent.parent / "raw"
+RAW = ROOT / "raw"
 TIMEOUT = 10  # seconds without an answer or a byte
 FAULTS = OSError, ValueError, EOFError, zlib.error, UserError  # of a download, or of a file that is there
 

@@ -206,7 +206,8 @@ def test_two_first_starts_in_a_fresh_clone_without_internet(tmp_path):
     (folder / "raw").mkdir()
     for name in ("digits_train.png", "digits_test.png"):
         (folder / "raw" / name).symlink_to(ROOT / "raw" / name)
-    _, err = finish(start(launcher=("-m",), script="support.download", cwd=folder), status=1)
+    command = {"launcher": ("-m",), "script": "support.download", "PYTHONPATH": str(folder)}
+    _, err = finish(start(**command, cwd=tmp_path), status=1)
     assert err.startswith("download.py: cannot fetch") and err.count("\n") == 1
     code = "import sys; sys.path.insert(0, sys.argv[1]); import moving_mnist as m; generate = m.generate; "
     code += "m.generate = lambda *a, **k: print('made') or generate(*a, **k); "
