@@ -50,7 +50,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     frames_out: int = 10  # forecast frames. Tried: 2 to 40
     video: tuple[int, int, int, int] = (64, 64, 1, 1)  # videos, images: height, width, frame step, channels
     value_range: tuple[float, float] = (0, 0)  # lowest and highest value of your own data; 0 0 = automatic
-    overlay: int = 2  # other sequences merged into each training sequence, by the pixelwise maximum
+    overlay: int = 2  # other sequences merged into each (pixelwise maximum) until forecasts have full length
     # Model
     model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the network
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
@@ -220,7 +220,8 @@ def train(setup, folder, progress, optimizers):
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         # least where the forecast is the truth, also for values between 0 and 1
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # with torchrun, multiply a mean that you add by len(truth) / batch_size, as below
+        # If you add a mean over the batch, multiply it by len(truth) / batch_size, as below.
+        # This is 1 without torchrun.
         loss = cross_entropy
         with_ssim = progress.fraction >= knobs.ssim_from
         if with_ssim:

@@ -187,7 +187,7 @@ class EncoderForecaster(nn.Module):
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
-            if predict_from is not None:  # main.py asks for it with feedback only
+            if predict_from is not None:  # only if you build my_model without feedback
                 pairs = zip(encoded, hidden_states, strict=True)
                 hidden_states = [torch.cat((x[:, predict_from:-1], y), 1) for x, y in pairs]
             return self.to_logits(hidden_states)[..., :H, :W]

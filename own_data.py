@@ -1,8 +1,9 @@
 """Your own data, for main.py and predict.py: arrays of numbers, videos or images → series of frames.
 
 A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
-H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. Each file of a
-folder is a series; all images of a folder are one.
+H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. uint8 of shape
+(20, N, 64, 64) has time first, as Moving MNIST. Each file of a folder is a series; all images of a folder
+are one.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ def is_own(data):
 
 def is_array(data):
     """Whether the knob names an array; else it names a folder, or videos or images."""
-    return not is_own(data) or data.endswith(".npy")
+    return not is_own(data) or data.lower().endswith(".npy")
 
 
 def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
@@ -213,6 +214,7 @@ def cut(lengths, n_frames):
         return whole[:a], whole[a:b], whole[b:]
     if not long_ones:
         wanted = f"one series of {least} frames, or three of {n_frames} (frames_in + frames_out)"
+        wanted += ", and more for a full batch"
         raise UserError(f"too few frames: expected at least {wanted}; found {lengths or 'none so long'}")
     training, validation, test = [], [], []
     for k, end in enumerate(lengths):

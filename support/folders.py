@@ -18,7 +18,8 @@ from support import sources
 from support.checkpoint import HALF, lock_folder, write_atomic
 from support.devices import on_rank_0, print0
 
-SELECTING = "data", "train_sequences", "video"  # knobs that choose what is read of the data
+# knobs that choose what is read of the data
+SELECTING = "data", "train_sequences", "video", "frames_in", "frames_out"
 NOT_THE_EXPERIMENT = "out", "name", "device", "fast"  # knobs that do not make another experiment
 
 

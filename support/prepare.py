@@ -15,7 +15,7 @@ from support import UserError, checkpoint, devices, sources
 from support.devices import WORLD_SIZE, broadcast, on_rank_0, print0
 from support.folders import describe_identity, to_text
 from support.scale import Scale, fill
-from support.score import CURVES, score
+from support.score import CURVES, score, split_frames
 
 LEAST = {"train_sequences": 0, "frames_in": 2, "frames_out": 1, "overlay": 0, "patch_size": 1}
 LEAST |= {"max_motion": 0, "epochs": 1, "max_minutes": 0, "batch_size": WORLD_SIZE, "seed": 0}
@@ -63,6 +63,11 @@ def prepare(knobs, build):
     environment["kernels"] = attach(model.train(not knobs.eval_only), device, dtype, knobs.fast)
     asked = on_rank_0(describe_identity, knobs, data)
     setup = Setup(knobs, data, model, device, dtype, asked, environment, weights["step"] if weights else 0)
+    for split in (data.validation, data.test) if is_own(knobs.data) else ():
+        truths = (split_frames(split[np.array([k])], setup)[1] for k in range(len(split)))
+        if all(truth.isnan().all() for truth in truths):
+            found = "no pixel is known both in the last input frame and in a frame to be forecast"
+            raise UserError(f"in the {split.split} split of {data.name}, {found}; give longer series")
     # Try the metrics before anything is written. More sequences than frames: swapped axes are noticed.
     score(setup, data.validation, CURVES, "copy_last", np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int))
     describe(setup)
@@ -113,7 +118,7 @@ def build_checked(knobs, build, data, device):
         raise UserError(f"{data.name} has {n_frames} frames per sequence, too few for {wanted}")
     if knobs.batch_size > len(data.training) and not knobs.eval_only:
         found = f"for {len(data.training)} training sequences"
-        raise UserError(f"batch_size is {knobs.batch_size}, {found}; lower it, or give more frames")
+        raise UserError(f"batch_size is {knobs.batch_size}, {found}; lower it, or train on more sequences")
     torch.manual_seed(knobs.seed)
     model = build(knobs, channels).to(device)
     with torch.no_grad():  # a try on one sequence, before anything is written

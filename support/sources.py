@@ -70,9 +70,12 @@ def fingerprints():
 
 @functools.cache
 def of_training(texts, of_metrics):
-    """Names in metrics.py: what these texts mention, what chooses the best weights, and what both need."""
+    """Names in metrics.py: what these texts use, what chooses the best weights, and what both need."""
     body = ast.parse(of_metrics).body
-    reached, before = {"mse_per_frame", *re.findall(r"\w+", texts)} & set().union(*map(defined, body)), set()
+    # metrics.name, from metrics import name, other
+    mentioned = re.findall(r"\bmetrics(?:\.| +import +)([\w, ]+|\([^)]*\))", texts)
+    names = {"mse_per_frame", *re.findall(r"\w+", " ".join(mentioned))}
+    reached, before = names & set().union(*map(defined, body)), set()
     while reached != before:
         before = set(reached)
         for node in (node for node in body if defined(node) & before):

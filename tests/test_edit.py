@@ -19,8 +19,8 @@ HEAD = {"my_model": [("nn.GELU()", "nn.ReLU()")]}
 PRINT = {"my_model": [("h, c = state\n", "h, c = state; print('the cell sees a frame')\n")]}
 METRIC = {
     "metrics": [
-        ('    "psnr": (', '    "mean_error": ("mean", "grey level (0-1)"),\n    "psnr": ('),
-        ("def psnr(", "def mean_error(x, y):\n    return (x - y).mean((2, 3, 4)).abs()\n\n\ndef psnr("),
+        ('    "psnr": (', '    "bias": ("mean", "grey level (0-1)"),\n    "psnr": ('),
+        ("def psnr(", "def bias(x, y):\n    return (x - y).mean((2, 3, 4)).abs()\n\n\ndef psnr("),
     ]
 }
 RULER = {"metrics": [("_sum((x - y).square())", "2 * _sum((x - y).square())")]}
@@ -152,7 +152,7 @@ def test_a_metric_that_is_added_is_scored_with_the_weights_that_are_there(code):
     for name in ("best.pt", "last.pt", "log.csv"):
         assert state(first)[name] == trained[name]
     again = results(first)["scores"]
-    assert 0 < again["my_model"].pop("mean_error")["mean"] < 1
+    assert 0 < again["my_model"].pop("bias")["mean"] < 1
     assert again["my_model"] == scores["my_model"]
     assert "nothing was changed" in finish(run(code))[0]
     edit(code, **RULER)

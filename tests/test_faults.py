@@ -94,8 +94,9 @@ def test_data_replaced_by_other_of_its_shape_is_another_run(tmp_path, capsys):
         np.save(knobs["data"], other)
         assert folder_of(**knobs) == folder.with_name(f"my_model{number}")
         assert "other data\n" in capsys.readouterr().out
-    folder_of(**{**knobs, "train_sequences": 8})  # fewer of the same data
-    assert "other data" not in capsys.readouterr().out
+    for fewer in {"train_sequences": 8}, {"frames_in": 2}:  # of the same data
+        folder_of(**{**knobs, **fewer})
+        assert "other data" not in capsys.readouterr().out
     assert state(folder) == before
 
 

@@ -173,6 +173,15 @@ def test_a_frame_of_which_all_is_missing(tmp_path):
     assert scores["my_model"]["skill"] == 1 - mine["mean"] / copy["mean"]
 
 
+@pytest.mark.parametrize(("split", "last_input"), [("validation", 30), ("test", 36)])
+def test_a_split_without_anything_to_score_is_refused_before_training(split, last_input, tmp_path):
+    field = FIELD.copy()
+    field[last_input] = np.nan  # of the only sequence of the split
+    with pytest.raises(UserError, match=rf"in the {split} split of own\.npy, no pixel is known both"):
+        here(saved(field, tmp_path), tmp_path / "out", **FEW)
+    assert not list(tmp_path.glob("out/*/*"))
+
+
 def test_the_loss_leaves_missing_pixels_out(tmp_path):
     """That of the first step, against its definition."""
     field = FIELD.astype(np.float32)
