@@ -45,8 +45,8 @@ def matching_costs(frames, before, patch_size, max_motion):
 def block_match(frames, before, patch_size, max_motion, match=matching_costs):
     """Probability of each move of each patch: frames and before (N, C, H, W) → (N, K², H/P, W/P).
 
-    before: for each frame, the one that precedes it. The cost of a move is the mean squared difference of the
-    patch and its eight neighbors. One patch alone often has the aperture problem: motion along a straight
+    before: for each frame, the one that precedes it. The cost of a move is the mean squared difference over
+    the patch and its eight neighbors. One patch alone often has the aperture problem: motion along a straight
     edge cannot be seen. Costs are divided by their mean over the moves, so that data of low contrast work as
     well. A softmax turns them into probabilities.
     """
