@@ -213,9 +213,9 @@ def cut(lengths, n_frames):
         print0(f"split     by series, in their order: {a:,} training, {b - a:,} validation, {n - b:,} test")
         return whole[:a], whole[a:b], whole[b:]
     if not long_ones:
-        wanted = f"one series of {least} frames, or three of {n_frames} (frames_in + frames_out)"
-        wanted += ", and more for a full batch"
-        raise UserError(f"too few frames: expected at least {wanted}; found {lengths or 'none so long'}")
+        wanted = f"at least one series of {least} frames, or three of {n_frames} (frames_in + frames_out)"
+        found = lengths or "none so long"
+        raise UserError(f"too few frames: expected {wanted}, and more for a full batch; found {found}")
     training, validation, test = [], [], []
     for k, end in enumerate(lengths):
         held_out = max(n_frames, round(HELD_OUT * end)) if k in long_ones else 0

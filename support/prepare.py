@@ -63,11 +63,8 @@ def prepare(knobs, build):
     environment["kernels"] = attach(model.train(not knobs.eval_only), device, dtype, knobs.fast)
     asked = on_rank_0(describe_identity, knobs, data)
     setup = Setup(knobs, data, model, device, dtype, asked, environment, weights["step"] if weights else 0)
-    for split in (data.validation, data.test) if is_own(knobs.data) else ():
-        truths = (split_frames(split[np.array([k])], setup)[1] for k in range(len(split)))
-        if all(truth.isnan().all() for truth in truths):
-            found = "no pixel is known both in the last input frame and in a frame to be forecast"
-            raise UserError(f"in the {split.split} split of {data.name}, {found}; give longer series")
+    for split in [data.test] if knobs.eval_only else [data.validation, data.test]:
+        check_truth(split, setup)
     # Try the metrics before anything is written. More sequences than frames: swapped axes are noticed.
     score(setup, data.validation, CURVES, "copy_last", np.zeros(WORLD_SIZE * (knobs.frames_out + 1), int))
     describe(setup)
@@ -99,6 +96,14 @@ def check(knobs):
         raise UserError("eval_only needs weights: add --weights FILE, such as results/my_model/best.pt")
     if Path(knobs.name).name != knobs.name or knobs.name == "..":
         raise UserError(f"name is {knobs.name}; it must be one folder name, without slashes")
+
+
+def check_truth(split, setup):
+    """Refuse a split without anything to score. Raises UserError. Reads up to the first known frame."""
+    truths = (split_frames(split[np.array([k])], setup)[1] for k in range(len(split)))
+    if all(truth.isnan().all() for truth in truths):
+        found = "no pixel is known both in the last input frame and in a frame to be forecast"
+        raise UserError(f"in the {split.split} split of {setup.data.name}, {found}; give longer series")
 
 
 def load_data(knobs, weights):

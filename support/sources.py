@@ -74,6 +74,8 @@ def of_training(texts, of_metrics):
     body = ast.parse(of_metrics).body
     # metrics.name, from metrics import name, other
     mentioned = re.findall(r"\bmetrics(?:\.| +import +)([\w, ]+|\([^)]*\))", texts)
+    if re.search(r"\bmetrics (?:as|import \*)", texts):
+        mentioned = [texts]  # any word may be a name
     names = {"mse_per_frame", *re.findall(r"\w+", " ".join(mentioned))}
     reached, before = names & set().union(*map(defined, body)), set()
     while reached != before:
