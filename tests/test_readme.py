@@ -102,12 +102,18 @@ def test_results_are_those_of_the_records():
 
 
 def test_what_each_part_adds():
-    rows = re.findall(r"^\| ((?:starting|\+) [^|]+) \| [^|]+ \| ([\d.]+)$", README, re.M)
-    runs = {label: ablation.read(name, "ladder")[0] for name, label in ablation.LADDER.items()}
-    expected = [(label, f"{run['mse_per_frame']:.1f}") for label, run in runs.items()]
-    assert rows == expected[:-1]  # the last is the paper's network
-    *_, before, default, _ = (run["mae_per_frame"] for run in runs.values())
-    assert default < before and "MSE rises, MAE falls" in README
+    """Each bar of ladder.png is as long as its run's MSE, and is labeled with it."""
+    runs = [read(f"ladder/{name}/metrics.json") for name in ablation.LADDER]
+    scores = [run["scores"][run["model"]] for run in runs]
+    (axes,) = ablation.picture().axes
+    shown = [bar.get_width() for bar in axes.patches]
+    assert shown == [score["mse_per_frame"]["mean"] for score in scores[:-1]]  # the last: the paper's network
+    texts = [text.get_text() for text in axes.texts]
+    labels, words = zip(*ablation.LADDER.values(), strict=True)
+    assert texts[: len(shown)] == [f"{error:.1f}" for error in shown]
+    assert (*texts[len(shown) :: 2], *texts[len(shown) + 1 :: 2]) == labels[:-1] + words[:-1]
+    *_, before, default, _ = (score["mae_per_frame"]["mean"] for score in scores)
+    assert shown[-1] > shown[-2] and default < before and "MSE rises, MAE falls" in texts[-1]
 
 
 def test_the_python_example_forecasts():
