@@ -130,8 +130,8 @@ def build(knobs, channels):
 def make_optimizers(model, knobs, dtype):
     """Muon for the kernels; AdamW for biases, peepholes and the output layer.
 
-    The learning rates given here are the highest. In training they follow `learning_rate_at`. dtype: of the
-    products in Muon.
+    The learning rates given here are the highest. In training they follow `learning_rate_at`. dtype: in
+    which Muon multiplies matrices.
     """
     output = id(model.output_layer.weight) if hasattr(model, "output_layer") else None
     kernels = [p for p in model.parameters() if p.ndim >= 4 and id(p) != output and p.requires_grad]
@@ -150,7 +150,7 @@ def learning_rate_at(knobs, fraction):
 def horizon_at(knobs, fraction):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first. While it is short, my_model reads more input frames instead.
+    A short horizon teaches motion first. While it is short, my_model reads more of the true frames.
     """
     start, end = knobs.grow_horizon
     grown = 1 if fraction >= end else 0 if fraction < start else (fraction - start) / (end - start)
@@ -207,7 +207,7 @@ def train(setup, folder, progress, optimizers):
         n_past, n_future = horizon_at(knobs, progress.fraction)
         n_overlays = overlays_at(knobs, n_future)
         past, future = load_batch(setup, progress.step, n_past, n_future, n_overlays)
-        # dense targets: while the input is longer, my_model also forecasts its later frames
+        # dense targets: while the input is longer, my_model forecasts its frames, too, once it has seen a few
         dense = {"predict_from": (knobs.frames_in - 1) // 2} if n_past > knobs.frames_in else {}
 
         seed_dropout(knobs.seed, progress.step)
@@ -220,8 +220,8 @@ def train(setup, folder, progress, optimizers):
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         # least where the forecast is the truth, also for values between 0 and 1
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # If you add a mean over the batch, multiply it by len(truth) / batch_size, as below.
-        # This is 1 without torchrun.
+        # A mean over the batch is multiplied by len(truth) / batch_size, as below. With torchrun, each
+        # process has a share of the batch; else this is 1.
         loss = cross_entropy
         with_ssim = progress.fraction >= knobs.ssim_from
         if with_ssim:

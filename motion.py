@@ -2,7 +2,7 @@
 
 Neither is in the ConvLSTM paper.
 N images, C channels, H height, W width, P patch size. A patch comes from one of K² places, with
-K = 2·max_motion + 1.
+K = 2·max_motion + 1. Place (row, column) is row − max_motion pixels below, column − max_motion to the right.
 """
 
 import torch

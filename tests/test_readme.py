@@ -43,7 +43,6 @@ def test_commands_do_their_job(tmp_path):
     digits = np.random.default_rng(0).integers(256, size=(9, 28, 28), dtype=np.uint8)
     sequences = moving_mnist.generate(digits, 60, 0)[:, :, 0]
     np.save(tmp_path / "raw" / "moving_mnist_standin.npy", np.ascontiguousarray(sequences.swapaxes(0, 1)))
-    np.save(tmp_path / "my_frames.npy", sequences[0, :12])
     np.save(tmp_path / "my.npy", np.random.default_rng(0).normal(273, 9, (40, 16, 17)))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
     lines = [line for language, block in blocks if not language for line in block.splitlines()]
@@ -55,6 +54,9 @@ def test_commands_do_their_job(tmp_path):
         shell(f"{line} {SHORT} {'' if is_small else '--hidden_channels 8'}", tmp_path)
     assert len(list(tmp_path.glob("results/*/metrics.json"))) == len(trainings)  # none was run before
     assert torch.load(tmp_path / "results" / "my_model" / "last.pt")["knobs"]["overlay"] == 2
+    (generate,) = [line for line in commands if line.startswith("python -c")]
+    shell(generate, tmp_path)
+    assert np.load(tmp_path / "my_frames.npy").shape == (20, 64, 64)
     predictions = [line for line in commands if line.startswith("python predict.py")]
     assert len(predictions) == 2
     for line in predictions:
