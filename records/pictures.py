@@ -43,7 +43,7 @@ for name, label in RUNS.items():
     curves[label] = results["scores"][results["model"]]["mse_per_frame"]["per_frame"]
 for who in figures.LABELS:
     curves[who] = results["scores"][who]["mse_per_frame"]["per_frame"]
-title = "stand-in array (Adam: Zen 4; paper's network: Xeon; default: Zen 5)"
+title = "stand-in array (minutes: Adam on Zen 4, the others on Zen 5)"
 (PHOTOS / "compare.png").write_bytes(figures.compare(histories, curves, title))
 
 model = main.load(RECORDS / "long.pt")
