@@ -233,15 +233,16 @@ def test_symmetric_convolution_and_its_gradients(threads, N, H, W, n_in, n_out, 
     exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, bias.double(), **options)
     exact.permute(0, 2, 3, 1).backward(dy.double())
     kernel = symmetric.find(weight, dtype, groups)
-    kernel.multiply(x, dilation, y := torch.empty_like(dy))
-    twice = y.clone()
-    kernel.multiply(x, dilation, twice, add=True)
-    for z, b in (y, bias), (twice, 0 * bias):
-        symmetric.exchange(z, groups, b)
-    symmetric.exchange(dz := dy.clone(), groups)
+    parities = kernel.multiply(x, dilation)
+    both = kernel.multiply(x, dilation, parities.clone())
+    y, twice, dx = torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(x)
+    symmetric.to_members(parities, groups, bias, y)
+    symmetric.to_members(both, groups, 0 * bias, twice)
+    dz = symmetric.to_parities(dy, groups)
+    kernel.input_gradient(dz, dilation, dx)
     kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dz, x, dilation)
     (d_weight,) = torch.autograd.grad(kernel.blocks, weight, d_blocks)
-    found = {"y": y, "twice": twice, "dx": kernel.input_gradient(dz, dilation), "d_weight": d_weight}
+    found = {"y": y, "twice": twice, "dx": dx, "d_weight": d_weight}
     # the part of the gradient that keeps the kernel equivariant
     grids = groups * equivariant.hidden_grids(n_out), equivariant.hidden_grids(n_in)
     pairs = [[equivariant.permutation(flip, grid) for grid in grids] for flip in equivariant.SYMMETRIES]

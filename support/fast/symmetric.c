@@ -55,7 +55,7 @@ static inline void butterfly(vector u[4]) {
         for (long x = 0, p = (n * H + y) * W; x < W; x++, p++)
 
 /* images (N, H, W, 4·Q) → out (4, N·H·W, 9, Q); at (4, Q / V): where in a pixel the channels begin.
-   scratch (threads, 4, H + 2D, W + 2D, Q): zeros */
+   scratch (threads, 4, H + 2D, W + 2D, Q): zeros. One parity after the other: it stays in the first cache. */
 void features(long N, long H, long W, long Q, long D, long threads, const real *images, const int *at,
               float *scratch, real *out) {
     EACH_IMAGE {
@@ -67,7 +67,7 @@ void features(long N, long H, long W, long Q, long D, long threads, const real *
             for (int b = 0; b < 4; b++)
                 *(vector *)(u + b * SIZE + ((y + D) * WIDE + x + D) * Q + q) = parities[b];
         }
-        EACH_PIXEL for (int b = 0; b < 4; b++) for (long q = 0; q < Q; q += V) {
+        for (int b = 0; b < 4; b++) EACH_PIXEL for (long q = 0; q < Q; q += V) {
             vector g[3][3];
             for (int i = 0; i < 3; i++) {
                 const float *l = u + b * SIZE + ((y + i * D) * WIDE + x) * Q + q, *r = l + 2 * D * Q;
@@ -90,7 +90,7 @@ void features_backward(long N, long H, long W, long Q, long D, long threads, con
     EACH_IMAGE {
         float *u = scratch + part * 4 * SIZE;
         memset(u, 0, 4 * SIZE * sizeof *u);
-        EACH_PIXEL for (int b = 0; b < 4; b++) for (long q = 0; q < Q; q += V) {
+        for (int b = 0; b < 4; b++) EACH_PIXEL for (long q = 0; q < Q; q += V) {
             vector g[3][3];
             for (int k = 0; k < 3; k++) {
                 vector f[3];
@@ -115,25 +115,20 @@ void features_backward(long N, long H, long W, long Q, long D, long threads, con
     }
 }
 
-/* z (n, 4 parities, G, Q) → (n, G, 4 members, Q), in place, plus the bias; or, without a bias, back */
-void exchange(long n, long G, long Q, long threads, const float *bias, real *z) {
-    const long of_parity = G * Q;
+/* parities (4, n, G, Q) → z (n, G, 4 members, Q), plus the bias; or, without a bias, z → parities */
+void exchange(long n, long G, long Q, long threads, const float *bias, real *parities, real *z) {
 #pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < n; p++) {
-        real row[4 * G * Q], *here = z + p * 4 * G * Q;
-        memcpy(row, here, sizeof row);
+    for (long p = 0; p < n; p++)
         for (long g = 0; g < G; g++)
             for (long q = 0; q < Q; q += V) {
-                long parities = g * Q + q, members = g * 4 * Q + q;
+                real *parity = parities + (p * G + g) * Q + q, *member = z + (p * G + g) * 4 * Q + q;
                 vector u[4];
-                for (int a = 0; a < 4; a++)
-                    u[a] = load(row + (bias ? parities + a * of_parity : members + a * Q));
+                for (int a = 0; a < 4; a++) u[a] = load(bias ? parity + a * n * G * Q : member + a * Q);
                 butterfly(u);
                 for (int a = 0; a < 4; a++)
                     if (bias)
-                        store(here + members + a * Q, u[a] + *(const vector *)(bias + members + a * Q));
+                        store(member + a * Q, u[a] + *(const vector *)(bias + (g * 4 + a) * Q + q));
                     else
-                        store(here + parities + a * of_parity, u[a]);
+                        store(parity + a * n * G * Q, u[a]);
             }
-    }
 }

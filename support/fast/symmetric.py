@@ -74,13 +74,10 @@ class Kernel:
             raise ValueError("it is not equivariant")
         self.matrices = self.blocks.detach().to(dtype)
 
-    def multiply(self, x, dilation, z, add=False):
-        """The convolution of x (N, H, W, C) as parities: written to z (N, H, W, 4·G·P), or added to it."""
-        features, product = self.features(x, dilation), by_parity(z)
-        if add:
-            product.baddbmm_(features, self.matrices)
-        else:
-            torch.bmm(features, self.matrices, out=product)
+    def multiply(self, x, dilation, total=None):
+        """The convolution of x (N, H, W, C) as parities (4, N·H·W, G·P), or this added to the total."""
+        features = self.features(x, dilation)
+        return features @ self.matrices if total is None else total.baddbmm_(features, self.matrices)
 
     def features(self, x, dilation):
         """x (N, H, W, C) → (4, N·H·W, 9·Q)."""
@@ -89,31 +86,22 @@ class Kernel:
         call("features", N, H, W, C // 4, dilation, x, self.at, scratch(H, W, C, dilation), features)
         return features
 
-    def input_gradient(self, dz, dilation):
-        """The gradient of multiply for x, from that for z as parities."""
-        H, W, Q = *dz.shape[1:3], self.matrices.shape[1] // 9
-        dx = dz.new_empty(*dz.shape[:3], 4 * Q)
-        for part, result in zip(dz.split(IMAGES), dx.split(IMAGES), strict=True):
-            d_features = torch.bmm(by_parity(part), self.matrices.transpose(1, 2))
-            memory = scratch(H, W, 4 * Q, dilation)
-            call("features_backward", len(part), H, W, Q, dilation, d_features, self.at, memory, result)
-        return dx
+    def input_gradient(self, dz, dilation, dx):
+        """Write the gradient of multiply for x to dx (N, H, W, C). dz: that of the parities."""
+        N, H, W, C = dx.shape
+        d_features = dz @ self.matrices.transpose(1, 2)
+        memory = scratch(H, W, C, dilation)
+        call("features_backward", N, H, W, C // 4, dilation, d_features, self.at, memory, dx)
 
     def add_block_gradient(self, total, dz, x, dilation):
         """Add the gradient of multiply for the blocks to the total, in fp32."""
-        for part, images in zip(dz.split(IMAGES), x.split(IMAGES), strict=True):
-            total += torch.bmm(self.features(images, dilation).transpose(1, 2), by_parity(part))
+        total += self.features(x, dilation).transpose(1, 2) @ dz
 
 
 def scratch(H, W, C, dilation):
     """Zeros, with room for an image in a border, for each thread."""
     size = torch.get_num_threads(), H + 2 * dilation, W + 2 * dilation, C
     return torch.zeros(size, dtype=torch.float32)
-
-
-def by_parity(z):
-    """(N, H, W, 4·n) → (4, N·H·W, n), a view."""
-    return z.view(z[..., 0].numel(), 4, -1).transpose(0, 1)
 
 
 def orbits(x, y):
@@ -181,16 +169,17 @@ class Symmetric:
 
     def start(self, x, bias, shape):
         self.x, self.bias = x, bias
-        return torch.zeros(shape, dtype=self.of_state.matrices.dtype) if x is None else x.new_empty(shape)
+        return self.of_state.matrices.new_empty(shape)
 
     def step(self, t, h, z):
-        for k in range(0, len(z), IMAGES):
-            few = slice(k, k + IMAGES)
-            if self.x is not None:
-                self.of_input.multiply(self.x[t, few], 1, z[few])
+        for few in parts(z):
+            total = None if self.x is None else self.of_input.multiply(self.x[t, few], 1)
             if h is not None:
-                self.of_state.multiply(h[few], self.dilation, z[few], add=True)
-            exchange(z[few], 4, self.bias)
+                total = self.of_state.multiply(h[few], self.dilation, total)
+            if total is None:
+                z[few] = self.bias.to(z.dtype)
+            else:
+                to_members(total, 4, self.bias, z[few])
 
     def start_backward(self, x, z, hiddens, first, needs_dx):
         self.x, self.sequences = x, (z, hiddens, first)
@@ -200,22 +189,38 @@ class Symmetric:
 
     def step_backward(self, t, needs_dh):
         z, hiddens, first = self.sequences
-        exchange(z[t], 4)
-        if t >= first:
-            self.of_state.add_block_gradient(self.d_state, z[t], hiddens[t], self.dilation)
-        if self.x is not None:
-            self.of_input.add_block_gradient(self.d_input, z[t], self.x[t], 1)
-        if self.dx is not None:
-            self.dx[t] = self.of_input.input_gradient(z[t], 1)
-        return self.of_state.input_gradient(z[t], self.dilation) if needs_dh else None
+        dh = torch.empty_like(hiddens[t]) if needs_dh else None
+        for few in parts(z[t]):
+            dz = to_parities(z[t, few], 4)
+            if t >= first:
+                self.of_state.add_block_gradient(self.d_state, dz, hiddens[t, few], self.dilation)
+            if self.x is not None:
+                self.of_input.add_block_gradient(self.d_input, dz, self.x[t, few], 1)
+            if self.dx is not None:
+                self.of_input.input_gradient(dz, 1, self.dx[t, few])
+            if needs_dh:
+                self.of_state.input_gradient(dz, self.dilation, dh[few])
+        return dh
 
     def gradients(self):
         return self.dx, self.d_input, self.d_state
 
 
-def exchange(z, groups, bias=None):
-    """Parities (…, 4·G·P) become channels, in place, with the bias added; without a bias, back."""
-    call("exchange", z[..., 0].numel(), groups, z.shape[-1] // (4 * groups), bias, z)
+def parts(images):
+    """Slices of a few images."""
+    return [slice(k, k + IMAGES) for k in range(0, len(images), IMAGES)]
+
+
+def to_members(parities, groups, bias, z):
+    """Write parities (4, N·H·W, G·P) as channels to z (N, H, W, 4·G·P), with the bias added."""
+    call("exchange", parities.shape[1], groups, parities.shape[2] // groups, bias, parities, z)
+
+
+def to_parities(z, groups):
+    """The other way, without a bias."""
+    parities = z.new_empty(4, z[..., 0].numel(), z.shape[-1] // 4)
+    call("exchange", parities.shape[1], groups, parities.shape[2] // groups, None, parities, z)
+    return parities
 
 
 def call(name, *arguments):
@@ -234,9 +239,8 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.kernel = kernel
         y = x.new_empty(*x.shape[:3], len(bias))
-        for images, result in zip(x.split(IMAGES), y.split(IMAGES), strict=True):
-            kernel.multiply(images, 1, result)
-            exchange(result, kernel.groups, bias)
+        for few in parts(x):
+            to_members(kernel.multiply(x[few], 1), kernel.groups, bias, y[few])
         return y
 
     @staticmethod
@@ -244,11 +248,12 @@ class Convolution(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, dy):
         (x,), kernel = ctx.saved_tensors, ctx.kernel
-        dy = dy.clone(memory_format=torch.contiguous_format)
-        d_bias = dy.sum((0, 1, 2), dtype=torch.float32)
-        exchange(dy, kernel.groups)
-        kernel.add_block_gradient(d_blocks := torch.zeros_like(kernel.blocks), dy, x, 1)
-        return kernel.input_gradient(dy, 1), d_blocks, d_bias, None
+        dy, dx, d_blocks = dy.contiguous(), torch.empty_like(x), torch.zeros_like(kernel.blocks)
+        for few in parts(x):
+            dz = to_parities(dy[few], kernel.groups)
+            kernel.add_block_gradient(d_blocks, dz, x[few], 1)
+            kernel.input_gradient(dz, 1, dx[few])
+        return dx, d_blocks, dy.sum((0, 1, 2), dtype=torch.float32), None
 
 
 def is_supported(module):
