@@ -203,7 +203,10 @@ def mean_of_known(values):
 def cut(lengths, n_frames):
     """The parts of training, validation and test: for each, a list of (series, first frame, end).
 
-    lengths: of the series. Prints the rule. Raises UserError where there are too few frames.
+    Ten or more series are divided whole, in their order; so are three or more that are all too short to cut.
+    Else each long one is cut in time: training, then 15 % for validation and as much for the test, each at
+    least one sequence. Short ones are for training. Prints the cut. lengths: of the series. Raises UserError
+    where there are too few frames.
     """
     n, least = len(lengths), 3 * n_frames
     long_ones = [k for k, length in enumerate(lengths) if length >= least]

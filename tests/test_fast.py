@@ -287,7 +287,7 @@ def test_fast_network_is_plain(dtype, options):
         kernels = [p for p in model.parameters() if p.shape[-1] == 3]
         found = [fast.symmetric.find(p, dtype, 4 if len(p) == 128 else 1) for p in kernels]
         assert all(found) == (dtype != torch.float64)
-    past = torch.rand(2, 5, 1, 32, 24, dtype=exact)
+    past = torch.rand(symmetric.IMAGES + 1, 5, 1, 32, 24, dtype=exact)  # a part of one image, too
     device = torch.device(DEVICE)
 
     def results(device):

@@ -1,7 +1,8 @@
 /* Features of symmetric.py, their adjoint, and the change between channels and parities.
 
-   A pixel has channels (4 members, Q). All pixels have features (4 parities, pixels, 9, Q). Output channels
-   are (G, 4 members, Q), or (4 parities, G, Q). V channels are computed at once. Built with -DBF16 or without. */
+   A pixel has channels (4 members, Q). All pixels have features (4 parities, pixels, 9, Q). A pixel has output
+   channels (G, 4 members, Q). All pixels have parities of these (4, pixels, G, Q). V channels are computed at
+   once. Built with -DBF16 or without. */
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512BF16__
