@@ -96,7 +96,7 @@ y, x = torch.nonzero(is_bright & (dx.hypot(dy) > 1), as_tuple=True)
 rows, columns = torch.nonzero(moved > 0.2, as_tuple=True)
 window = {"xlim": (columns.min() - 5, columns.max() + 5), "ylim": (rows.max() + 5, rows.min() - 5)}
 
-titles = "last input frame (10)", "moved by the head", "forecast (11)", "truth (11)"
+titles = "frame 10, arrows to new places", "moved by the head", "forecast of frame 11", "truth of frame 11"
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
 for ax, title, image in zip(axes, titles, (last, moved, forecasts[0, 0], truth), strict=True):
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)
