@@ -16,21 +16,19 @@ if __name__ == "__main__":
 import math
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 import convlstm
 import metrics
 from moving_mnist import DROPOUT, ORDER, OVERLAYS
 from my_model import EncoderForecaster
-from own_data import is_array, is_own
-from support import UserError, checkpoint, report
+from support import UserError, flags, report
 from support.devices import RANK, WORLD_SIZE, all_reduce, on_rank_0, run_script, to_device
 from support.folders import run_folder
 from support.muon import Muon
@@ -94,12 +92,6 @@ RECIPES = {
     "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},
     "seq2seq": {"learning_rate": 0.04, "epochs": 1},
 }
-# Knobs of the network that a model does not use
-UNUSED = {"paper": ("max_motion",), "convlstm": ("head_channels", "max_motion", "equivariant")}
-UNUSED["seq2seq"] = ("hidden_channels", "kernel_size", "patch_size", *UNUSED["convlstm"])
-# Knobs of the network, which --weights brings along
-NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channels", "max_motion"
-NETWORK += ("equivariant",)
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
 ADAMW_RATE = 1 / 20  # of Muon's
@@ -185,6 +177,12 @@ def load_batch(setup, step, n_past, n_future, n_overlays):
     return frames[:, :n_past], frames[:, n_past:]
 
 
+def without_missing(logits, truth):
+    """Where a pixel of the truth is missing (NaN), a logit of −100 and a truth of 0: no loss, no gradient."""
+    missing = truth.isnan()
+    return logits.masked_fill(missing, -100), truth.masked_fill(missing, 0)
+
+
 def ssim_loss(logits, truth):
     """1 - SSIM, as Zhao et al. (2017), https://arxiv.org/abs/1511.08861, use it.
 
@@ -215,16 +213,14 @@ def train(setup, folder, progress, optimizers):
         with setup.autocast():
             logits = net(fill(past), n_future, **dense).float()
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
-        missing = truth.isnan()  # logit −100 and truth 0: no loss
-        logits, truth = logits.masked_fill(missing, -100), truth.masked_fill(missing, 0)
+        logits, truth = without_missing(logits, truth)
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
         # least where the forecast is the truth, also for values between 0 and 1
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
-        # A mean over the batch is multiplied by len(truth) / batch_size, as below. With torchrun, each
-        # process has a share of the batch; else this is 1.
         loss = cross_entropy
         with_ssim = progress.fraction >= knobs.ssim_from
         if with_ssim:
+            # a mean over the batch: times this process's share of the batch, which is 1 without torchrun
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -290,29 +286,7 @@ def main(knobs):
 
 def parse(arguments):
     """The knobs of a command line. A flag wins over RECIPES, these over Knobs; weights fix the network."""
-    without_help = [word for word in arguments if word not in ("-h", "--help")]
-    given = tyro.cli(Knobs, args=without_help, use_underscores=True)
-    saved = checkpoint.load(given.weights)["knobs"] if given.weights else {}
-    names = (*NETWORK, "frames_in", "frames_out", "video") if given.eval_only else NETWORK
-    brought = {name: saved[name] for name in names if name in saved}
-    model = brought.get("model", given.model)
-    recipe = RECIPES.get(model, {})
-    if is_own(given.data):
-        recipe = recipe | RECIPES["own data"]
-    default = replace(Knobs(), data=given.data, **{"model": model, **recipe, **brought})
-    knobs = tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
-    changed = [name for name in vars(knobs) if getattr(knobs, name) != getattr(default, name)]
-    for name in changed:
-        if name in UNUSED.get(knobs.model, ()):
-            raise UserError(f"{knobs.model} does not use {name}; leave it out")
-        if name in NETWORK and knobs.weights:
-            then, now = getattr(default, name), getattr(knobs, name)
-            raise UserError(f"{knobs.weights} has {name} {then}, not {now}; leave out --{name}")
-        if name == "value_range" and (knobs.eval_only or not is_own(knobs.data)):
-            raise UserError("value_range is for training on data of your own; leave it out")
-        if name == "video" and is_array(knobs.data):
-            raise UserError(f"video is for data that are videos, and data is {knobs.data}; leave out --video")
-    return knobs
+    return flags.parse(arguments, Knobs, RECIPES)
 
 
 if __name__ == "__main__":

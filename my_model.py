@@ -184,6 +184,7 @@ class EncoderForecaster(nn.Module):
         H, W = past.shape[-2:]
         # whole patches: the last rows and columns are repeated, and cropped below
         past = F.pad(past, (0, -W % self.patch_size, 0, -H % self.patch_size, 0, 0), "replicate")
+        # a black frame comes before the first
         encoded, states = self.encode(past, torch.zeros_like(past[:, :1]), [None] * len(self.encoder))
         if self.forecaster is not None:
             hidden_states, _ = unroll(self.forecaster, None, states, n_future)
@@ -195,7 +196,8 @@ class EncoderForecaster(nn.Module):
         logits = [self.to_logits([h[:, start:] for h in encoded], past[:, start:])]
         frame = past[:, -1:]
         for _ in range(n_future - 1):  # the first forecast frame is already there
-            previous, frame = frame, torch.sigmoid(logits[-1][:, -1:])  # gradients pass through the frame
+            # gradients pass through this frame, but not through block matching
+            previous, frame = frame, torch.sigmoid(logits[-1][:, -1:])
             hidden_states, states = self.encode(frame, previous, states)
             logits.append(self.to_logits(hidden_states, frame))
         return torch.cat(logits, 1)[..., :H, :W]

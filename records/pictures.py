@@ -60,9 +60,8 @@ forecasts["long run"] = model.forecast(past, 10)[0]
 for label, forecast in forecasts.items():
     mse = (forecast - truth).square().sum((1, 2, 3)).mean()
     rows[f"{label}, MSE\u00a0{mse:.0f}"] = FIRST + 1, forecast
-(PHOTOS / "strip.png").write_bytes(
-    figures.grid(rows, f"test sequence {MEDIAN + 1}, the median of the default's forecasts, by MSE")
-)
+title = f"test sequence {MEDIAN + 1}, the median of the default's forecasts; MSE: of this sequence"
+(PHOTOS / "strip.png").write_bytes(figures.grid(rows, title))
 
 frames = to_unit(data.test[np.arange(SEQUENCE, SEQUENCE + 1)])
 calls, plain = [], model.advect
@@ -96,7 +95,12 @@ y, x = torch.nonzero(is_bright & (dx.hypot(dy) > 1), as_tuple=True)
 rows, columns = torch.nonzero(moved > 0.2, as_tuple=True)
 window = {"xlim": (columns.min() - 5, columns.max() + 5), "ylim": (rows.max() + 5, rows.min() - 5)}
 
-titles = "frame 10, arrows to new places", "moved by the head", "forecast of frame 11", "truth of frame 11"
+titles = (
+    "frame 10; arrows: the head's moves",
+    "moved by the head",
+    "forecast of frame 11",
+    "truth of frame 11",
+)
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
 for ax, title, image in zip(axes, titles, (last, moved, forecasts[0, 0], truth), strict=True):
     ax.imshow(image, cmap="gray", vmin=0, vmax=1)

@@ -21,6 +21,7 @@ import figures
 import main
 import moving_mnist
 from support import folders
+from support.flags import UNUSED
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the last bit of a sum depends on the number of threads
@@ -75,7 +76,7 @@ SMALL |= {"precision": "fp32", "device": "cpu"}
 
 def flags(data, out, **changes):
     """The command line of a small run. A list is several values, True and False a bare flag."""
-    words, unused = [], main.UNUSED.get(changes.get("model"), ())
+    words, unused = [], UNUSED.get(changes.get("model"), ())
     if "weights" in changes:  # they bring their network along
         unused = "hidden_channels", "head_channels"
     small = {name: value for name, value in SMALL.items() if name not in unused}
