@@ -36,7 +36,7 @@ LADDER = {  # folder → (what it adds to the row above, what that does)
     "grow": ("+ growing horizon", "training begins with forecasts of one frame, and ends with ten"),
     "equivariant": (
         "+ equivariant kernels",
-        "mirror or transpose a convolution's input, and its output is, too",
+        "if a convolution's input is mirrored or transposed, so is its output",
     ),
     "dense": ("+ dense targets", "while forecasts are short, late input frames are targets, too"),
     "motion": (
