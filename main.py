@@ -215,7 +215,7 @@ def train(setup, folder, progress, optimizers):
         truth = torch.cat((past, future), 1)[:, -logits.shape[1] :]
         logits, truth = without_missing(logits, truth)
         n_values = truth[0].numel() * knobs.batch_size  # of the whole batch
-        # least where the forecast is the truth, also for values between 0 and 1
+        # this loss is smallest where the forecast equals the truth, also for values between 0 and 1
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / n_values
         loss = cross_entropy
         with_ssim = progress.fraction >= knobs.ssim_from

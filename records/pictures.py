@@ -29,12 +29,6 @@ FIRST = 10  # the forecast frame that is drawn, counted from 0: frame 11
 histories, curves = {}, {}
 for name, label in RUNS.items():
     rows = list(csv.DictReader((RECORDS / name / "log.csv").read_text("utf-8").splitlines()))
-    timing = RECORDS / name / "timing.csv"  # of older logs
-    if timing.exists():
-        minutes = {
-            row["step"]: row["minutes"] for row in csv.DictReader(timing.read_text("utf-8").splitlines())
-        }
-        rows = [{**row, "minutes": minutes[row["step"]]} for row in rows]
     rows = [row for row in rows if row["val_loss"]]
     histories[label] = [
         {k: float(row[k]) for k in ("sequences", "minutes", "val_mse_per_frame")} for row in rows

@@ -95,8 +95,7 @@ def test_results_are_those_of_the_records():
     for name, cells in rows:
         results = read(f"{name}/metrics.json")
         *_, minutes, mse, mae, ssim = cells.split(" | ")
-        timed = read(f"{name}/log.csv").get("minutes") or read(f"{name}/timing.csv")["minutes"]
-        assert minutes == f"{float(timed):.1f}", name
+        assert minutes == f"{float(read(f'{name}/log.csv')['minutes']):.1f}", name
         assert [mse, mae, ssim] == means(results["scores"][results["model"]]), name
     assert f"{int(read('long/log.csv')['sequences']):,} fresh sequences" in README
     black, *_, seeds = TABLES["Reference value", "MSE"]

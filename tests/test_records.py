@@ -41,8 +41,7 @@ def test_a_row_is_its_run(folder):
     assert row["Sequences"] == f"{int(log['step']) * config['batch_size']:,}" == f"{int(log['sequences']):,}"
     scored = str([r for r in TABLES["Run", "Note"] if f"[{r['Run']}]" in row["Run"]])
     assert metrics["step"] == int(log["step"]) or f"(step {metrics['step']:,})" in scored
-    minutes = log.get("minutes") or read(f"{folder}/timing.csv")["minutes"]  # of older logs
-    assert row["Minutes"] == f"{float(minutes):.1f}"
+    assert row["Minutes"] == f"{float(log['minutes']):.1f}"
     assert row["Parameters"] == f"{metrics['parameters']:,}" and config["commit"].startswith(row["Commit"])
     knobs = main.parse(row["Command"].strip("`").split()[2:])
     for name in TRAINING + ([] if knobs.max_minutes else ["epochs"]):
