@@ -277,7 +277,8 @@ def test_memory_that_runs_out_in_the_third_step(whole, array, tmp_path, capsys):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_how_to_go_on(number, status, whole, array, tmp_path, capsys):
     out = tmp_path / "a folder"
-    process = start(*flags(array, out, **MORE))
+    slow = "import figures, time; figures.loss = lambda *_: time.sleep(0.3) or b''"  # after each step
+    process = start(*flags(array, out, **MORE), code=slow, pictures=False)
     wait_until((out / "my_model" / "last.pt").exists, process)
     process.send_signal(number)
     _, err = finish(process, status)
