@@ -285,7 +285,7 @@ def main(knobs):
 
 
 def parse(arguments):
-    """The knobs of a command line. A flag wins over RECIPES, these over Knobs; weights fix the network."""
+    """The knobs of a command line."""
     return flags.parse(arguments, Knobs, RECIPES)
 
 
