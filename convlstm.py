@@ -6,7 +6,7 @@ Checkpoints of two widely used models load into it by name and give the same out
 - `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
 - `EncoderDecoderConvLSTM`, the seq2seq of https://github.com/holmdk/Video-Prediction-using-PyTorch
 
-`ConvLSTMForecaster` is `my_model.EncoderForecaster`, built from the first of them.
+`ConvLSTMForecaster`, of `--model convlstm`, is the encoder-forecaster of `my_model.py`, built from the first.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch. A state is (h, c), each
 (B, Ch, H, W).
