@@ -68,11 +68,15 @@ def bounds(scale, device):
 
 
 def fill(frames):
-    """(B, T, C, H, W) with NaN → the same without: a missing pixel keeps its last value, or is 0.5 before."""
+    """(B, T, C, H, W) with NaN → the same without: a missing pixel keeps its last value.
+
+    Before it has one, it is the mean of the first frame, or 0.5 where all of that is missing.
+    """
     missing = frames.isnan()
     if frames.device.type == "cpu" and not missing.any():  # a GPU would have to wait for the answer
         return frames
-    filled = [torch.where(missing[:, 0], 0.5, frames[:, 0])]
+    first = frames[:, 0]
+    filled = [torch.where(missing[:, 0], first.nanmean((2, 3), keepdim=True).nan_to_num(0.5), first)]
     for t in range(1, frames.shape[1]):
         filled.append(torch.where(missing[:, t], filled[-1], frames[:, t]))
     return torch.stack(filled, 1)

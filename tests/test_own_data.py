@@ -126,8 +126,10 @@ def test_a_missing_pixel_keeps_its_last_value():
     nan = torch.nan
     pixels = torch.tensor([[nan, 0.1, nan, nan, 0.3], [0.2, 0.4, 0.6, nan, 0.9]])  # two pixels over time
     frames = pixels.T[None, :, None, None, :]
-    expected = torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.3], [0.2, 0.4, 0.6, 0.6, 0.9]]).T[None, :, None, None, :]
+    expected = torch.tensor([[0.2, 0.1, 0.1, 0.1, 0.3], [0.2, 0.4, 0.6, 0.6, 0.9]]).T[None, :, None, None, :]
     assert torch.equal(fill(frames), expected) and fill(expected) is expected
+    frames[:, 0] = nan  # no frame to take a mean of
+    assert torch.equal(fill(frames)[0, :2, 0, 0], torch.tensor([[0.5, 0.5], [0.1, 0.4]]))
 
 
 def test_a_run_on_a_field_with_gaps(tmp_path, capsys):
