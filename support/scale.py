@@ -70,15 +70,15 @@ def bounds(scale, device):
 def fill(frames):
     """(B, T, C, H, W) with NaN → the same without: a missing pixel keeps its last value.
 
-    Before it has one, it is the mean of the first frame, or 0.5 where all of that is missing.
+    Before it has one, it is the mean of those pixels of its channel that have one, or 0.5.
     """
-    missing = frames.isnan()
-    if frames.device.type == "cpu" and not missing.any():  # a GPU would have to wait for the answer
+    if frames.device.type == "cpu" and not frames.isnan().any():  # a GPU would have to wait for the answer
         return frames
-    first = frames[:, 0]
-    filled = [torch.where(missing[:, 0], first.nanmean((2, 3), keepdim=True).nan_to_num(0.5), first)]
-    for t in range(1, frames.shape[1]):
-        filled.append(torch.where(missing[:, t], filled[-1], frames[:, t]))
+    known, filled = frames[:, 0], []
+    for frame in frames.unbind(1):
+        known = torch.where(frame.isnan(), known, frame)
+        mean = known.nanmean((2, 3), keepdim=True).nan_to_num(0.5)
+        filled.append(torch.where(known.isnan(), mean, known))
     return torch.stack(filled, 1)
 
 

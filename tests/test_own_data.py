@@ -124,12 +124,13 @@ def test_units_channels_and_the_knob(tmp_path, capsys):
 
 def test_a_missing_pixel_keeps_its_last_value():
     nan = torch.nan
-    pixels = torch.tensor([[nan, 0.1, nan, nan, 0.3], [0.2, 0.4, 0.6, nan, 0.9]])  # two pixels over time
-    frames = pixels.T[None, :, None, None, :]
-    expected = torch.tensor([[0.2, 0.1, 0.1, 0.1, 0.3], [0.2, 0.4, 0.6, 0.6, 0.9]]).T[None, :, None, None, :]
+    pixels = [[nan, 0.25, nan, nan, 0.5], [nan, nan, nan, nan, nan], [nan, 0.75, 0.5, nan, 1]]  # over time
+    filled = [[0.5, 0.25, 0.25, 0.25, 0.5], [0.5, 0.5, 0.375, 0.375, 0.75], [0.5, 0.75, 0.5, 0.5, 1]]
+    # (B, T, C, H, W): as above, and in other channels and sequences other values
+    frames, expected = (torch.tensor(x).T[None, :, None, None] for x in (pixels, filled))
+    frames, expected = (torch.cat((x, torch.ones_like(x)), 2) for x in (frames, expected))
+    frames, expected = (torch.cat((x, torch.zeros_like(x))) for x in (frames, expected))
     assert torch.equal(fill(frames), expected) and fill(expected) is expected
-    frames[:, 0] = nan  # no frame to take a mean of
-    assert torch.equal(fill(frames)[0, :2, 0, 0], torch.tensor([[0.5, 0.5], [0.1, 0.4]]))
 
 
 def test_a_run_on_a_field_with_gaps(tmp_path, capsys):
