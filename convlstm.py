@@ -9,7 +9,21 @@ Checkpoints of two widely used models load into it by name and give the same out
 `ConvLSTMForecaster`, of `--model convlstm`, is the encoder-forecaster of `my_model.py`, built from the first.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch. A state is (h, c), each
-(B, Ch, H, W).
+(B, Ch, H, W). Plain training, without all that main.py adds:
+
+    import torch, moving_mnist
+    from convlstm import ConvLSTMForecaster
+
+    digits = moving_mnist.read_digits("raw/digits_train.png")
+    model = ConvLSTMForecaster(1, (64, 64), 3)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(1000):
+        frames = torch.from_numpy(moving_mnist.generate(digits, 8, step)) / 255  # (B, T, C, H, W)
+        logits = model(frames[:, :10], 10)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, frames[:, 10:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 """
 
 import torch

@@ -2,7 +2,8 @@
 
 Neither is in the ConvLSTM paper.
 N images, C channels, H height, W width, P patch size. A patch comes from one of K² places, with
-K = 2·max_motion + 1. Place (row, column) is row − max_motion pixels below, column − max_motion to the right.
+K = 2·max_motion + 1. Place (row, column) is row − max_motion pixels below the patch, and column − max_motion
+to its right.
 """
 
 import torch
@@ -45,7 +46,7 @@ def matching_costs(frames, before, patch_size, max_motion):
 def block_match(frames, before, patch_size, max_motion, match=matching_costs):
     """Probability of each move of each patch: frames and before (N, C, H, W) → (N, K², H/P, W/P).
 
-    before: for each frame, the one that precedes it. The cost of a move is the mean squared difference over
+    before: for each frame, the one that precedes it. The cost of a move is the mean of `matching_costs` over
     the patch and its eight neighbors. One patch alone often has the aperture problem: motion along a straight
     edge cannot be seen. Costs are divided by their mean over the moves, so that data of low contrast work as
     well. A softmax turns them into probabilities.

@@ -2,8 +2,7 @@
 
 A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
 H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. uint8 of shape
-(20, N, 64, 64) has time first, as Moving MNIST. Each file of a folder is a series; all images of a folder
-are one.
+(20, N, 64, 64) has time first, as Moving MNIST. Each video is a series; all images of a folder are one.
 """
 
 import hashlib

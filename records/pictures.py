@@ -53,8 +53,8 @@ for name in ("plain", "default"):
 forecasts["long run"] = model.forecast(past, 10)[0]
 for label, forecast in forecasts.items():
     mse = (forecast - truth).square().sum((1, 2, 3)).mean()
-    rows[f"{label}, MSE\u00a0{mse:.0f}"] = FIRST + 1, forecast
-title = f"test sequence {MEDIAN + 1}, the median of the default's forecasts; MSE: of this sequence"
+    rows[f"{label}, here\u00a0MSE\u00a0{mse:.0f}"] = FIRST + 1, forecast
+title = f"test sequence {MEDIAN + 1}, the median of the default's forecasts"
 (PHOTOS / "strip.png").write_bytes(figures.grid(rows, title))
 
 frames = to_unit(data.test[np.arange(SEQUENCE, SEQUENCE + 1)])
@@ -90,7 +90,7 @@ rows, columns = torch.nonzero(moved > 0.2, as_tuple=True)
 window = {"xlim": (columns.min() - 5, columns.max() + 5), "ylim": (rows.max() + 5, rows.min() - 5)}
 
 titles = (
-    "frame 10; arrows: the head's moves",
+    "head's moves, old → new place",
     "moved by the head",
     "forecast of frame 11",
     "truth of frame 11",

@@ -1,8 +1,11 @@
+import textwrap
+
 import pytest
 import torch
-from conftest import gradients
+from conftest import ROOT, gradients
 from test_my_model import convolve_by_hand
 
+import convlstm
 import my_model
 from convlstm import ConvLSTM, ConvLSTMForecaster, EncoderDecoderConvLSTM, Seq2SeqForecaster
 
@@ -101,3 +104,17 @@ def test_forecaster_is_my_model_without_peepholes():
     y, expected = reference(past, 4), mine(past, 4)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(gradients([y], [past]), gradients([expected], [past]))
+
+
+def test_the_plain_training_learns():
+    """The code of the docstring, smaller and with one sequence, soon beats the best constant."""
+    torch.set_default_dtype(torch.float32)
+    code = textwrap.dedent(convlstm.__doc__.split("adds:\n")[1])
+    fewer = {"(64, 64)": "(16,)", "1000": "160", "8, step": "1, 0", "1e-3": "1e-2"}
+    for text, small in (fewer | {"raw/": f"{ROOT.as_posix()}/raw/"}).items():
+        assert text in code
+        code = code.replace(text, small)
+    names = {}
+    exec(code, names)
+    future, forecast = names["frames"][:, 10:], torch.sigmoid(names["logits"])
+    assert (forecast - future).square().mean() < 0.95 * future.var()
