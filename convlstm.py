@@ -24,6 +24,7 @@ B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch. A
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        print(step, loss.item())
 """
 
 import torch

@@ -9,7 +9,7 @@ Changes from the paper, and why. The default of main.py has all.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
 - `feedback`: the encoder is also the forecaster, and reads its own last forecast. Half as many weights.
-- `dilation`: the upper layers see farther. All of a digit turns back when its edge hits a wall.
+- `dilation`: the upper layers see farther. All of a digit must know when its edge hits a wall.
 - `max_motion`: the encoder sees how each patch moved, and the head can move the last frame (motion.py).
 - `equivariant`: kernels that respect flips and transposition. Training needs less data
   (equivariant.py).

@@ -90,7 +90,7 @@ rows, columns = torch.nonzero(moved > 0.2, as_tuple=True)
 window = {"xlim": (columns.min() - 5, columns.max() + 5), "ylim": (rows.max() + 5, rows.min() - 5)}
 
 titles = (
-    "head's moves, old → new place",
+    "frame 10; moves: old → new place",
     "moved by the head",
     "forecast of frame 11",
     "truth of frame 11",
