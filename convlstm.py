@@ -9,7 +9,9 @@ Checkpoints of two widely used models load into it by name and give the same out
 `ConvLSTMForecaster`, of `--model convlstm`, is the encoder-forecaster of `my_model.py`, built from the first.
 
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch. A state is (h, c), each
-(B, Ch, H, W). Plain training, without all that main.py adds:
+(B, Ch, H, W).
+
+Plain training, without all that main.py adds:
 
     import torch, moving_mnist
     from convlstm import ConvLSTMForecaster

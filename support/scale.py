@@ -74,12 +74,12 @@ def fill(frames):
     """
     if frames.device.type == "cpu" and not frames.isnan().any():  # a GPU would have to wait for the answer
         return frames
-    known, filled = frames[:, 0], []
-    for frame in frames.unbind(1):
-        known = torch.where(frame.isnan(), known, frame)
-        mean = known.nanmean((2, 3), keepdim=True).nan_to_num(0.5)
-        filled.append(torch.where(known.isnan(), mean, known))
-    return torch.stack(filled, 1)
+    known = [frames[:, 0]]
+    for frame in frames[:, 1:].unbind(1):
+        known.append(torch.where(frame.isnan(), known[-1], frame))
+    known = torch.stack(known, 1)
+    mean = known.nanmean((3, 4), keepdim=True).nan_to_num(0.5)
+    return torch.where(known.isnan(), mean, known)
 
 
 def limits(series, name):

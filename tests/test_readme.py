@@ -98,6 +98,7 @@ def test_results_are_those_of_the_records():
         sequences, minutes, mse, mae, ssim = cells.split(" | ")
         assert sequences == f"{int(log['sequences']):,}" and minutes == f"{float(log['minutes']):.1f}", name
         assert [mse, mae, ssim] == means(results["scores"][results["model"]]), name
+    assert f"{int(read('long/log.csv')['sequences']):,} fresh sequences" in README
     black, *_, seeds = TABLES["Reference value", "MSE"]
     assert black["MSE"] in README and seeds["MSE"] in README
 
