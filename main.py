@@ -50,7 +50,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     value_range: tuple[float, float] = (0, 0)  # lowest and highest value of your own data; 0 0 = automatic
     overlay: int = 2  # other sequences merged into each (pixelwise maximum) until forecasts have full length
     # Model
-    model: Literal["my_model", "paper", "convlstm", "seq2seq"] = "my_model"  # the last two: of convlstm.py
+    model: Literal["my_model", "paper", "plain", "convlstm", "seq2seq"] = "my_model"  # RECIPES has more
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
@@ -89,9 +89,12 @@ RECIPES = {
         "learning_rate": 0.04,
         "epochs": 3,
     },
-    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},
-    "seq2seq": {"learning_rate": 0.04, "epochs": 1},
+    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},  # of convlstm.py
+    "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # of convlstm.py
 }
+# The paper's network, trained plainly: Adam, and all forecast frames from the start.
+RECIPES["plain"] = RECIPES["paper"] | {"learning_rate": 0.001, "grow_horizon": (0, 0), "ssim_from": 1}
+RECIPES["plain"]["overlay"] = 0
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
 ADAMW_RATE = 1 / 20  # of Muon's
@@ -106,7 +109,7 @@ def build(knobs, channels):
         if channels != 1:
             raise UserError(f"seq2seq forecasts grey frames only; the data have {channels} channels")
         return convlstm.Seq2SeqForecaster(channels)
-    additions = {} if knobs.model == "paper" else {"dilation": 2, "feedback": True}
+    additions = {} if knobs.model in ("paper", "plain") else {"dilation": 2, "feedback": True}
     return EncoderForecaster(
         channels,
         knobs.hidden_channels,
@@ -120,11 +123,13 @@ def build(knobs, channels):
 
 
 def make_optimizers(model, knobs, dtype):
-    """Muon for the kernels; AdamW for biases, peepholes and the output layer.
+    """Muon for the kernels; AdamW for biases, peepholes and the output layer. For "plain", Adam for all.
 
     The learning rates given here are the highest. In training they follow `learning_rate_at`. dtype: in
     which Muon multiplies matrices.
     """
+    if knobs.model == "plain":
+        return [torch.optim.Adam(model.parameters(), knobs.learning_rate)]
     output = id(model.output_layer.weight) if hasattr(model, "output_layer") else None
     kernels = [p for p in model.parameters() if p.ndim >= 4 and id(p) != output and p.requires_grad]
     rest = [p for p in model.parameters() if p.ndim < 4 or id(p) == output]
