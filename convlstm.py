@@ -1,33 +1,20 @@
 """ConvLSTM as most people run it in PyTorch, in plain code. To learn, begin here.
 
-It is also the reference, and not fast. In the tests, `my_model.py` without peepholes gives the same numbers.
-Checkpoints of two widely used models load into it by name and give the same outputs:
+    python convlstm.py    trains a small `ConvLSTMForecaster` on the CPU, and draws a forecast
+
+`--model convlstm` of main.py trains the same network with all that main.py adds. It is the encoder-forecaster
+`my_model.EncoderForecaster()` without peepholes, and slower: in the tests, both give the same numbers.
+
+Checkpoints of two widely used models load into this file's by name and give the same outputs:
 
 - `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
 - `EncoderDecoderConvLSTM`, the seq2seq of https://github.com/holmdk/Video-Prediction-using-PyTorch
 
-`ConvLSTMForecaster`, of `--model convlstm`, is the encoder-forecaster of `my_model.py`, built from the first.
-
 B batch, T frames, C channels, H height, W width; Ch hidden channels, P patch. A state is (h, c), each
 (B, Ch, H, W).
-
-Plain training, without all that main.py adds:
-
-    import torch, moving_mnist
-    from convlstm import ConvLSTMForecaster
-
-    digits = moving_mnist.read_digits("raw/digits_train.png")
-    model = ConvLSTMForecaster(1, (64, 64), 3)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    for step in range(1000):
-        frames = torch.from_numpy(moving_mnist.generate(digits, 8, step)) / 255  # (B, T, C, H, W)
-        logits = model(frames[:, :10], 10)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, frames[:, 10:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        print(step, loss.item())
 """
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -146,8 +133,8 @@ class EncoderDecoderConvLSTM(nn.Module):
 class ConvLSTMForecaster(nn.Module):
     """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
 
-    `my_model.EncoderForecaster` without peepholes. The forecaster's input is always zeros, so its first layer
-    has weights that do nothing: 204,800 of 7,788,560 with the defaults.
+    The forecaster's input is always zeros, so its first layer has weights that do nothing: 204,800 of
+    7,788,560 with the arguments below.
     """
 
     def __init__(self, channels=1, hidden=(128, 64, 64), kernel_size=5, patch=4):
@@ -189,3 +176,36 @@ class Seq2SeqForecaster(nn.Module):
     def forward(self, past, n_future):
         frames = self.seq2seq(past, n_future).transpose(1, 2)  # (B, 1, T, H, W) → (B, T, 1, H, W)
         return torch.logit(frames.float(), eps=1e-6)
+
+
+def train(steps=1000, batch=8, hidden=(64, 64), rate=1e-3):
+    """The simplest training, on fresh Moving MNIST. Prints the loss, and writes convlstm.png."""
+    # here, so that the networks need PyTorch only
+    import figures
+    import moving_mnist
+
+    def draw(split, n, seed):
+        digits = moving_mnist.read_digits(moving_mnist.RAW / f"digits_{split}.png")
+        frames = torch.from_numpy(moving_mnist.generate(digits, n, seed)) / 255  # (B, T, C, H, W)
+        return frames[:, :10], frames[:, 10:]
+
+    model = ConvLSTMForecaster(1, hidden, kernel_size=3)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    for step in range(1, steps + 1):
+        past, future = draw("train", batch, seed=step)
+        logits = model(past, n_future=10)
+        loss = F.binary_cross_entropy_with_logits(logits, future)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step} of {steps}: cross-entropy {loss.item():.4f}")
+    past, future = draw("test", 1, seed=0)
+    with torch.no_grad():
+        forecast = torch.sigmoid(model(past, n_future=10))
+    title = f"convlstm.py after {steps:,} steps: a sequence of test digits"
+    Path("convlstm.png").write_bytes(figures.prediction(past[0], future[0], forecast[0], title))
+
+
+if __name__ == "__main__":
+    train()

@@ -169,7 +169,7 @@ class EncoderForecaster(nn.Module):
                 last.bias.fill_(-3.0)  # frames start nearly black
         self.head = nn.Sequential(*head, last)
         if equivariant:
-            make_kernels_equivariant(self)  # a kernel that you add elsewhere needs a line there, too
+            make_kernels_equivariant(self)  # a kernel that you add outside the head needs a line there
 
     @property
     def output_layer(self):

@@ -3,6 +3,7 @@
 A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
 H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. uint8 of shape
 (20, N, 64, 64) has time first, as Moving MNIST. Each video is a series; all images of a folder are one.
+Files of a folder that are named train, validation and test are the splits.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from support.video import IMAGES, VIDEOS, decode, read_images, read_pictures
 KINDS = {".npy"}, VIDEOS, IMAGES
 AXES = {"N": "series", "T": "time", "H": "height", "W": "width", "C": "channel"}
 LEAST = 16  # pixels of a side; a shorter last axis has the channels
+SPLITS = "train", "validation", "test"
 HELD_OUT = 0.15  # of each series, for validation and again for the test, where there are few series
 
 
@@ -27,6 +29,7 @@ class Source(NamedTuple):
     series: list  # of arrays (T, C, H, W), all of one number type
     axes: str  # those of an array with all of it, such as "NTHW"
     name: str
+    files: list  # of each series, the name of its file or folder
 
 
 def is_own(data):
@@ -52,18 +55,21 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
         raise UserError(f"the data have {len(low)} channels; the weights are of {len(scale.low)}")
     # in memory: a file that shrinks under a memory map kills the process
     series = [np.array(one, order="C") for one in source.series if len(one) >= n_frames]
+    files = [file for file, one in zip(source.files, source.series, strict=True) if len(one) >= n_frames]
     if len(series) < len(source.series):
         print0(f"left out  series shorter than {n_frames} frames: {len(source.series) - len(series)}")
-    training, *others = cut([len(one) for one in series], n_frames)
+    lengths = [len(one) for one in series]
+    is_split = {"train", "test"} <= {*source.files}
+    training, *others = by_file(lengths, files, path) if is_split else cut(lengths, n_frames)
     starts = [(k, t) for k, first, end in training for t in range(first, end - n_frames + 1)]
     if 0 < train_sequences < len(starts):
         starts = np.array(starts)[np.linspace(0, len(starts) - 1, train_sequences).astype(int)]
     digest = hashlib.sha256(str(series[0].dtype).encode())
     for one in series:
         digest.update(one)
-    splits = [Sequences(series, starts, n_frames, "train", digest.digest())]
+    splits = [Sequences(series, starts, n_frames, SPLITS[0], digest.digest())]
     pick = lambda parts: [series[k][first:end] for k, first, end in parts]
-    for name, parts in zip(("validation", "test"), others, strict=True):  # their sequences share no frame
+    for name, parts in zip(SPLITS[1:], others, strict=True):  # their sequences share no frame
         limits(pick(parts), f"the {name} split")
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
         splits.append(Sequences(series, starts, n_frames, name, digest.digest()))
@@ -93,6 +99,7 @@ def read(path, video, most=None):
     for folder in folders:
         images = [p for p in list_files(folder) if p.suffix.lower() in IMAGES]
         pictures += [(folder, read_images(images[::stride]))] if images else []
+    paths = [*arrays, *(place for place, _ in pictures)]
     found = [read_array(file) for file in arrays]
     found += [read_pictures(*pair, size, channels, most) for pair in pictures]
     if not found:
@@ -104,9 +111,10 @@ def read(path, video, most=None):
     H, W = series[0].shape[2:]
     if min(H, W) < LEAST:
         raise UserError(f"{path} has frames of {H}×{W}; expected at least {LEAST}×{LEAST} pixels")
+    files = [place.stem for place, (part, _) in zip(paths, found, strict=True) for _ in part]
     axes = found[0][1]
-    name = path.name or path.resolve().name
-    return Source(series, axes if len(found) == 1 or "N" in axes else f"N{axes}", name)
+    axes = axes if len(found) == 1 or "N" in axes else f"N{axes}"
+    return Source(series, axes, path.name or path.resolve().name, files)
 
 
 def list_files(path):
@@ -197,6 +205,16 @@ def mean_of_known(values):
     """NaN where there is none."""
     known = values[~np.isnan(values)]
     return known.mean() if len(known) else np.nan
+
+
+def by_file(lengths, files, path):
+    """As `cut`, by the names of the files. Raises UserError where they are not those of the splits."""
+    if {*files} != {*SPLITS}:
+        found = ", ".join(sorted({*files}))
+        raise UserError(f"{path} has long enough series in {found}; expected train, validation and test")
+    counts = (f"{files.count(name)} {name}" for name in SPLITS)
+    print0(f"split     by file, series: {', '.join(counts)}")
+    return [[(k, 0, n) for k, n in enumerate(lengths) if files[k] == name] for name in SPLITS]
 
 
 def cut(lengths, n_frames):

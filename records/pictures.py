@@ -20,8 +20,7 @@ from moving_mnist import moving_mnist_data
 
 RECORDS = Path(__file__).parent
 PHOTOS = RECORDS.parent / "photos"
-RUNS = {"plain": "paper's network, smaller, Adam", "paper": "paper's network, our training"}
-RUNS["default"] = "default"
+RUNS = {"plain_smaller": "plain, smaller", "paper": "paper", "default": "default"}
 MEDIAN = 355  # of the test split, for strip.png: the median of the default's forecasts, by MSE
 SEQUENCE = 3  # for predict.gif and moves.png
 FIRST = 10  # the forecast frame that is drawn, counted from 0: frame 11
@@ -48,7 +47,7 @@ frames = to_unit(data.test[np.arange(MEDIAN, MEDIAN + 1)])  # forecast.npy is of
 past, truth = frames[:, :FIRST], frames[0, FIRST:]
 rows = {"input": (1, past[0]), "truth": (FIRST + 1, truth)}
 forecasts = {"last frame copied": past[0, -1:].expand_as(truth)}
-for name in ("plain", "default"):
+for name in ("plain_smaller", "default"):
     forecasts[RUNS[name]] = to_unit(torch.from_numpy(np.load(RECORDS / name / "forecast.npy")))
 forecasts["long run"] = model.forecast(past, 10)[0]
 for label, forecast in forecasts.items():

@@ -59,6 +59,11 @@ def test_a_recipe_replaces_defaults(tmp_path):
     checkpoint.save(tmp_path / "a.pt", weights)
     brought = parse(["--weights", str(tmp_path / "a.pt")])  # with the recipe of their model
     assert (brought.model, brought.hidden_channels, brought.epochs) == ("paper", (32, 32), 3)
+    plain = parse(["--model", "plain"])
+    assert (plain.hidden_channels, plain.overlay, plain.ssim_from) == ((128, 64, 64), 0, 1)
+    (adam,) = main.make_optimizers(network := main.build(plain, 1), plain, torch.float32)
+    assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.001
+    assert main.horizon_at(plain, 0) == (10, 10) and network.forecaster is not None
     own = parse(["--data", "my.npy", "--model", "convlstm", "--epochs", "4"])
     assert (own.overlay, own.batch_size, own.learning_rate, own.epochs) == (0, 4, 0.04, 4)
 

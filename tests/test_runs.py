@@ -181,7 +181,7 @@ def test_the_best_the_median_and_the_worst_are_drawn(array, tmp_path, monkeypatc
         assert found == pytest.approx(errors[k], rel=1e-4)
 
 
-@pytest.mark.parametrize("model", ["my_model", "paper", "convlstm", "seq2seq"])
+@pytest.mark.parametrize("model", ["my_model", "paper", "plain", "convlstm", "seq2seq"])
 def test_others_go_on_as_exactly(model, array, tmp_path, monkeypatch):
     """The references; a network with dropout in evaluation, too, rates by NumPy, and a mask. Stopped once.
 
