@@ -97,6 +97,69 @@ class ConvLSTM(nn.Module):
         return layer_outputs, last_states
 
 
+class ConvLSTMForecaster(nn.Module):
+    """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
+
+    The forecaster's input is always zeros, so its first layer has weights that do nothing: 204,800 of
+    7,788,560 with the arguments below.
+    """
+
+    def __init__(self, channels=1, hidden=(128, 64, 64), kernel_size=5, patch=4):
+        super().__init__()
+        self.patch_size = patch
+        pixels = channels * patch * patch
+        options = {"num_layers": len(hidden), "batch_first": True, "return_all_layers": True}
+        self.encoder = ConvLSTM(pixels, hidden, kernel_size, **options)
+        self.forecaster = ConvLSTM(pixels, hidden, kernel_size, **options)
+        self.head = nn.Conv2d(sum(hidden), pixels, 1)
+
+    @property
+    def output_layer(self):
+        return self.head
+
+    def forward(self, past, n_future):
+        H, W = past.shape[-2:]
+        whole = F.pad(past, (0, -W % self.patch_size, 0, -H % self.patch_size, 0, 0), "replicate")
+        x = F.pixel_unshuffle(whole, self.patch_size)  # (B, T, C·P², H/P, W/P)
+        _, states = self.encoder(x)
+        zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
+        layer_outputs, _ = self.forecaster(zeros, states)
+        h = torch.cat(layer_outputs, 2)  # (B, n_future, sum of Ch, H/P, W/P)
+        logits = self.head(h.flatten(0, 1)).unflatten(0, h.shape[:2])
+        return F.pixel_shuffle(logits, self.patch_size)[..., :H, :W]
+
+
+def train(steps=1000, batch=8, hidden=(64, 64), rate=1e-3):
+    """The simplest training, on fresh Moving MNIST. Prints the loss, and writes convlstm.png."""
+    # here, so that the networks need PyTorch only
+    import figures
+    import moving_mnist
+
+    def draw(digits, n, seed):
+        frames = torch.from_numpy(moving_mnist.generate(digits, n, seed)) / 255  # (B, T, C, H, W)
+        return frames[:, :10], frames[:, 10:]
+
+    digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_train.png")
+    model = ConvLSTMForecaster(1, hidden, kernel_size=3)
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    for step in range(1, steps + 1):
+        past, future = draw(digits, batch, seed=step)
+        logits = model(past, n_future=10)
+        loss = F.binary_cross_entropy_with_logits(logits, future)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step} of {steps}: cross-entropy {loss.item():.4f}")
+    digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")  # not seen in training
+    past, future = draw(digits, 1, seed=0)
+    with torch.no_grad():
+        forecast = torch.sigmoid(model(past, n_future=10))
+    title = f"convlstm.py after {steps:,} steps: a sequence of test digits"
+    Path("convlstm.png").write_bytes(figures.prediction(past[0], future[0], forecast[0], title))
+    print("forecast: convlstm.png")
+
+
 class EncoderDecoderConvLSTM(nn.Module):
     """x (B, T, in_chan, H, W) → frames after the sigmoid (B, 1, future_seq, H, W), channel before time.
 
@@ -130,38 +193,6 @@ class EncoderDecoderConvLSTM(nn.Module):
             return torch.sigmoid(self.decoder_CNN(torch.stack(outputs, 2).to(x.dtype)))
 
 
-class ConvLSTMForecaster(nn.Module):
-    """past (B, T, C, H, W) in [0, 1] → logits of the n_future frames that follow (B, n_future, C, H, W).
-
-    The forecaster's input is always zeros, so its first layer has weights that do nothing: 204,800 of
-    7,788,560 with the arguments below.
-    """
-
-    def __init__(self, channels=1, hidden=(128, 64, 64), kernel_size=5, patch=4):
-        super().__init__()
-        self.patch_size = patch
-        pixels = channels * patch * patch
-        options = {"num_layers": len(hidden), "batch_first": True, "return_all_layers": True}
-        self.encoder = ConvLSTM(pixels, hidden, kernel_size, **options)
-        self.forecaster = ConvLSTM(pixels, hidden, kernel_size, **options)
-        self.head = nn.Conv2d(sum(hidden), pixels, 1)
-
-    @property
-    def output_layer(self):
-        return self.head
-
-    def forward(self, past, n_future):
-        H, W = past.shape[-2:]
-        whole = F.pad(past, (0, -W % self.patch_size, 0, -H % self.patch_size, 0, 0), "replicate")
-        x = F.pixel_unshuffle(whole, self.patch_size)  # (B, T, C·P², H/P, W/P)
-        _, states = self.encoder(x)
-        zeros = x.new_zeros(x.shape[0], n_future, *x.shape[2:])
-        layer_outputs, _ = self.forecaster(zeros, states)
-        h = torch.cat(layer_outputs, 2)  # (B, n_future, sum of Ch, H/P, W/P)
-        logits = self.head(h.flatten(0, 1)).unflatten(0, h.shape[:2])
-        return F.pixel_shuffle(logits, self.patch_size)[..., :H, :W]
-
-
 class Seq2SeqForecaster(nn.Module):
     """`EncoderDecoderConvLSTM` as a forecaster: past (B, T, C, H, W) → logits of n_future frames."""
 
@@ -176,35 +207,6 @@ class Seq2SeqForecaster(nn.Module):
     def forward(self, past, n_future):
         frames = self.seq2seq(past, n_future).transpose(1, 2)  # (B, 1, T, H, W) → (B, T, 1, H, W)
         return torch.logit(frames.float(), eps=1e-6)
-
-
-def train(steps=1000, batch=8, hidden=(64, 64), rate=1e-3):
-    """The simplest training, on fresh Moving MNIST. Prints the loss, and writes convlstm.png."""
-    # here, so that the networks need PyTorch only
-    import figures
-    import moving_mnist
-
-    def draw(split, n, seed):
-        digits = moving_mnist.read_digits(moving_mnist.RAW / f"digits_{split}.png")
-        frames = torch.from_numpy(moving_mnist.generate(digits, n, seed)) / 255  # (B, T, C, H, W)
-        return frames[:, :10], frames[:, 10:]
-
-    model = ConvLSTMForecaster(1, hidden, kernel_size=3)
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    for step in range(1, steps + 1):
-        past, future = draw("train", batch, seed=step)
-        logits = model(past, n_future=10)
-        loss = F.binary_cross_entropy_with_logits(logits, future)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step} of {steps}: cross-entropy {loss.item():.4f}")
-    past, future = draw("test", 1, seed=0)
-    with torch.no_grad():
-        forecast = torch.sigmoid(model(past, n_future=10))
-    title = f"convlstm.py after {steps:,} steps: a sequence of test digits"
-    Path("convlstm.png").write_bytes(figures.prediction(past[0], future[0], forecast[0], title))
 
 
 if __name__ == "__main__":

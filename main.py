@@ -147,7 +147,8 @@ def learning_rate_at(knobs, fraction):
 def horizon_at(knobs, fraction):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first. While it is short, my_model reads more of the true frames.
+    A short horizon teaches motion first. While it is short, my_model reads more of the true frames (teacher
+    forcing).
     """
     start, end = knobs.grow_horizon
     grown = 1 if fraction >= end else 0 if fraction < start else (fraction - start) / (end - start)
