@@ -2,10 +2,10 @@
 
     python convlstm.py    trains a small `ConvLSTMForecaster` on the CPU, and draws a forecast
 
-`--model convlstm` of main.py trains the same network with all that main.py adds. It is the encoder-forecaster
-`my_model.EncoderForecaster()` without peepholes, and slower: in the tests, both give the same numbers.
+`--model convlstm` of main.py trains the same network with all that main.py adds. Its design is that of the
+paper's network in my_model.py, without peepholes. In the tests, both give the same numbers.
 
-Checkpoints of two widely used models load into this file's by name and give the same outputs:
+Checkpoints of two widely used models load by name, and give the same outputs:
 
 - `ConvLSTM`, the interface of https://github.com/ndrplz/ConvLSTM_pytorch
 - `EncoderDecoderConvLSTM`, the seq2seq of https://github.com/holmdk/Video-Prediction-using-PyTorch
@@ -130,29 +130,30 @@ class ConvLSTMForecaster(nn.Module):
 
 
 def train(steps=1000, batch=8, hidden=(64, 64), rate=1e-3):
-    """The simplest training, on fresh Moving MNIST. Prints the loss, and writes convlstm.png."""
+    """The simplest training, on fresh Moving MNIST. Prints losses, and writes convlstm.png."""
     # here, so that the networks need PyTorch only
     import figures
     import moving_mnist
 
-    def draw(digits, n, seed):
+    def sequences(digits, n, seed):
         frames = torch.from_numpy(moving_mnist.generate(digits, n, seed)) / 255  # (B, T, C, H, W)
         return frames[:, :10], frames[:, 10:]
 
+    torch.manual_seed(0)
     digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_train.png")
     model = ConvLSTMForecaster(1, hidden, kernel_size=3)
     optimizer = torch.optim.Adam(model.parameters(), rate)
     for step in range(1, steps + 1):
-        past, future = draw(digits, batch, seed=step)
+        past, future = sequences(digits, batch, seed=step)
         logits = model(past, n_future=10)
         loss = F.binary_cross_entropy_with_logits(logits, future)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
+        if step == 1 or step % 50 == 0:
             print(f"step {step} of {steps}: cross-entropy {loss.item():.4f}")
     digits = moving_mnist.read_digits(moving_mnist.RAW / "digits_test.png")  # not seen in training
-    past, future = draw(digits, 1, seed=0)
+    past, future = sequences(digits, 1, seed=0)
     with torch.no_grad():
         forecast = torch.sigmoid(model(past, n_future=10))
     title = f"convlstm.py after {steps:,} steps: a sequence of test digits"

@@ -50,7 +50,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     value_range: tuple[float, float] = (0, 0)  # lowest and highest value of your own data; 0 0 = automatic
     overlay: int = 2  # other sequences merged into each (pixelwise maximum) until forecasts have full length
     # Model
-    model: Literal["my_model", "paper", "plain", "convlstm", "seq2seq"] = "my_model"  # see RECIPES
+    model: Literal["my_model", "paper", "plain", "convlstm", "seq2seq"] = "my_model"  # plain: paper, by Adam
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
@@ -61,7 +61,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 28
     max_minutes: float = 0.0  # training time by the clock, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
-    learning_rate: float = 0.06  # of Muon; AdamW uses 1/20 of it. Tried: 0.02 to 0.09
+    learning_rate: float = 0.06  # of Muon, or of Adam (plain); AdamW uses 1/20. Tried: 0.02 to 0.09
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.3
     grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast grows between these fractions of training
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never

@@ -3,7 +3,7 @@
 A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
 H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. uint8 of shape
 (20, N, 64, 64) has time first, as Moving MNIST. Each video is a series; all images of a folder are one.
-Files of a folder that are named train, validation and test are the splits.
+If their names begin with train, validation and test, as in test_1.npy, they are the splits.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class Source(NamedTuple):
     series: list  # of arrays (T, C, H, W), all of one number type
     axes: str  # those of an array with all of it, such as "NTHW"
     name: str
-    files: list  # of each series, the name of its file or folder
+    files: list  # of each series, the first word of the name of its file or folder
 
 
 def is_own(data):
@@ -58,9 +58,8 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     files = [file for file, one in zip(source.files, source.series, strict=True) if len(one) >= n_frames]
     if len(series) < len(source.series):
         print0(f"left out  series shorter than {n_frames} frames: {len(source.series) - len(series)}")
-    lengths = [len(one) for one in series]
-    is_split = {"train", "test"} <= {*source.files}
-    training, *others = by_file(lengths, files, path) if is_split else cut(lengths, n_frames)
+    lengths, is_split = [len(one) for one in series], path.is_dir() and {*SPLITS} & {*source.files}
+    training, *others = by_file(lengths, n_frames, files) if is_split else cut(lengths, n_frames)
     starts = [(k, t) for k, first, end in training for t in range(first, end - n_frames + 1)]
     if 0 < train_sequences < len(starts):
         starts = np.array(starts)[np.linspace(0, len(starts) - 1, train_sequences).astype(int)]
@@ -111,7 +110,8 @@ def read(path, video, most=None):
     H, W = series[0].shape[2:]
     if min(H, W) < LEAST:
         raise UserError(f"{path} has frames of {H}×{W}; expected at least {LEAST}×{LEAST} pixels")
-    files = [place.stem for place, (part, _) in zip(paths, found, strict=True) for _ in part]
+    words = [re.match("[a-z]*", place.name.lower())[0] for place in paths]
+    files = [word for word, (part, _) in zip(words, found, strict=True) for _ in part]
     axes = found[0][1]
     axes = axes if len(found) == 1 or "N" in axes else f"N{axes}"
     return Source(series, axes, path.name or path.resolve().name, files)
@@ -207,13 +207,15 @@ def mean_of_known(values):
     return known.mean() if len(known) else np.nan
 
 
-def by_file(lengths, files, path):
-    """As `cut`, by the names of the files. Raises UserError where they are not those of the splits."""
-    if {*files} != {*SPLITS}:
-        found = ", ".join(sorted({*files}))
-        raise UserError(f"{path} has long enough series in {found}; expected train, validation and test")
-    counts = (f"{files.count(name)} {name}" for name in SPLITS)
-    print0(f"split     by file, series: {', '.join(counts)}")
+def by_file(lengths, n_frames, files):
+    """As `cut`, by the first words of the files' names. Raises UserError where a split has no series."""
+    if others := sorted({*files} - {*SPLITS}):
+        advice = "begin all names with train, validation or test, or none"
+        raise UserError(f"some files are named after a split, but not {others[0]}…; {advice}")
+    if missing := [name for name in SPLITS if name not in files]:
+        raise UserError(f"no file whose name begins with {missing[0]} has {n_frames} frames in a row")
+    counts = [files.count(name) for name in SPLITS]
+    print0("split     by names of files, series: {} training, {} validation, {} test".format(*counts))
     return [[(k, 0, n) for k, n in enumerate(lengths) if files[k] == name] for name in SPLITS]
 
 

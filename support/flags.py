@@ -26,7 +26,8 @@ def parse(arguments, Knobs, recipes):
     model = brought.get("model", given.model)
     recipe = recipes.get(model, {})
     if is_own(given.data):
-        recipe = recipe | recipes["own data"]
+        unused = UNUSED.get(model, ())
+        recipe = recipe | {name: value for name, value in recipes["own data"].items() if name not in unused}
     default = replace(Knobs(), data=given.data, **{"model": model, **recipe, **brought})
     knobs = tyro.cli(Knobs, args=arguments, default=default, use_underscores=True)
     for name in vars(knobs):

@@ -110,13 +110,17 @@ def test_forecaster_is_my_model_without_peepholes():
 
 
 def test_the_simplest_training_learns(tmp_path, monkeypatch):
-    """With a single sequence, it soon beats the best constant. It draws what it has learned."""
+    """With a single sequence, it soon beats the best constant. It draws a forecast of test digits."""
     torch.set_default_dtype(torch.float32)
-    drawn, generate, prediction = [], moving_mnist.generate, figures.prediction
+    asked, drawn, generate, prediction = [], [], moving_mnist.generate, figures.prediction
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(moving_mnist, "generate", lambda *_: generate(DIGITS, 1, 0))
+    given = lambda digits, *sizes: asked.append((len(digits), *sizes)) or generate(DIGITS, 1, 0)
+    monkeypatch.setattr(moving_mnist, "generate", given)
     monkeypatch.setattr(figures, "prediction", lambda *given: drawn.append(given) or prediction(*given))
-    convlstm.train(160, 1, (16,), 1e-2)
+    convlstm.train(160, 2, (16,), 1e-2)
+    n_test = len(moving_mnist.read_digits(ROOT / "raw" / "digits_test.png"))
+    assert asked == [*((len(DIGITS), 2, step) for step in range(1, 161)), (n_test, 1, 0)]
+    assert n_test != len(DIGITS)
     ((_, future, forecast, _),) = drawn
     assert (forecast - future).square().mean() < 0.95 * future.var()
     with Image.open("convlstm.png") as image:

@@ -49,6 +49,7 @@ MORE = {"train_sequences": 20, "fast": False}  # eight of them
         ({"name": "../elsewhere"}, r"name is \.\./elsewhere; it must be"),
         ({"weights": "nowhere.pt"}, r"cannot read nowhere\.pt: No such file"),
         ({"max_motion": 2, "model": "convlstm"}, "convlstm does not use max_motion; leave it out"),
+        ({"weight_decay": 0.1, "model": "plain"}, "plain does not use weight_decay; leave it out"),
         ({"frames_in": 18}, r"too few frames: expected .* three of 22 .*; found none so long"),
         ({"batch_size": 18}, "batch_size is 18, for 17 training sequences"),
     ],

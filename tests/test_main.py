@@ -64,6 +64,7 @@ def test_a_recipe_replaces_defaults(tmp_path):
     (adam,) = main.make_optimizers(network := main.build(plain, 1), plain, torch.float32)
     assert type(adam) is torch.optim.Adam and adam.defaults["lr"] == 0.001
     assert main.horizon_at(plain, 0) == (10, 10) and network.forecaster is not None
+    assert parse(["--data", "my.npy", "--model", "plain"]).weight_decay == Knobs().weight_decay  # unused
     own = parse(["--data", "my.npy", "--model", "convlstm", "--epochs", "4"])
     assert (own.overlay, own.batch_size, own.learning_rate, own.epochs) == (0, 4, 0.04, 4)
 

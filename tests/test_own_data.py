@@ -291,18 +291,23 @@ def test_files_of_a_folder_are_series(tmp_path, capsys):
         load(folder)
 
 
-def test_files_named_train_validation_and_test_are_the_splits(tmp_path, capsys):
+def test_files_named_after_the_splits_are_them(tmp_path, capsys):
     folder = tmp_path / "split"
     folder.mkdir()
-    for k, (name, length) in enumerate({"train": 9, "validation": 6, "test": 12}.items()):
+    for k, (name, length) in enumerate({"Train 1": 9, "train2": 5, "validation": 6, "test": 12}.items()):
         saved(np.full((length, 16, 16), 100 * k) + np.arange(length)[:, None, None], folder, f"{name}.npy")
     data = load(folder)
     first = [split[np.arange(len(split))][:, 0, 0, 0, 0].tolist() for split in data[:3]]
-    assert first == [[0, 1, 2, 3, 4], [100], [200, 205]]
-    assert "split     by file, series: 1 train, 1 validation, 1 test" in capsys.readouterr().out
-    saved(np.zeros((4, 16, 16), int), folder, "validation.npy")  # too short
-    with pytest.raises(UserError, match="long enough series in test, train; expected train, validation"):
+    assert first == [[0, 1, 2, 3, 4, 100], [200], [300, 305]]
+    assert (data.scale.low, data.scale.high) == ((0,), (104,))
+    assert "split     by names of files, series: 2 training, 1 validation, 1 test" in capsys.readouterr().out
+    saved(np.arange(4)[:, None, None] + np.zeros((16, 16), int), folder, "validation.npy")  # too short
+    with pytest.raises(UserError, match="no file whose name begins with validation has 5 frames in a row"):
         load(folder)
+    saved(np.arange(9)[:, None, None] + np.zeros((16, 16), int), folder, "other.npy")
+    with pytest.raises(UserError, match="some files are named after a split, but not other…; begin all"):
+        load(folder)
+    assert len(load(folder / "Train 1.npy", n_frames=3).training) == 1  # a file is cut
 
 
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # as own_data.decode sets it; a writer reads it, too

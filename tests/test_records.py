@@ -47,7 +47,7 @@ def test_a_row_is_its_run(folder):
     for name in TRAINING + ([] if knobs.max_minutes else ["epochs"]):
         assert getattr(knobs, name) == config[name], name
     assert metrics["parameters"] == sum(p.numel() for p in main.build(knobs, 1).parameters())
-    if knobs.model in ("my_model", "paper"):
+    if knobs.model in ("my_model", "paper", "plain"):
         assert knobs.equivariant == config["equivariant"]
     assert knobs.seed == config["seed"]
 
