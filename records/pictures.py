@@ -20,7 +20,7 @@ from moving_mnist import moving_mnist_data
 
 RECORDS = Path(__file__).parent
 PHOTOS = RECORDS.parent / "photos"
-RUNS = {"plain_smaller": "plain, smaller", "paper": "paper", "default": "default"}
+RUNS = {"plain": "plain", "paper": "paper", "default": "default"}
 MEDIAN = 355  # of the test split, for strip.png: the median of the default's forecasts, by MSE
 SEQUENCE = 3  # for predict.gif and moves.png
 FIRST = 10  # the forecast frame that is drawn, counted from 0: frame 11
@@ -36,7 +36,7 @@ for name, label in RUNS.items():
     curves[label] = results["scores"][results["model"]]["mse_per_frame"]["per_frame"]
 for who in figures.LABELS:
     curves[who] = results["scores"][who]["mse_per_frame"]["per_frame"]
-title = "stand-in array (minutes: Adam on Zen 4, the others on Zen 5)"
+title = "stand-in array, two cores of AMD EPYC Zen 5"
 (PHOTOS / "compare.png").write_bytes(figures.compare(histories, curves, title))
 
 model = main.load(RECORDS / "long.pt")
@@ -47,7 +47,7 @@ frames = to_unit(data.test[np.arange(MEDIAN, MEDIAN + 1)])  # forecast.npy is of
 past, truth = frames[:, :FIRST], frames[0, FIRST:]
 rows = {"input": (1, past[0]), "truth": (FIRST + 1, truth)}
 forecasts = {"last frame copied": past[0, -1:].expand_as(truth)}
-for name in ("plain_smaller", "default"):
+for name in ("plain", "default"):
     forecasts[RUNS[name]] = to_unit(torch.from_numpy(np.load(RECORDS / name / "forecast.npy")))
 forecasts["long run"] = model.forecast(past, 10)[0]
 for label, forecast in forecasts.items():
