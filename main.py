@@ -93,8 +93,12 @@ RECIPES = {
     "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # of convlstm.py
 }
 # the paper's network, trained plainly: by Adam, on all forecast frames from the start
-PLAIN = {"learning_rate": 0.001, "grow_horizon": (0, 0), "overlay": 0, "ssim_from": 1}
-RECIPES["plain"] = RECIPES["paper"] | PLAIN
+RECIPES["plain"] = RECIPES["paper"] | {
+    "learning_rate": 0.001,
+    "grow_horizon": (0, 0),
+    "overlay": 0,
+    "ssim_from": 1,
+}
 WARMUP = 0.05  # part of training in which the learning rate rises
 MAX_NORM = 1.0  # of the gradient
 ADAMW_RATE = 1 / 20  # of Muon's

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moving_mnist import Data, Sequences, open_npy
+from moving_mnist import SPLITS, Data, Sequences, open_npy
 from support import UserError
 from support.devices import print0
 from support.scale import choose_scale, is_constant, limits, report_scale
@@ -21,7 +21,7 @@ from support.video import IMAGES, VIDEOS, decode, read_images, read_pictures
 KINDS = {".npy"}, VIDEOS, IMAGES
 AXES = {"N": "series", "T": "time", "H": "height", "W": "width", "C": "channel"}
 LEAST = 16  # pixels of a side; a shorter last axis has the channels
-SPLITS = "train", "validation", "test"
+PARTS = [name for name in SPLITS if name != "all"]
 HELD_OUT = 0.15  # of each series, for validation and again for the test, where there are few series
 
 
@@ -29,7 +29,7 @@ class Source(NamedTuple):
     series: list  # of arrays (T, C, H, W), all of one number type
     axes: str  # those of an array with all of it, such as "NTHW"
     name: str
-    files: list  # of each series, the first word of the name of its file or folder
+    files: list  # of each series, the name of its file or folder
 
 
 def is_own(data):
@@ -58,7 +58,8 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     files = [file for file, one in zip(source.files, source.series, strict=True) if len(one) >= n_frames]
     if len(series) < len(source.series):
         print0(f"left out  series shorter than {n_frames} frames: {len(source.series) - len(series)}")
-    lengths, is_split = [len(one) for one in series], path.is_dir() and {*SPLITS} & {*source.files}
+    lengths = [len(one) for one in series]
+    is_split = path.is_dir() and any(map(split_of, source.files))
     training, *others = by_file(lengths, n_frames, files) if is_split else cut(lengths, n_frames)
     starts = [(k, t) for k, first, end in training for t in range(first, end - n_frames + 1)]
     if 0 < train_sequences < len(starts):
@@ -66,9 +67,9 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     digest = hashlib.sha256(str(series[0].dtype).encode())
     for one in series:
         digest.update(one)
-    splits = [Sequences(series, starts, n_frames, SPLITS[0], digest.digest())]
+    splits = [Sequences(series, starts, n_frames, PARTS[0], digest.digest())]
     pick = lambda parts: [series[k][first:end] for k, first, end in parts]
-    for name, parts in zip(SPLITS[1:], others, strict=True):  # their sequences share no frame
+    for name, parts in zip(PARTS[1:], others, strict=True):  # their sequences share no frame
         limits(pick(parts), f"the {name} split")
         starts = [(k, t) for k, first, end in parts for t in range(first, end - n_frames + 1, n_frames)]
         splits.append(Sequences(series, starts, n_frames, name, digest.digest()))
@@ -110,8 +111,7 @@ def read(path, video, most=None):
     H, W = series[0].shape[2:]
     if min(H, W) < LEAST:
         raise UserError(f"{path} has frames of {H}×{W}; expected at least {LEAST}×{LEAST} pixels")
-    words = [re.match("[a-z]*", place.name.lower())[0] for place in paths]
-    files = [word for word, (part, _) in zip(words, found, strict=True) for _ in part]
+    files = [place.name for place, (part, _) in zip(paths, found, strict=True) for _ in part]
     axes = found[0][1]
     axes = axes if len(found) == 1 or "N" in axes else f"N{axes}"
     return Source(series, axes, path.name or path.resolve().name, files)
@@ -207,16 +207,23 @@ def mean_of_known(values):
     return known.mean() if len(known) else np.nan
 
 
+def split_of(file):
+    """The split with which the name of a file begins, or None."""
+    word = re.match("[a-z]*", file.lower())[0]
+    return word if word in PARTS else None
+
+
 def by_file(lengths, n_frames, files):
-    """As `cut`, by the first words of the files' names. Raises UserError where a split has no series."""
-    if others := sorted({*files} - {*SPLITS}):
+    """As `cut`, by the names of the files. Raises UserError where a split has no series."""
+    found = [split_of(file) for file in files]
+    if None in found:
         advice = "begin all names with train, validation or test, or none"
-        raise UserError(f"some files are named after a split, but not {others[0]}…; {advice}")
-    if missing := [name for name in SPLITS if name not in files]:
+        raise UserError(f"some files are named after a split, but not {files[found.index(None)]}; {advice}")
+    if missing := [name for name in PARTS if name not in found]:
         raise UserError(f"no file whose name begins with {missing[0]} has {n_frames} frames in a row")
-    counts = [files.count(name) for name in SPLITS]
+    counts = [found.count(name) for name in PARTS]
     print0("split     by names of files, series: {} training, {} validation, {} test".format(*counts))
-    return [[(k, 0, n) for k, n in enumerate(lengths) if files[k] == name] for name in SPLITS]
+    return [[(k, 0, n) for k, n in enumerate(lengths) if found[k] == name] for name in PARTS]
 
 
 def cut(lengths, n_frames):

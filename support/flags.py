@@ -12,7 +12,7 @@ NETWORK = "model", "hidden_channels", "kernel_size", "patch_size", "head_channel
 NETWORK += ("equivariant",)
 # Those that a model does not use
 UNUSED = {"paper": ("max_motion",), "convlstm": ("head_channels", "max_motion", "equivariant")}
-UNUSED["plain"] = "max_motion", "weight_decay"
+UNUSED["plain"] = (*UNUSED["paper"], "weight_decay")
 UNUSED["seq2seq"] = ("hidden_channels", "kernel_size", "patch_size", *UNUSED["convlstm"])
 
 

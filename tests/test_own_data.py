@@ -304,8 +304,8 @@ def test_files_named_after_the_splits_are_them(tmp_path, capsys):
     saved(np.arange(4)[:, None, None] + np.zeros((16, 16), int), folder, "validation.npy")  # too short
     with pytest.raises(UserError, match="no file whose name begins with validation has 5 frames in a row"):
         load(folder)
-    saved(np.arange(9)[:, None, None] + np.zeros((16, 16), int), folder, "other.npy")
-    with pytest.raises(UserError, match="some files are named after a split, but not other…; begin all"):
+    saved(np.arange(9)[:, None, None] + np.zeros((16, 16), int), folder, "2020.npy")
+    with pytest.raises(UserError, match=r"some files are named after a split, but not 2020\.npy; begin all"):
         load(folder)
     assert len(load(folder / "Train 1.npy", n_frames=3).training) == 1  # a file is cut
 
