@@ -105,7 +105,10 @@ ADAMW_RATE = 1 / 20  # of Muon's
 
 
 def build(knobs, channels):
-    """A model: model(past, n), with past (B, T, C, H, W) in [0, 1], gives logits of the next n frames."""
+    """A model: model(past, n), with past (B, T, C, H, W) in [0, 1], gives logits of the next n frames.
+
+    Return a network of your own here, in place of my_model's.
+    """
     if knobs.model == "convlstm":
         options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
         return convlstm.ConvLSTMForecaster(channels, *options)
@@ -127,10 +130,10 @@ def build(knobs, channels):
 
 
 def make_optimizers(model, knobs, dtype):
-    """Muon for the kernels; AdamW for biases, peepholes and the output layer. For "plain", Adam for all.
+    """Muon for the kernels (four axes or more); AdamW for biases, peepholes and the output layer.
 
-    The learning rates given here are the highest. In training they follow `learning_rate_at`. dtype: in
-    which Muon multiplies matrices.
+    For "plain", Adam for all. The learning rates given here are the highest. In training they follow
+    `learning_rate_at`. dtype: in which Muon multiplies matrices.
     """
     if knobs.model == "plain":
         return [torch.optim.Adam(model.parameters(), knobs.learning_rate)]
@@ -148,16 +151,16 @@ def learning_rate_at(knobs, fraction):
     return knobs.learning_rate * (1 - fraction) / (1 - WARMUP)
 
 
-def horizon_at(knobs, fraction):
+def horizon_at(knobs, fraction, reads_more=False):
     """(input frames, forecast frames) of a training step: the horizon grows from 1 to frames_out.
 
-    A short horizon teaches motion first. While it is short, my_model reads more of the true frames (teacher
+    A short horizon teaches motion first. reads_more: while it is short, read more of the true frames (teacher
     forcing).
     """
     start, end = knobs.grow_horizon
     grown = 1 if fraction >= end else 0 if fraction < start else (fraction - start) / (end - start)
     n_future = 1 + int(grown * (knobs.frames_out - 1))
-    longer = knobs.frames_out - n_future if knobs.model == "my_model" else 0
+    longer = knobs.frames_out - n_future if reads_more else 0
     return knobs.frames_in + longer, n_future
 
 
@@ -208,11 +211,12 @@ def train(setup, folder, progress, optimizers):
     """
     knobs, model = setup.knobs, setup.model
     net = torch.nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    reads_more = knobs.model == "my_model" and isinstance(model, EncoderForecaster)
     bar = tqdm(total=progress.steps or None, initial=progress.step, disable=RANK > 0 or None, leave=False)
     while not progress.has_ended:
         began = time.perf_counter()
         rate = schedule(optimizers, knobs, progress.fraction)
-        n_past, n_future = horizon_at(knobs, progress.fraction)
+        n_past, n_future = horizon_at(knobs, progress.fraction, reads_more)
         n_overlays = overlays_at(knobs, n_future)
         past, future = load_batch(setup, progress.step, n_past, n_future, n_overlays)
         # dense targets: while the input is longer, my_model forecasts its frames, too, once it has seen a few

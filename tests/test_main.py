@@ -73,12 +73,12 @@ def test_schedules():
     knobs = Knobs(learning_rate=0.02, grow_horizon=(0.2, 0.7), frames_in=10, frames_out=11)
     rates = [main.learning_rate_at(knobs, p) for p in (0, 0.025, 0.05, 0.2875, 0.525, 1)]
     assert rates == pytest.approx([0, 0.01, 0.02, 0.015, 0.01, 0], abs=1e-12)
-    growing = [main.horizon_at(knobs, p) for p in (0, 0.2, 0.24, 0.26, 0.46, 0.69, 0.7, 1)]
+    growing = [main.horizon_at(knobs, p, True) for p in (0, 0.2, 0.24, 0.26, 0.46, 0.69, 0.7, 1)]
     assert growing == [(20, 1), (20, 1), (20, 1), (19, 2), (15, 6), (11, 10), (10, 11), (10, 11)]
-    assert main.horizon_at(replace(knobs, grow_horizon=(0.5, 0)), 0) == (10, 11)  # the whole at once
-    assert main.horizon_at(replace(knobs, frames_out=1), 0.5) == (10, 1)
+    assert main.horizon_at(replace(knobs, grow_horizon=(0.5, 0)), 0, True) == (10, 11)  # the whole at once
+    assert main.horizon_at(replace(knobs, frames_out=1), 0.5, True) == (10, 1)
     assert [main.horizon_at(replace(knobs, grow_horizon=(0.2, 0.2)), p)[1] for p in (0.1, 0.2)] == [1, 11]
-    assert main.horizon_at(replace(knobs, model="paper"), 0) == (10, 1)
+    assert main.horizon_at(knobs, 0) == (10, 1)
 
 
 def test_evaluations_are_neither_too_few_nor_too_many():
@@ -225,6 +225,19 @@ def test_each_parameter_has_its_optimizer_and_its_rate(array, tmp_path, monkeypa
     assert [kernels["lr"], 20 * rest["lr"]] == pytest.approx([0.06 * 0.25 / 0.95] * 2)
     same = {name for name, value in start.items() if torch.equal(last["model"][name], value)}
     assert same == {name for name in start if name.startswith("encoder.0.")} and len(same) == 4
+
+
+def test_a_network_of_ones_own_in_place_of_my_model(array, tmp_path, monkeypatch):
+    """It sees frames_in frames at each step, and needs no argument but these and n."""
+
+    class Pointwise(torch.nn.Conv2d):
+        def forward(self, past, n):
+            assert past.shape[1:] == (6, 1, 16, 16)
+            return super().forward(past[:, :, 0])[:, :n, None]
+
+    monkeypatch.setattr(main, "build", lambda *_: Pointwise(6, 4, 1))
+    folder = here(array, tmp_path, **FEW)
+    assert results(folder)["parameters"] == 28
 
 
 def test_the_seed_decides(array, tmp_path):
