@@ -264,7 +264,7 @@ def test_what_is_not_symmetric_is_convolved_as_it_is():
     assert symmetric.find(random_kernel(32, 32), torch.float64, 1) is None
     for change in {}, {"stride": 2}, {"padding_mode": "circular"}, {"bias": False}, {"groups": 2}:
         module = torch.nn.Conv2d(32, 32, **{"kernel_size": 3, "padding": 1} | change)
-        assert symmetric.is_supported(module) == (not change)
+        assert symmetric.is_supported(module, torch.float32) == (not change)
 
 
 def test_what_inference_caches_serves_training():

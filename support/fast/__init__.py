@@ -37,7 +37,7 @@ def attach(model, device, dtype):
         return ", ".join([*used, "the edited ConvLSTM layer as it stands, which is slower"])
     for module in layers:
         module.fast = layer.fast_layer
-    if on_cpu and symmetric.is_supported(model.head[0]):
+    if on_cpu and symmetric.is_supported(model.head[0], dtype):
         model.head[0].forward = functools.partial(symmetric.head_layer, model.head[0])
     if on_cpu:
         model.register_forward_pre_hook(symmetric.begin_call)

@@ -256,8 +256,10 @@ class Convolution(torch.autograd.Function):
         return dx, d_blocks, dy.sum((0, 1, 2), dtype=torch.float32), None
 
 
-def is_supported(module):
+def is_supported(module, dtype):
     """Whether it is a Conv2d of 3×3 with a bias, "same" padding and nothing else, as head_layer computes."""
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return False  # AMX multiplies so fast that here the features cost more than they save
     if type(module) is not torch.nn.Conv2d or module.bias is None or "forward" in vars(module):
         return False
     with torch.device("meta"):  # draws no random numbers
