@@ -42,7 +42,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     """Train a ConvLSTM encoder-forecaster on Moving MNIST or on your own data, and score its forecasts."""
 
     # Data
-    data: str = "array"  # "array" (Moving MNIST), "fresh" (new in each epoch), or the path of your own data
+    data: str = "array"  # Moving MNIST: array, stand_in or fresh (new each epoch); or the path of your data
     train_sequences: int = 0  # training sequences; 0 = all (fresh: 10000 per epoch). Tried: 8 to 175000
     frames_in: int = 10  # input frames. Tried: 2 to 10
     frames_out: int = 10  # forecast frames. Tried: 2 to 40

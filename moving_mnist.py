@@ -157,9 +157,9 @@ class Data(NamedTuple):
 
 
 def moving_mnist_data(kind, train_sequences, seed):
-    """The three splits of kind "array" or "fresh". Raises UserError."""
-    array, name = moving_mnist_array()
-    if kind == "array":
+    """The three splits of kind "array", "stand_in" or "fresh". Raises UserError."""
+    array, name = (open_array(make_stand_in()), STAND_IN) if kind == "stand_in" else moving_mnist_array()
+    if kind != "fresh":
         training = MovingMNIST(array, "train", train_sequences)
         return Data(training, MovingMNIST(array, "validation"), MovingMNIST(array, "test"), name)
     held_out, digits = training_digits()

@@ -33,8 +33,8 @@ class Source(NamedTuple):
 
 
 def is_own(data):
-    """Whether the knob is the path of your own data; else it is "array" or "fresh"."""
-    return data not in ("array", "fresh")
+    """Whether the knob is the path of your own data; else it names a kind of Moving MNIST."""
+    return data not in ("array", "stand_in", "fresh")
 
 
 def is_array(data):

@@ -323,6 +323,9 @@ def test_without_internet_a_run_goes_on_with_the_committed_digits(tmp_path, monk
     with monkeypatch.context() as patch:  # the next run asks nobody
         patch.setattr(moving_mnist, "fetch", lambda *_: pytest.fail("the network was asked"))
         assert load("array").name == "stand-in array"
+        (tmp_path / "mnist_test_seq.npy").touch()
+        assert load("stand_in").name == "stand-in array"  # whatever else is in raw/
+        (tmp_path / "mnist_test_seq.npy").unlink()
     training, _, test, name, _ = load("fresh")
     assert (len(training), test.split) == (40, "test")
     assert name == "stand-in array, trained on fresh sequences of 9,167 digits"
