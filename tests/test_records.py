@@ -100,8 +100,8 @@ def test_speed():
     rows = {row["Contender"]: row for row in TABLES["Contender", "Training step, batch 16"]}
     steps = {(row["Machine"], row["Step"]): row for row in TABLES["Machine", "Step"]}
     labels = {"step": "default", "step without symmetry": "without symmetric convolutions"}
-    timings = [("Zen 5", row) for row in read("bench_zen5.json")["rows"]]
-    timings += [("Zen 4", row) for row in read("bench_zen4.json")["rows"]]
+    files = {"Zen 5": "bench_zen5.json", "Zen 4": "bench_zen4.json", "AMX": "bench_amx.json"}
+    timings = [(machine, row) for machine, file in files.items() for row in read(file)["rows"]]
     for machine, timed in timings:
         if timed["work"].startswith("default, horizon"):
             name, _, dtype = timed["name"].rpartition(", ")
