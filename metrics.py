@@ -3,7 +3,7 @@
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
 the prediction and y the truth. A metric gives a value for each sequence and frame, (B, T). A curve is their
 mean over the sequences. The number in a table is the mean of the curve. Metrics compute in float64. Where
-the truth is NaN, a pixel is missing, and does not count.
+the truth is NaN, a pixel is missing, and does not count. Only a truth of your own data may leave [0, 1].
 """
 
 import functools
@@ -106,9 +106,11 @@ def sliding(n, window, dtype, device):
 def cross_entropy_per_sequence(logits, truth):
     """−Σ [y·ln σ(z) + (1 − y)·ln(1 − σ(z))] over T·C·H·W pixels → (B, 1). Unit: nats.
 
-    z: logits. As in Table 1 of the ConvLSTM paper, whose best network has 3670.85 on the paper's data.
+    z: logits. As in Table 1 of the ConvLSTM paper, whose best network has 3670.85 on the paper's data. y is
+    clipped to [0, 1].
     """
-    nats = lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").flatten(1).nansum(1, True)
+    per_pixel = functools.partial(F.binary_cross_entropy_with_logits, reduction="none")
+    nats = lambda z, y: per_pixel(z, y.clamp(0, 1)).flatten(1).nansum(1, True)
     return _per_sequence(nats, logits, truth, is_logits=True)
 
 
@@ -157,7 +159,7 @@ def _sum(errors):
     return errors.nansum((2, 3, 4)).masked_fill(errors.isnan().flatten(2).all(2), torch.nan)
 
 
-def _check(name, frames, is_logits=False):
+def _check(name, frames):
     if frames.ndim != 5 or frames.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(frames.shape)}, not a filled (B, T, C, H, W)")
     if not frames.is_floating_point():
@@ -166,14 +168,14 @@ def _check(name, frames, is_logits=False):
     low, high = (v.item() for v in known.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
-    if not is_logits and (low < -1e-6 or high > 1 + 1e-6):
+    if name == "prediction" and (low < -1e-6 or high > 1 + 1e-6):
         raise ValueError(f"{name} goes from {low:g} to {high:g}, not 0 to 1: divide by 255, or use a sigmoid")
 
 
 @torch.no_grad()
 def _per_sequence(value, prediction, truth, is_logits=False):
     """value(x, y), (B, …), in float64. A few sequences at a time, to stay in the cache."""
-    _check("logits" if is_logits else "prediction", prediction, is_logits)
+    _check("logits" if is_logits else "prediction", prediction)
     _check("truth", truth)
     if prediction.shape != truth.shape:
         raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")

@@ -57,8 +57,7 @@ def predict(
     low, high = describe(data)
     report_scale(model.scale, data.series, low, high)
     sequences = torch.stack([torch.from_numpy(one.astype(np.float32)) for one in data.series])
-    sequences = model.scale.to_unit(sequences)
-    past, truth = sequences[:, :n], sequences[:, n:]
+    past, truth = model.scale.to_unit(sequences[:, :n]), model.scale.to_unit(sequences[:, n:], clip=False)
     forecast = torch.cat([model.forecast(part, frames) for part in past.split(8)])
     words = f"{data.name}: {n} frames in, {frames} forecast"
     if truth.shape[1]:

@@ -15,7 +15,7 @@ from support.devices import print0
 
 @dataclass(frozen=True)
 class Scale:
-    """The values that become 0 and 1, of each channel. What lies outside is clipped."""
+    """The values that become 0 and 1, of each channel. What lies outside is clipped, except in scores."""
 
     low: tuple[float, ...] = (0.0,)
     high: tuple[float, ...] = (255.0,)
@@ -29,10 +29,11 @@ class Scale:
     def __str__(self):
         return "; ".join(f"{low:.6g} to {high:.6g}" for low, high in zip(self.low, self.high, strict=True))
 
-    def to_unit(self, frames):
-        """Numbers of the data → float32 in [0, 1], or NaN."""
+    def to_unit(self, frames, clip=True):
+        """Numbers of the data → float32 in [0, 1], or NaN. Without clip, values outside stay outside."""
         low, width = bounds(self, frames.device)
-        return ((frames.float() - low) / width).clamp(0, 1)
+        values = (frames.float() - low) / width
+        return values.clamp(0, 1) if clip else values
 
     def to_data(self, frames, as_bytes=True):
         """[0, 1] → a NumPy array in the units of the data: float32; uint8 for grey levels without gaps."""

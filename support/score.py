@@ -17,10 +17,10 @@ BASELINES = "black", "copy_last", "optical_flow"  # black: of grey levels only
 
 
 def split_frames(frames, setup, device="cpu"):
-    """Sequences of a dataset → (past, truth) in [0, 1], or NaN. Where the last input is, so is the truth."""
-    n = setup.knobs.frames_in
-    frames = setup.data.scale.to_unit(frames[:, : n + setup.knobs.frames_out].to(device))
-    past, truth = frames[:, :n], frames[:, n:]
+    """Sequences of a dataset → (past in [0, 1], truth), or NaN. Where the last input is, so is the truth."""
+    n, scale = setup.knobs.frames_in, setup.data.scale
+    frames = frames[:, : n + setup.knobs.frames_out].to(device)
+    past, truth = scale.to_unit(frames[:, :n]), scale.to_unit(frames[:, n:], clip=False)
     return past, truth.masked_fill(past[:, -1:].isnan(), torch.nan)
 
 

@@ -112,11 +112,11 @@ def test_shapes_that_are_wrong_or_differ_are_refused():
 
 
 @pytest.mark.parametrize("bad", [1.1, -0.1, math.nan, math.inf])
-def test_bad_values_are_refused_in_either_place(bad):
+def test_bad_values_are_refused(bad):
     fine, spoilt = random_pair(dtype=torch.float32)
     spoilt[1, 2, 0, 3, 4] = bad
     refusal = ValueError if math.isfinite(bad) else FloatingPointError
-    for metric in ALL if not math.isnan(bad) else ():  # NaN is a missing pixel there
+    for metric in ALL if math.isinf(bad) else ():  # there, NaN is a missing pixel
         with pytest.raises(refusal, match="truth"):
             metric(fine, spoilt)
     for metric in PAIRS if math.isfinite(bad) else ALL:  # logits may be of any finite size
@@ -124,6 +124,17 @@ def test_bad_values_are_refused_in_either_place(bad):
             metric(spoilt, fine)
     spoilt[1, 2, 0, 3, 4] = 1 + 5e-7  # rounding
     assert all(metric(spoilt, fine).isfinite().all() for metric in ALL)
+
+
+def test_a_truth_beyond_the_scale_is_not_clipped():
+    """Errors of 0.5 and 1.5: squares of 0.25 and 2.25. The cross-entropy clips: ln 2 twice."""
+    prediction = torch.tensor([1.0, 1.0]).view(1, 1, 1, 1, 2)
+    truth = torch.tensor([1.5, -0.5]).view(1, 1, 1, 1, 2)
+    close(metrics.mse_per_frame(prediction, truth), [[2.5]])
+    close(metrics.mae_per_frame(prediction, truth), [[2.0]])
+    close(metrics.psnr(prediction, truth), [[-0.969100]], 1e-6)  # 10·log10(2 / 2.5)
+    close(metrics.mean_squares(prediction, truth), [[1.25]])
+    close(metrics.cross_entropy_per_sequence(0 * prediction, truth), [[2 * 0.693147]], 2e-6)
 
 
 def test_missing_pixels_do_not_count():
