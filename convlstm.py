@@ -3,7 +3,7 @@
     python convlstm.py    trains a small `ConvLSTMForecaster` on the CPU, and draws a forecast
 
 `--model convlstm` of main.py trains the same network longer, with Muon and more. Its design is that of the
-paper's network in my_model.py, without peepholes. In the tests, both give the same numbers.
+paper's network in my_model.py, without peepholes. With the same weights, both give the same numbers.
 
 Checkpoints of two widely used models load by name, and give the same outputs:
 

@@ -24,7 +24,7 @@ COMPASS = torch.tensor([[-1, 0, 2, -1], [1, -1, -1, 3], [5, -1, -1, 7], [-1, 4, 
 
 
 def make_kernels_equivariant(model):
-    """Make the kernels of an EncoderForecaster equivariant, not its biases or peepholes.
+    """Make the kernels of an EncoderForecaster equivariant. Biases and peepholes stay free.
 
     Below, a kernel's input and output channels are lists of grids.
     """
