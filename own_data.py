@@ -3,10 +3,13 @@
 A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
 H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. uint8 of shape
 (20, N, 64, 64) has time first, as Moving MNIST. Each video is a series; all images of a folder are one.
-If their names begin with train, validation and test, as in test_1.npy, they are the splits.
+Folders may hold folders. If names in a folder begin with train, validation and test, they are the splits.
 """
 
+import glob
 import hashlib
+import itertools
+import os
 import re
 from typing import NamedTuple
 
@@ -29,7 +32,7 @@ class Source(NamedTuple):
     series: list  # of arrays (T, C, H, W), all of one number type
     axes: str  # those of an array with all of it, such as "NTHW"
     name: str
-    files: list  # of each series, the name of its file or folder
+    files: list  # of each series, its file, or folder of images, as seen from the path
 
 
 def is_own(data):
@@ -89,16 +92,12 @@ def read(path, video, most=None):
         expected = f"height and width from {LEAST}, frame step, 1 or 3 channels"
         raise UserError(f"video is {' '.join(map(str, video))}; expected {expected}")
     files = list_files(path)
-    arrays, videos, images = (
-        [p for p in files if p.suffix.lower() in kind and p.is_file()] for kind in KINDS
-    )
+    arrays, videos, images = ([p for p in files if p.suffix.lower() in kind] for kind in KINDS)
     if sum(map(bool, (arrays, videos, images))) > 1:
         raise UserError(f"{path} holds arrays, videos or images together; give a folder of one kind")
-    folders = [path] if images else [p for p in files if p.is_dir()] if not (arrays or videos) else []
     pictures = [(file, decode(file, stride)) for file in videos]
-    for folder in folders:
-        images = [p for p in list_files(folder) if p.suffix.lower() in IMAGES]
-        pictures += [(folder, read_images(images[::stride]))] if images else []
+    for folder, group in itertools.groupby(images, lambda p: p.parent):
+        pictures.append((folder, read_images(list(group)[::stride])))
     paths = [*arrays, *(place for place, _ in pictures)]
     found = [read_array(file) for file in arrays]
     found += [read_pictures(*pair, size, channels, most) for pair in pictures]
@@ -111,18 +110,19 @@ def read(path, video, most=None):
     H, W = series[0].shape[2:]
     if min(H, W) < LEAST:
         raise UserError(f"{path} has frames of {H}×{W}; expected at least {LEAST}×{LEAST} pixels")
-    files = [place.name for place, (part, _) in zip(paths, found, strict=True) for _ in part]
+    names = [os.path.relpath(place, path) for place in paths]
+    names = [name for name, (part, _) in zip(names, found, strict=True) for _ in part]
     axes = found[0][1]
     axes = axes if len(found) == 1 or "N" in axes else f"N{axes}"
-    return Source(series, axes, path.name or path.resolve().name, files)
+    return Source(series, axes, path.name or path.resolve().name, names)
 
 
 def list_files(path):
-    """The file, or what is in the folder, in the order of the numbers in the names."""
-    files = path.iterdir() if path.is_dir() else [path]
-    # no hidden ones, and no pipes, for which we would wait
-    files = [p for p in files if p.name[0] != "." and (p.is_file() or p.is_dir())]
-    return sorted(files, key=lambda p: re.sub(r"\d+", lambda digits: digits[0].zfill(20), p.name))  # 2 < 10
+    """The file, or those in the folder and its folders, in the order of the numbers in the names."""
+    names = glob.glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]  # no hidden ones
+    files = [path / name for name in names if (path / name).is_file()]  # no pipes, for which we would wait
+    by_number = lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(name))  # 2 < 10
+    return sorted(files, key=lambda p: (by_number(p.parent), by_number(p.name)))
 
 
 def read_array(path):

@@ -313,6 +313,19 @@ def test_files_named_after_the_splits_are_them(tmp_path, capsys):
     assert len(load(folder / "Train 1.npy", n_frames=3).training) == 1  # a file is cut
 
 
+def test_so_are_files_of_folders_named_after_the_splits(tmp_path, capsys):
+    for k, name in enumerate(("train/a/2", "train/b/1", "val/9", "test/1")):
+        place = tmp_path / name
+        place.parent.mkdir(parents=True)
+        saved(np.full((5, 16, 16), 10 * k) + np.arange(5)[:, None, None], place.parent, f"{place.name}.npy")
+    with pytest.raises(UserError, match=r"named after a split, but not val.9\.npy; begin all"):
+        load(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "validation")
+    data = load(tmp_path)
+    first = [split[np.arange(len(split))][:, 0, 0, 0, 0].tolist() for split in data[:3]]
+    assert first == [[0, 10], [20], [30]]
+
+
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # as own_data.decode sets it; a writer reads it, too
 
 
