@@ -66,18 +66,16 @@ def predict(
         words += f" (mean of {len(sequences)} series; pictures show the first)" * (len(sequences) > 1)
     print(words)
     make_folder(out)
+    numbers = model.scale.to_data(forecast, as_bytes=data.series[0].dtype == np.uint8)
     with open_atomic(out / "forecast.npy") as file:
-        np.save(
-            file, restore_axes(model.scale.to_data(forecast, data.series[0].dtype == np.uint8), data.axes)
-        )
+        np.save(file, restore_axes(numbers, data.axes))
     for suffix, channels, values in model.scale.pictures():  # a picture for each channel of a field
         before, after, drawn = (x[0][:, channels] for x in (past, truth, forecast))
         picture = figures.prediction(before, after if len(after) else None, drawn, words, values)
         write_atomic(out / f"forecast{suffix}.png", picture)
         known = after if len(after) == frames else None
-        write_atomic(
-            out / f"forecast{suffix}.gif", figures.animation(before, known, drawn, data.name, values)
-        )
+        gif = figures.animation(before, known, drawn, data.name, values)
+        write_atomic(out / f"forecast{suffix}.gif", gif)
     print(f"output    {out}")
 
 
