@@ -2,7 +2,8 @@
 
     python main.py                                        train or resume, then evaluate and plot
     python main.py --epochs 20 --hidden_channels 64 64    every knob below is also a flag
-    python main.py --model paper                          the network of Shi et al. (2015)
+    python main.py --model paper                          the network of Shi et al. (2015), our training
+    python main.py --model plain                          the same network, trained plainly by Adam
     torchrun --nproc_per_node=2 main.py                   several processes
 
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.
@@ -61,7 +62,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 28
     max_minutes: float = 0.0  # training time by the clock, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
-    learning_rate: float = 0.06  # of Muon, or of Adam (plain); AdamW uses 1/20. Tried: 0.02 to 0.09
+    learning_rate: float = 0.06  # of Muon; AdamW uses 1/20. Tried: 0.02 to 0.09. plain: of Adam
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.3
     grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast grows between these fractions of training
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
@@ -74,7 +75,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     seed: int = 0  # of weights, order, overlays, dropout and fresh sequences
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto = bf16 if the hardware has it
-    fast: bool = True  # use fast code; --no_fast runs all in plain PyTorch
+    fast: bool = True  # use fast code; --no_fast runs everything in plain PyTorch
 
 
 # Other defaults for your own data and for `--model NAME`. A flag wins over both.
