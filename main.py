@@ -2,7 +2,7 @@
 
     python main.py                                        train or resume, then evaluate and plot
     python main.py --epochs 20 --hidden_channels 64 64    every knob below is also a flag
-    python main.py --model paper                          the network of Shi et al. (2015), our training
+    python main.py --model paper                          the network of Shi et al. (2015), with our training
     python main.py --model plain                          the same network, trained plainly by Adam
     torchrun --nproc_per_node=2 main.py                   several processes
 
@@ -62,7 +62,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     epochs: int = 2  # passes over the training sequences. Tried: 1 to 28
     max_minutes: float = 0.0  # training time by the clock, instead of epochs; 0 = off. Tried: up to 150
     batch_size: int = 8  # sequences in a step, over all processes. Tried: 2 to 16
-    learning_rate: float = 0.06  # of Muon; AdamW uses 1/20. Tried: 0.02 to 0.09. plain: of Adam
+    learning_rate: float = 0.06  # of Muon; AdamW uses 1/20. Tried: 0.02 to 0.09. In plain: of Adam
     weight_decay: float = 0.03  # of Muon; long runs used 0.01. Tried: 0 to 0.3
     grow_horizon: tuple[float, float] = (0.4, 0.9)  # the forecast grows between these fractions of training
     ssim_from: float = 0.9  # 1 - SSIM joins the loss after this fraction of training; 1 = never
