@@ -3,7 +3,8 @@
 Frames are (B, T, C, H, W) floats in [0, 1]: B sequences, T frames, C channels, H height, W width. Below, x is
 the prediction and y the truth. A metric gives a value for each sequence and frame, (B, T). A curve is their
 mean over the sequences. The number in a table is the mean of the curve. Metrics compute in float64. Where
-the truth is NaN, a pixel is missing, and does not count. Only a truth of your own data may leave [0, 1].
+the truth is NaN, a pixel is missing, and does not count. Only of your own data, truth and baselines may leave
+[0, 1].
 """
 
 import functools
@@ -21,6 +22,7 @@ METRICS = {  # in the order of the tables: heading and unit
     "psnr": ("PSNR", "dB, of each frame on a 0-1 scale, mean over sequences"),
     "cross_entropy_per_sequence": ("cross-entropy", "nats, sum over a sequence, mean over sequences"),
 }
+MOST = 100  # values this large are no frames in [0, 1]
 GAUSSIAN = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
 GAUSSIAN /= GAUSSIAN.sum()
 UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
@@ -138,7 +140,7 @@ def optical_flow(past, n_future):
     """
     C, H, W = past.shape[2:]
     last_two = past[:, -2:].float().cpu()  # OpenCV computes on the CPU
-    grey = (last_two.mean(2) * 255).round().byte().numpy()
+    grey = (last_two.mean(2).clamp(0, 1) * 255).round().byte().numpy()
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flow = torch.stack([torch.from_numpy(dis.calc(last, before, None)) for before, last in grey])
     flow = flow.movedim(-1, 1)  # (B, 2, H, W): offset, in x and y, to where a pixel came from
@@ -151,7 +153,7 @@ def optical_flow(past, n_future):
         origin = (2 * origin + 1) / size - 1  # grid_sample's frame spans −1 to 1
         moving = F.grid_sample(moving, origin, padding_mode="border", align_corners=False)
         frames.append(moving[:, :C])
-    return torch.stack(frames, 1).clamp(0, 1).to(past)  # interpolation may round to 1 + 1e-7
+    return torch.stack(frames, 1).to(past)
 
 
 def _sum(errors):
@@ -168,8 +170,8 @@ def _check(name, frames):
     low, high = (v.item() for v in known.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
-    if name == "prediction" and (low < -1e-6 or high > 1 + 1e-6):
-        raise ValueError(f"{name} goes from {low:g} to {high:g}, not 0 to 1: divide by 255, or use a sigmoid")
+    if name == "prediction" and max(-low, high) > MOST:
+        raise ValueError(f"{name} goes from {low:g} to {high:g}; expected about 0 to 1: divide by 255")
 
 
 @torch.no_grad()

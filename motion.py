@@ -48,8 +48,8 @@ def block_match(frames, before, patch_size, max_motion, match=matching_costs):
 
     before: for each frame, the one that precedes it. The cost of a move is the mean of `matching_costs` over
     the patch and its eight neighbors. One patch alone often has the aperture problem: motion along a straight
-    edge cannot be seen. Costs are divided by their mean over the moves, so that data of low contrast work as
-    well. A softmax turns them into probabilities.
+    edge cannot be seen. Costs are divided by their mean over the moves, so that contrast does not matter. A
+    softmax turns them into probabilities.
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for costs
     frames, before = frames.to(wide).contiguous(), before.to(wide).contiguous()

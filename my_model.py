@@ -14,8 +14,8 @@ Changes from the paper, and why. The default of main.py has all.
 - `equivariant`: kernels that respect flips and transposition. Training needs less data
   (equivariant.py).
 
-B batch, T frames, C channels, H height, W width, Ch hidden channels, P patch size.
-Inside layers, H and W are counted in patches.
+B batch, T frames, C channels of a frame, H height, W width, P patch size.
+Of a layer: Cx channels of its input, Ch hidden channels. It works on patches: H/P, W/P.
 """
 
 import torch
@@ -61,7 +61,7 @@ class ConvLSTMCell(nn.Module):
         self.peephole = nn.Parameter(torch.zeros(3, hidden_channels)) if peephole else None
 
     def forward(self, x, state):
-        """x (B, C, H, W) or None, state (h, c) of (B, Ch, H, W) each → the next (h, c)."""
+        """x (B, Cx, H/P, W/P) or None, state (h, c) of (B, Ch, H/P, W/P) each → the next (h, c)."""
         h, c = state
         z = F.conv2d(h, self.state_to_state, self.bias, padding="same", dilation=self.dilation)
         if x is not None:
@@ -91,7 +91,7 @@ class ConvLSTM(nn.Module):
         self.fast = None
 
     def forward(self, x, state, n_frames):
-        """x (B, T, C, H, W) or None, state (None: zeros) → hidden states (B, T, Ch, H, W), last (h, c)."""
+        """x (B, T, Cx, H/P, W/P) or None, state or None → hidden states (B, T, Ch, H/P, W/P), last (h, c)."""
         state = self.cell.zero_state(x) if state is None else state
         if self.fast is not None:
             hidden_states, state = self.fast(self.cell, x, state, n_frames)
@@ -105,7 +105,7 @@ class ConvLSTM(nn.Module):
 
 
 def unroll(layers, x, states, n_frames):
-    """Run a stack over n_frames: x (B, T, C, H, W) or None → hidden states and last state of each layer."""
+    """Run a stack over n_frames: x (B, T, Cx, H/P, W/P) or None → of each, hidden states and last state."""
     hidden_states, last_states = [], []
     for layer, state in zip(layers, states, strict=True):
         x, state = layer(x, state, n_frames)
@@ -169,7 +169,7 @@ class EncoderForecaster(nn.Module):
                 last.bias.fill_(-3.0)  # frames start nearly black
         self.head = nn.Sequential(*head, last)
         if equivariant:
-            make_kernels_equivariant(self)  # a kernel that you add outside the head needs a line there
+            make_kernels_equivariant(self)  # does not know kernels that you add outside the head
 
     @property
     def output_layer(self):
@@ -232,7 +232,7 @@ class EncoderForecaster(nn.Module):
             raise ValueError(f"n_future is {n_future}; expected at least 1")
         if past.ndim != 5 or past.shape[2] != self.channels:
             raise ValueError(f"frames have shape {tuple(past.shape)}; expected (B, T, {self.channels}, H, W)")
-        if past.device.type == "cpu" and past.numel():  # a GPU would have to wait for this check
+        if past.device.type == "cpu" and past.numel():  # on a GPU, the CPU would have to wait for it
             low, high = past.aminmax()
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"frames have values from {low:.4g} to {high:.4g}; expected 0 to 1")

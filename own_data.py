@@ -3,7 +3,7 @@
 A .npy holds one series, (T, H, W) or (T, H, W, C), or N series, (N, T, H, W) or (N, T, H, W, C): T frames,
 H height, W width, C channels. Numbers may be integers or floats. NaN is a missing pixel. uint8 of shape
 (20, N, 64, 64) has time first, as Moving MNIST. Each video is a series; all images of a folder are one.
-Folders may hold folders. If names in a folder begin with train, validation and test, they are the splits.
+Folders may hold folders. Files or folders named train, val and test, or train_1 and so on, are the splits.
 """
 
 import glob
@@ -11,11 +11,12 @@ import hashlib
 import itertools
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from moving_mnist import SPLITS, Data, Sequences, open_npy
+from moving_mnist import Data, Sequences, open_npy
 from support import UserError
 from support.devices import print0
 from support.scale import choose_scale, is_constant, limits, report_scale
@@ -24,7 +25,12 @@ from support.video import IMAGES, VIDEOS, decode, read_images, read_pictures
 KINDS = {".npy"}, VIDEOS, IMAGES
 AXES = {"N": "series", "T": "time", "H": "height", "W": "width", "C": "channel"}
 LEAST = 16  # pixels of a side; a shorter last axis has the channels
-PARTS = [name for name in SPLITS if name != "all"]
+NAMES = {
+    "train": {"train", "training"},
+    "validation": {"val", "valid", "validation"},
+    "test": {"test", "testing"},
+}
+PARTS = list(NAMES)
 HELD_OUT = 0.15  # of each series, for validation and again for the test, where there are few series
 
 
@@ -120,9 +126,11 @@ def read(path, video, most=None):
 def list_files(path):
     """The file, or those in the folder and its folders, in the order of the numbers in the names."""
     names = glob.glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]  # no hidden ones
-    files = [path / name for name in names if (path / name).is_file()]  # no pipes, for which we would wait
+    names.sort(key=len, reverse=True)  # of links to the same file, the shortest name
+    files = {(path / name).resolve(): path / name for name in names}
+    files = [file for file in files.values() if file.is_file()]  # no pipes, for which we would wait
     by_number = lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(name))  # 2 < 10
-    return sorted(files, key=lambda p: (by_number(p.parent), by_number(p.name)))
+    return sorted(files, key=lambda p: (by_number(p.parent), p.parent, by_number(p.name)))
 
 
 def read_array(path):
@@ -208,16 +216,16 @@ def mean_of_known(values):
 
 
 def split_of(file):
-    """The split with which the name of a file begins, or None."""
-    word = re.match("[a-z]*", file.lower())[0]
-    return word if word in PARTS else None
+    """The split after which a file, or a folder that it is in, is named; or None. Example: test/cam_1.npy."""
+    words = [re.match("[a-z]*", part.lower())[0] for part in Path(file).parts]
+    return next((name for word in words for name in PARTS if word in NAMES[name]), None)
 
 
 def by_file(lengths, n_frames, files):
     """As `cut`, by the names of the files. Raises UserError where a split has no series."""
     found = [split_of(file) for file in files]
     if None in found:
-        advice = "begin all names with train, validation or test, or none"
+        advice = "begin all names with train, val or test, or none"
         raise UserError(f"some files are named after a split, but not {files[found.index(None)]}; {advice}")
     if missing := [name for name in PARTS if name not in found]:
         raise UserError(f"no file whose name begins with {missing[0]} has {n_frames} frames in a row")

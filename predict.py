@@ -28,7 +28,7 @@ def predict(
     """Forecast what follows some frames of your data. Later frames are compared with the forecast.
 
     Args:
-        source: any data that main.py reads. Videos and images are resized as in training.
+        source: any data that main.py reads. Weights trained on videos or images resize them likewise.
         weights: a best.pt of main.py. It also has the number of input frames, and the scale of values.
         frames: how many frames to forecast. 0 = as many as in training.
         start: the first input frame. 0 is the first of the data, -10 the tenth from the end.

@@ -40,7 +40,7 @@ title = "stand-in array, two cores of AMD EPYC Zen 5"
 (PHOTOS / "compare.png").write_bytes(figures.compare(histories, curves, title))
 
 model = main.load(RECORDS / "long.pt")
-data = moving_mnist_data("array", 0, 0)
+data = moving_mnist_data("stand_in", 0, 0)
 to_unit = data.scale.to_unit
 
 frames = to_unit(data.test[np.arange(MEDIAN, MEDIAN + 1)])  # forecast.npy is of this sequence

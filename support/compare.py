@@ -72,7 +72,7 @@ def describe_split(results):
 def compare_runs(out, latest, first_sequence):
     """Write the comparison into `out`. A single run is not compared.
 
-    latest: the metrics.json of one of the runs. first_sequence: of the test split, (T, C, H, W) in [0, 1].
+    latest: the metrics.json of one of the runs. first_sequence: of the test split, (T, C, H, W), scaled.
     """
     with lock_folder(out, wait=True):  # of two runs that end at once, the second sees both
         runs = []

@@ -171,7 +171,7 @@ def load_model(path, knobs, build):
     model.frames_in, model.frames_out = knobs.frames_in, knobs.frames_out
     model.channels = weights["channels"]
     model.scale = Scale.of(weights.get("scale"))
-    # videos are as large as in training, or as they are
+    # videos are as large as in training; if that was on arrays, as they are
     model.video = (0, 0, 1, 3 if model.channels == 3 else 1) if is_array(knobs.data) else knobs.video
     model.forecast = types.MethodType(forecast, model)
     return model

@@ -226,7 +226,7 @@ def draw_named(setup, folder, dataset, named, title):
 
 
 def first_sequence(setup):
-    """The first of the test split, (T, C, H, W) in [0, 1]."""
+    """The first of the test split, (T, C, H, W), scaled."""
     return torch.cat(split_frames(setup.data.test[np.arange(1)], setup), 1)[0]
 
 

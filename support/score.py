@@ -16,11 +16,14 @@ CURVES = tuple(name for name in metrics.METRICS if name != CROSS_ENTROPY)  # one
 BASELINES = "black", "copy_last", "optical_flow"  # black: of grey levels only
 
 
-def split_frames(frames, setup, device="cpu"):
-    """Sequences of a dataset → (past in [0, 1], truth), or NaN. Where the last input is, so is the truth."""
+def split_frames(frames, setup, device="cpu", clip=True):
+    """Sequences of a dataset → (past in [0, 1], truth), or NaN. Where the last input is, so is the truth.
+
+    Without clip, values of the past that lie outside stay there, as those of the truth do.
+    """
     n, scale = setup.knobs.frames_in, setup.data.scale
     frames = frames[:, : n + setup.knobs.frames_out].to(device)
-    past, truth = scale.to_unit(frames[:, :n]), scale.to_unit(frames[:, n:], clip=False)
+    past, truth = scale.to_unit(frames[:, :n], clip), scale.to_unit(frames[:, n:], clip=False)
     return past, truth.masked_fill(past[:, -1:].isnan(), torch.nan)
 
 
@@ -54,7 +57,7 @@ def score(setup, dataset, names, who="", index=None):
     at_once = max(1, min(20, 20 * 64 * 64 // math.prod(dataset.shape[1:])))  # fewer of large frames
     for start in range(0, len(mine), at_once):
         batch = mine[start : start + at_once]
-        past, truth = split_frames(dataset[index[batch]], setup, setup.device)
+        past, truth = split_frames(dataset[index[batch]], setup, setup.device, clip=not who)
         if who:
             prediction, logits = getattr(metrics, who)(fill(past), n_future), None
         else:

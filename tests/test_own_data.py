@@ -150,10 +150,9 @@ def test_a_run_on_a_field_with_gaps(tmp_path, capsys):
     scale = Scale.of(checkpoint.load(run / "best.pt")["scale"])
     low, high = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
     test = field[34:].transpose(0, 3, 1, 2)  # 28 training, 6 validation, 6 test frames
-    past, truth = test[:3].clip(low, high), test[3:5]
-    assert (
-        np.nanmin(truth) < low.min()
-    )  # scores know it, though the network reads and forecasts no such value
+    past, truth = test[:3], test[3:5]
+    # scores know true values of input and future, though the network reads and forecasts no such value
+    assert np.nanmin(truth) < low.min() and np.nanmin(past[-1]) < low.min()
     np.testing.assert_array_equal(np.isnan(forecast), np.isnan(past[-1:]) | np.zeros_like(truth, bool))
     known = np.isnan(past[-1:]) | np.isnan(truth)
     copy, scores = np.where(known, np.nan, past[-1:] - truth), results(run)["scores"]
@@ -242,6 +241,7 @@ REFUSED = [
     (with_one(1e300), "has infinite values"),  # in float32
     (FIELD / 1000 + 1e9, r"all values of own\.npy are 1e\+09;"),
     (np.where(np.arange(40)[:, None, None] < 34, FIELD, np.nan), "all values of the test split"),
+    (np.where(np.arange(40)[:, None, None] == 39, 1e5, FIELD), r"to 100000, far beyond the scale, .* NaN"),
     (FIELD * 1j, "holds complex128; expected integers or floats"),
     (np.full(FIELD.shape, "a"), "holds <U1; expected integers or floats"),
     (FIELD[:14], r"too few frames: expected at least one series of 15 .*, or three of 5 .*; found \[14\]"),
@@ -314,16 +314,27 @@ def test_files_named_after_the_splits_are_them(tmp_path, capsys):
 
 
 def test_so_are_files_of_folders_named_after_the_splits(tmp_path, capsys):
-    for k, name in enumerate(("train/a/2", "train/b/1", "val/9", "test/1")):
+    for k, name in enumerate(("all/train/a/2", "all/training/b/1", "all/values/9", "all/test/1")):
         place = tmp_path / name
         place.parent.mkdir(parents=True)
         saved(np.full((5, 16, 16), 10 * k) + np.arange(5)[:, None, None], place.parent, f"{place.name}.npy")
-    with pytest.raises(UserError, match=r"named after a split, but not val.9\.npy; begin all"):
+    with pytest.raises(UserError, match=r"named after a split, but not all.values.9\.npy; begin all"):
         load(tmp_path)
-    (tmp_path / "val").rename(tmp_path / "validation")
+    (tmp_path / "all" / "values").rename(tmp_path / "all" / "val")
     data = load(tmp_path)
     first = [split[np.arange(len(split))][:, 0, 0, 0, 0].tolist() for split in data[:3]]
     assert first == [[0, 10], [20], [30]]
+
+
+def test_a_link_adds_no_series(tmp_path):
+    for name in ("cam1", "cam01"):
+        (tmp_path / name).mkdir()
+        for k in (1, 2):
+            cv2.imwrite(str(tmp_path / name / f"{k}.png"), np.full((20, 30, 3), 10 * k, np.uint8))
+    (tmp_path / "today").symlink_to("cam1")
+    (tmp_path / "cam1" / "here").symlink_to(".")
+    source = read(tmp_path, VIDEO)
+    assert source.files == ["cam01", "cam1"] and [len(one) for one in source.series] == [2, 2]
 
 
 os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"  # as own_data.decode sets it; a writer reads it, too
