@@ -28,7 +28,7 @@ def predict(
     """Forecast what follows some frames of your data. Later frames are compared with the forecast.
 
     Args:
-        source: any data that main.py reads. Weights trained on videos or images resize them likewise.
+        source: any data that main.py reads. Videos and images get the size of those in training.
         weights: a best.pt of main.py. It also has the number of input frames, and the scale of values.
         frames: how many frames to forecast. 0 = as many as in training.
         start: the first input frame. 0 is the first of the data, -10 the tenth from the end.
@@ -52,7 +52,7 @@ def predict(
         print(f"left out  series with fewer than {n} frames: {len(windows) - len(chosen)}")
     shortest = min(map(len, chosen))
     if shortest < max(map(len, chosen)):
-        print(f"cut       all series to {shortest} frames, as the shortest has")
+        print(f"cut       all series to the {shortest} frames of the shortest")
     data = data._replace(series=[one[:shortest] for one in chosen])
     low, high = describe(data)
     report_scale(model.scale, data.series, low, high)

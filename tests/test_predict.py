@@ -75,7 +75,7 @@ def test_axes_are_those_of_the_input(frames, trained, tmp_path, capsys):
     np.save(tmp_path / "series" / "a.npy", frames)
     np.save(tmp_path / "series" / "b.npy", frames[: FRAMES_IN + 1])
     close(forecast(tmp_path / "series", trained, tmp_path), np.stack([drawn(trained, frames)] * 2))
-    assert f"cut       all series to {FRAMES_IN + 1} frames, as the shortest has" in capsys.readouterr().out
+    assert f"cut       all series to the {FRAMES_IN + 1} frames of the shortest" in capsys.readouterr().out
 
 
 def test_start_counts_from_both_ends(frames, trained, tmp_path):
