@@ -90,8 +90,8 @@ RECIPES = {
         "learning_rate": 0.04,
         "epochs": 3,
     },
-    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},  # of convlstm.py
-    "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # of convlstm.py
+    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},  # its ConvLSTMForecaster
+    "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # its EncoderDecoderConvLSTM, large and slow
 }
 # the paper's network, trained plainly: by Adam, on all forecast frames from the start
 RECIPES["plain"] = RECIPES["paper"] | {
