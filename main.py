@@ -90,8 +90,8 @@ RECIPES = {
         "learning_rate": 0.04,
         "epochs": 3,
     },
-    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},  # its ConvLSTMForecaster
-    "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # its EncoderDecoderConvLSTM, large and slow
+    "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},  # of convlstm.py
+    "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # EncoderDecoderConvLSTM of convlstm.py
 }
 # the paper's network, trained plainly: by Adam, on all forecast frames from the start
 RECIPES["plain"] = RECIPES["paper"] | {
@@ -108,7 +108,8 @@ ADAMW_RATE = 1 / 20  # of Muon's
 def build(knobs, channels):
     """A model: model(past, n), with past (B, T, C, H, W) in [0, 1], gives logits of the next n frames.
 
-    Return a network of your own here, in place of my_model's.
+    Return a network of your own here, in place of my_model's. Choose its learning rate. Dense targets (see
+    `train`) are for EncoderForecaster only.
     """
     if knobs.model == "convlstm":
         options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
@@ -134,7 +135,7 @@ def make_optimizers(model, knobs, dtype):
     """Muon for the kernels (four axes or more); AdamW for biases, peepholes and the output layer.
 
     For "plain", Adam for all. The learning rates given here are the highest. In training they follow
-    `learning_rate_at`. dtype: in which Muon multiplies matrices.
+    `learning_rate_at`. dtype: of Muon's matrix products.
     """
     if knobs.model == "plain":
         return [torch.optim.Adam(model.parameters(), knobs.learning_rate)]
@@ -146,7 +147,7 @@ def make_optimizers(model, knobs, dtype):
 
 
 def learning_rate_at(knobs, fraction):
-    """Muon's rate after a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
+    """The learning rate after a fraction of training, in [0, 1): linear warm-up, then linear to zero."""
     if fraction < WARMUP:
         return knobs.learning_rate * fraction / WARMUP
     return knobs.learning_rate * (1 - fraction) / (1 - WARMUP)

@@ -161,7 +161,7 @@ class EncoderForecaster(nn.Module):
         self.outputs = [n_pixels, n_pixels, n_moves] if max_motion else [n_pixels]
         last = nn.Conv2d(n_in, sum(self.outputs), 1)
         with torch.no_grad():
-            if max_motion:  # untrained, it forecasts nearly the last frame
+            if max_motion:  # untrained, it nearly copies the last frame
                 last.bias.zero_()
                 last.bias[n_pixels : 2 * n_pixels] = 1.0
                 last.bias[2 * n_pixels + n_moves // 2] = 8.0  # the zero move

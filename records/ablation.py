@@ -48,7 +48,7 @@ LADDER = {  # folder → (what it adds to the row above, what that does)
         "+ overlays, dilation, weight decay",
         "other sequences are merged into each; kernels see farther",
     ),
-    "default": ("+ SSIM in the loss (an earlier default)", "MSE rises, MAE falls, forecasts get sharper"),
+    "default": ("+ SSIM in the loss (nearly the default)", "MSE rises, MAE falls, forecasts get sharper"),
     "paper": ("the paper's network", "with Muon and a growing horizon"),
 }
 METRICS = {"mse_per_frame": 1, "mae_per_frame": 1, "ssim": 3}  # digits in the table

@@ -91,8 +91,8 @@ window = {"xlim": (columns.min() - 5, columns.max() + 5), "ylim": (rows.max() + 
 titles = (
     "frame 10; moves: old → new place",
     "moved by the head",
-    "forecast of frame 11",
-    "truth of frame 11",
+    "frame 11: forecast",
+    "frame 11: truth",
 )
 figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
 for ax, title, image in zip(axes, titles, (last, moved, forecasts[0, 0], truth), strict=True):
