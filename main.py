@@ -108,8 +108,8 @@ ADAMW_RATE = 1 / 20  # of Muon's
 def build(knobs, channels):
     """A model: model(past, n), with past (B, T, C, H, W) in [0, 1], gives logits of the next n frames.
 
-    Return a network of your own here, in place of my_model's. Choose its learning rate. Dense targets (see
-    `train`) are for EncoderForecaster only.
+    Return a network of your own here, in place of my_model's. Choose its learning rate. If it has an
+    `output_layer`, AdamW trains that. Dense targets (see `train`) are for EncoderForecaster only.
     """
     if knobs.model == "convlstm":
         options = knobs.hidden_channels, knobs.kernel_size, knobs.patch_size
