@@ -3,7 +3,7 @@
     python main.py                                        train or resume, then evaluate and plot
     python main.py --epochs 20 --hidden_channels 64 64    every knob below is also a flag
     python main.py --model paper                          the network of Shi et al. (2015), with our training
-    python main.py --model plain                          the same network, trained plainly by Adam
+    python main.py --model plain                          the same network, trained plainly with Adam
     torchrun --nproc_per_node=2 main.py                   several processes
 
 Each run has a folder in results/. Frames are (B, T, C, H, W): batch, time, channels, height, width.

@@ -56,4 +56,5 @@ def block_match(frames, before, patch_size, max_motion, match=matching_costs):
     cost = match(frames, before, patch_size, max_motion)
     cost = F.avg_pool2d(cost.permute(0, 3, 1, 2), 3, 1, 1).permute(0, 2, 3, 1)
     relative = cost / (cost.mean(-1, keepdim=True) + 1e-6)
-    return (-SHARPNESS * relative).softmax(-1).permute(0, 3, 1, 2).contiguous()  # fast over the last axis
+    # softmax is fast over the last axis
+    return (-SHARPNESS * relative).softmax(-1).permute(0, 3, 1, 2).contiguous()

@@ -38,7 +38,7 @@ LADDER = {  # folder → (what it adds to the row above, what that does)
         "+ equivariant kernels",
         "if a convolution's input is mirrored or transposed, so is its output",
     ),
-    "dense": ("+ dense targets", "while forecasts are short, more input is read; most of it is a target"),
+    "dense": ("+ dense targets", "while forecasts are short, more frames are read; most are forecast, too"),
     "motion": (
         "+ advection, block matching",
         "the head can move patches; the first layer reads how they moved",
