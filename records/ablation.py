@@ -36,9 +36,9 @@ LADDER = {  # folder → (what it adds to the row above, what that does)
     "grow": ("+ growing horizon", "training begins with forecasts of one frame, and ends with ten"),
     "equivariant": (
         "+ equivariant kernels",
-        "if a convolution's input is mirrored or transposed, so is its output",
+        "each feature is found in eight orientations, with the same weights",
     ),
-    "dense": ("+ dense targets", "while forecasts are short, more frames are read; most are forecast, too"),
+    "dense": ("+ dense targets", "at first, input frames are forecast, too, each from those before it"),
     "motion": (
         "+ advection, block matching",
         "the head can move patches; the first layer reads how they moved",

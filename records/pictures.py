@@ -53,7 +53,7 @@ forecasts["long run"] = model.forecast(past, 10)[0]
 for label, forecast in forecasts.items():
     mse = (forecast - truth).square().sum((1, 2, 3)).mean()
     rows[f"{label}, here\u00a0MSE\u00a0{mse:.0f}"] = FIRST + 1, forecast
-title = f"test sequence {MEDIAN + 1}, the median of the default's forecasts"
+title = f"test sequence {MEDIAN + 1}, where the default has its median MSE"
 (PHOTOS / "strip.png").write_bytes(figures.grid(rows, title))
 
 frames = to_unit(data.test[np.arange(SEQUENCE, SEQUENCE + 1)])
