@@ -22,7 +22,6 @@ METRICS = {  # in the order of the tables: heading and unit
     "psnr": ("PSNR", "dB, of each frame on a 0-1 scale, mean over sequences"),
     "cross_entropy_per_sequence": ("cross-entropy", "nats, sum over a sequence, mean over sequences"),
 }
-MOST = 100  # values this large are no frames in [0, 1]
 GAUSSIAN = torch.exp(torch.arange(-5, 6, dtype=torch.float64).square() / (-2 * 1.5**2))
 GAUSSIAN /= GAUSSIAN.sum()
 UNIFORM = torch.full((7,), 1 / 7, dtype=torch.float64)
@@ -121,6 +120,10 @@ def mean_squares(prediction, truth):
     return _per_sequence(lambda x, y: (x - y).square().nanmean((1, 3, 4)), prediction, truth)
 
 
+class Baseline(torch.Tensor):
+    """A forecast that may leave [0, 1], as numbers of your own data may."""
+
+
 def black(past, n_future):
     """(B, T, C, H, W) → (B, n_future, C, H, W): nothing but background, as a failed network draws."""
     return past.new_zeros(len(past), n_future, *past.shape[2:])
@@ -128,7 +131,7 @@ def black(past, n_future):
 
 def copy_last(past, n_future):
     """(B, T, C, H, W) → (B, n_future, C, H, W): the last frame stands still."""
-    return past[:, -1:].repeat(1, n_future, 1, 1, 1)
+    return past[:, -1:].repeat(1, n_future, 1, 1, 1).as_subclass(Baseline)
 
 
 @torch.no_grad()
@@ -153,7 +156,7 @@ def optical_flow(past, n_future):
         origin = (2 * origin + 1) / size - 1  # grid_sample's frame spans −1 to 1
         moving = F.grid_sample(moving, origin, padding_mode="border", align_corners=False)
         frames.append(moving[:, :C])
-    return torch.stack(frames, 1).to(past)
+    return torch.stack(frames, 1).to(past).as_subclass(Baseline)
 
 
 def _sum(errors):
@@ -170,8 +173,8 @@ def _check(name, frames):
     low, high = (v.item() for v in known.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise FloatingPointError(f"{name} holds NaN or infinite values")
-    if name == "prediction" and max(-low, high) > MOST:
-        raise ValueError(f"{name} goes from {low:g} to {high:g}; expected about 0 to 1: divide by 255")
+    if name == "prediction" and (low < -1e-6 or high > 1 + 1e-6) and not isinstance(frames, Baseline):
+        raise ValueError(f"{name} goes from {low:g} to {high:g}, not 0 to 1: divide by 255, or use a sigmoid")
 
 
 @torch.no_grad()
@@ -183,6 +186,7 @@ def _per_sequence(value, prediction, truth, is_logits=False):
         raise ValueError(f"shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}")
     if truth.device.type == "mps":  # Apple's GPU has no float64
         prediction, truth = prediction.cpu(), truth.cpu()
+    prediction = prediction.as_subclass(torch.Tensor)
     step = max(1, 2**17 // truth[0].numel())
     pairs = zip(prediction.split(step), truth.split(step), strict=True)
     return torch.cat([value(x.double(), y.double()) for x, y in pairs])

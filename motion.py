@@ -48,7 +48,7 @@ def block_match(frames, before, patch_size, max_motion, match=matching_costs):
 
     before: for each frame, the one that precedes it. The cost of a move is the mean of `matching_costs` over
     the patch and its eight neighbors. One patch alone often has the aperture problem: motion along a straight
-    edge cannot be seen. Costs are divided by their mean over the moves, so that contrast does not matter. A
+    edge cannot be seen. Costs are divided by their mean over the moves, so that contrast hardly matters. A
     softmax turns them into probabilities.
     """
     wide = torch.promote_types(frames.dtype, torch.float32)  # bf16 is too coarse for costs

@@ -6,7 +6,6 @@ H height, W width, C channels. Numbers may be integers or floats. NaN is a missi
 Folders may hold folders. Files or folders named train, val and test, or train_1 and so on, are the splits.
 """
 
-import glob
 import hashlib
 import itertools
 import os
@@ -68,7 +67,7 @@ def own_data(path, n_frames, video, train_sequences, value_range, scale=None):
     if len(series) < len(source.series):
         print0(f"left out  series shorter than {n_frames} frames: {len(source.series) - len(series)}")
     lengths = [len(one) for one in series]
-    is_split = path.is_dir() and any(map(split_of, source.files))
+    is_split = path.is_dir() and any(splits_of(source.files))
     training, *others = by_file(lengths, n_frames, files) if is_split else cut(lengths, n_frames)
     starts = [(k, t) for k, first, end in training for t in range(first, end - n_frames + 1)]
     if 0 < train_sequences < len(starts):
@@ -125,10 +124,15 @@ def read(path, video, most=None):
 
 def list_files(path):
     """The file, or those in the folder and its folders, in the order of the numbers in the names."""
-    names = glob.glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]  # no hidden ones
-    names.sort(key=len, reverse=True)  # of links to the same file, the shortest name
-    files = {(path / name).resolve(): path / name for name in names}
-    files = [file for file in files.values() if file.is_file()]  # no pipes, for which we would wait
+    found, seen = [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):  # nothing, if the path is a file
+        if (place := os.path.realpath(folder)) in seen:  # a link, perhaps to a folder above
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = [file for file in found if file.is_file()]  # no pipes, for which we would wait
     by_number = lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(name))  # 2 < 10
     return sorted(files, key=lambda p: (by_number(p.parent), p.parent, by_number(p.name)))
 
@@ -215,20 +219,22 @@ def mean_of_known(values):
     return known.mean() if len(known) else np.nan
 
 
-def split_of(file):
-    """The split after which a file, or a folder that it is in, is named; or None. Example: test/cam_1.npy."""
-    words = [re.match("[a-z]*", part.lower())[0] for part in Path(file).parts]
-    return next((name for word in words for name in PARTS if word in NAMES[name]), None)
+def splits_of(files):
+    """For each file, the split that its name or a folder's begins with, or None. All at one level of folders."""
+    split_of = lambda word: next((name for name in PARTS if word in NAMES[name]), None)
+    paths = [[re.match("[a-z]*", part.lower())[0] for part in Path(file).parts] for file in files]
+    levels = [list(map(split_of, words)) for words in itertools.zip_longest(*paths, fillvalue="")]
+    return max(levels, key=lambda found: len({*found} - {None}), default=[])
 
 
 def by_file(lengths, n_frames, files):
     """As `cut`, by the names of the files. Raises UserError where a split has no series."""
-    found = [split_of(file) for file in files]
+    found = splits_of(files)
     if None in found:
         advice = "begin all names with train, val or test, or none"
         raise UserError(f"some files are named after a split, but not {files[found.index(None)]}; {advice}")
     if missing := [name for name in PARTS if name not in found]:
-        raise UserError(f"no file whose name begins with {missing[0]} has {n_frames} frames in a row")
+        raise UserError(f"no file or folder named {missing[0]} has {n_frames} frames in a row")
     counts = [found.count(name) for name in PARTS]
     print0("split     by names of files, series: {} training, {} validation, {} test".format(*counts))
     return [[(k, 0, n) for k, n in enumerate(lengths) if found[k] == name] for name in PARTS]

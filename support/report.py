@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shlex
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -173,8 +174,8 @@ def finish(setup, folder, step):
         compare_runs(folder.parent, results, first.numpy())
     print0(f"\n{describe(results)}\noutput    {folder}")
     if is_own(knobs.data) and not knobs.eval_only:
-        paths = f"{shlex.quote(knobs.data)} --weights {shlex.quote(str(folder / 'best.pt'))}"
-        print0(f"predict   python predict.py {paths} --start -{knobs.frames_in}")
+        data, weights = (shlex.quote(Path(path).as_posix()) for path in (knobs.data, folder / "best.pt"))
+        print0(f"predict   python predict.py {data} --weights {weights} --start -{knobs.frames_in}")
 
 
 def draw_samples(setup, folder, title):

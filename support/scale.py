@@ -12,7 +12,7 @@ import torch
 from support import UserError
 from support.devices import print0
 
-FARTHEST = 99  # times the width of a scale, outside it: the most that metrics take
+FARTHEST = 1e6  # widths of the scale; what lies so far outside is no measurement
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ def choose_scale(training, value_range):
 def report_scale(scale, series, low, high):
     """Print which values become 0 and 1, and whether the data fit. low, high: limits of the data.
 
-    Raises UserError where values are so far outside that scores would mean nothing.
+    Raises UserError where values are so far outside that scores would mean nothing, or overflow.
     """
     bottom, top = (np.reshape(values, (-1, 1, 1)) for values in (scale.low, scale.high))
     beyond = np.maximum(high - scale.high, scale.low - low) / np.subtract(scale.high, scale.low)
     if beyond.max() > FARTHEST:
         found = f"values go from {low.min():.6g} to {high.max():.6g}, far beyond the scale, {scale}"
-        raise UserError(f"{found}; write NaN where a pixel is missing, or give --value_range")
+        raise UserError(f"{found}; write NaN where a pixel is missing")
     pairs = (((frame < bottom) | (frame > top), frame == frame) for one in series for frame in one)
     n_outside, n_known = sum(np.sum(pair, (2, 3)) for pair in pairs)
     outside = n_outside / n_known
