@@ -51,7 +51,7 @@ class Knobs:  # its docstring and comments are the text of --help; RECIPES below
     value_range: tuple[float, float] = (0, 0)  # lowest and highest value of your own data; 0 0 = automatic
     overlay: int = 2  # other sequences merged into each (pixelwise maximum) until forecasts have full length
     # Model
-    model: Literal["my_model", "paper", "plain", "convlstm", "seq2seq"] = "my_model"  # plain: paper, by Adam
+    model: Literal["my_model", "paper", "plain", "convlstm", "seq2seq"] = "my_model"  # plain: paper with Adam
     hidden_channels: tuple[int, ...] = (96, 96)  # of each ConvLSTM layer. Tried: 1 to 3 layers of 4 to 128
     kernel_size: int = 3  # of both convolutions of a cell, odd. Tried: 1 to 5
     patch_size: int = 4  # side of a patch in pixels; hidden states have one pixel per patch. Tried: 2 to 8
@@ -93,7 +93,7 @@ RECIPES = {
     "convlstm": {"hidden_channels": (64, 64), "learning_rate": 0.04, "epochs": 5},  # of convlstm.py
     "seq2seq": {"learning_rate": 0.04, "epochs": 1},  # EncoderDecoderConvLSTM of convlstm.py
 }
-# the paper's network, trained plainly: by Adam, on all forecast frames from the start
+# the paper's network, trained plainly: with Adam, on all forecast frames from the start
 RECIPES["plain"] = RECIPES["paper"] | {
     "learning_rate": 0.001,
     "grow_horizon": (0, 0),

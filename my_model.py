@@ -29,7 +29,7 @@ MOTION_CHANNELS = 16  # channels of measured motion that the encoder reads
 
 
 def new_kernel(n_in, n_out, size):
-    """A convolution's weight (n_out, n_in, size, size), initialized as torch does it."""
+    """A convolution's weight (n_out, n_in, size, size), initialized as torch does."""
     bound = (n_in * size * size) ** -0.5
     return nn.Parameter(torch.empty(n_out, n_in, size, size).uniform_(-bound, bound))
 

@@ -220,7 +220,7 @@ def mean_of_known(values):
 
 
 def splits_of(files):
-    """For each file, the split that its name or a folder's begins with, or None. All at one level of folders."""
+    """For each file, the split that its name or a folder's begins with, or None; at one level of folders."""
     split_of = lambda word: next((name for name in PARTS if word in NAMES[name]), None)
     paths = [[re.match("[a-z]*", part.lower())[0] for part in Path(file).parts] for file in files]
     levels = [list(map(split_of, words)) for words in itertools.zip_longest(*paths, fillvalue="")]

@@ -38,7 +38,7 @@ LADDER = {  # folder → (what it adds to the row above, what that does)
         "+ equivariant kernels",
         "each feature is found in eight orientations, with the same weights",
     ),
-    "dense": ("+ dense targets", "at first, input frames are forecast, too, each from those before it"),
+    "dense": ("+ dense targets", "early in training, each of frames 6 to 20 is forecast from those before"),
     "motion": (
         "+ advection, block matching",
         "the head can move patches; the first layer reads how they moved",
