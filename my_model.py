@@ -4,7 +4,7 @@ Frames enter as patches. A stack of ConvLSTM layers (the encoder) reads the inpu
 last states are copied to a second stack (the forecaster), which unrolls the future. One convolution turns
 states into frames. `EncoderForecaster()` is that network with the first two changes below.
 
-Changes from the paper, and why. The default of main.py has all.
+Changes from the paper, and why. The default of main.py has them all.
 - The model returns logits: the cross-entropy stays exact where a probability is nearly 0 or 1.
 - Initial output biases: untrained, a model forecasts nearly black frames or, with motion, the last frame.
 - `head_channels`: hidden layers in the head. Without them, it is one convolution.
