@@ -237,7 +237,7 @@ def train(setup, folder, progress, optimizers):
         loss = cross_entropy
         with_ssim = progress.fraction >= knobs.ssim_from
         if with_ssim:
-            # a mean over the batch: times this process's share of the batch, which is 1 without torchrun
+            # with torchrun, each process adds the mean of its part, weighted by the size of the part
             loss = loss + ssim_loss(logits, truth) * len(truth) / knobs.batch_size
         (loss * WORLD_SIZE).backward()  # DistributedDataParallel averages gradients over the processes
         unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
